@@ -1,0 +1,47 @@
+# Needs make and Python >= 3.11 with venv; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# test workers share the cores among themselves: a thread pool inside each would only fight
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+.PHONY: help demo test test-full lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       backends, verification, two minutes of training on text, one picture"
+	@echo "make test       format, lint, types and the CPU suite"
+	@echo "make test-full  the same with every combination of options"
+	@echo "make format     rewrite the sources as ruff formats them"
+	@echo "make clean      remove .venv and every build output"
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "linattn needs Python 3.11 or later; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make a virtual environment with pip; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/linattn demo
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(PYTEST) -m "not slow and not gpu" --hypothesis-profile=ci
+
+test-full: lint
+	$(PYTEST) --hypothesis-profile=full
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist linattn.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
