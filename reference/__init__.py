@@ -1,4 +1,4 @@
-"""What linear attention is, in NumPy and float64, to be read: the definition, two algorithms, the gradients."""
+"""What linear attention is, in NumPy, to be read: definition, two algorithms, gradients, decay schedules."""
 
 from . import decay
 from .attention import attention

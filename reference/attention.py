@@ -11,28 +11,33 @@ from .weights import log_lambda, pair_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+    from numpy.typing import NDArray
 
     from .heads import State
 
-    Array = np.ndarray
+    Array = NDArray[np.float64]
 
 
 def attention(
-    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h e"], **options: Unpack[Options]
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h e"],
+    **options: Unpack[Options],
 ) -> tuple[Float[Array, "b n h e"], State | None]:
     r"""Outputs, and the state after the last token (None if not causal).
 
-    $$ o_i = \sum_j w_{ij} v_j, \qquad \text{normalised: } o_i = \sum_j w_{ij} v_j \Big/ \max\Big(\sum_j w_{ij}, \epsilon\Big) $$
+    $$ o_i = \sum_j w_{ij} v_j, \qquad
+       \text{normalised: } o_i = \sum_j w_{ij} v_j \Big/ \max\Big(\sum_j w_{ij}, \epsilon\Big) $$
 
-    where $w$ is that of `weights`, and a causal sum stops at $j = i$. The state is what a later token needs to
+    where $w$ is that of `weights`, and a causal sum stops at $j = i$. The state is what later tokens need to
     know of the n tokens so far, seen from the last of them:
 
     $$ C = \sum_j \Lambda_{jn} \cos(\theta (n - 1 - j))\, \phi(k_j) v_j^T, \qquad
        S = \sum_j \Lambda_{jn} \sin(\theta (n - 1 - j))\, \phi(k_j) v_j^T, \qquad
        \Lambda_{jn} = \prod_{j < t < n} \lambda_t $$
 
-    as (kv, z): kv [s h f e] is C, or C then S along f with theta; z [s h f] has 1 in place of $v_j$, and is None
-    unless weights are normalised. Scale is not in it. A call with an initial state $(C, S)$ adds
+    as (kv, z): kv [s h f e] is C, with theta C then S along f; z [s h f] is the same with 1 for $v_j$, and
+    None unless weights are normalised. Scale is not in them. A call with an initial state $(C, S)$ adds
 
     $$ \mathrm{scale} \cdot \lambda_0 \cdots \lambda_i \; \phi(q_i)^T
        (\cos(\theta (i + 1))\, C - \sin(\theta (i + 1))\, S) $$
@@ -64,7 +69,7 @@ def _initial_state_after(head: Head, tokens: int) -> Float[Array, "f e"]:
     log_decay = head.token_log_decay()[:tokens].sum()
     if log_decay == -np.inf:
         return np.zeros_like(head.state)
-    decay = np.exp(log_decay)
+    decay = float(np.exp(log_decay))
     if head.theta is None:
         return decay * head.state
     c, s = np.cos(head.theta * tokens)[:, None], np.sin(head.theta * tokens)[:, None]
@@ -72,7 +77,7 @@ def _initial_state_after(head: Head, tokens: int) -> Float[Array, "f e"]:
     return decay * np.concatenate([c * C - s * S, s * C + c * S])
 
 
-def _final_state(head: Head, last: Bool[Array, "1 m"]) -> Float[Array, "f e"]:
+def _final_state(head: Head, last: Bool[np.ndarray, "1 m"]) -> Float[Array, "f e"]:
     """The sums over all tokens that the last one sees, and what is left of the initial state."""
     n = len(head.q)
     state = _initial_state_after(head, n)

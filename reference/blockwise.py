@@ -1,4 +1,4 @@
-"""Lightning Attention: the same attention in blocks, quadratic inside a block and recurrent between blocks."""
+"""Lightning Attention: the same attention in blocks, quadratic inside them and recurrent between them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from .heads import Head, Options, each_head
 from .recurrence import advance
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
+    from numpy.typing import NDArray
 
     from .heads import State
 
-    Array = np.ndarray
+    Array = NDArray[np.float64]
 
 
 def blockwise(
@@ -26,7 +27,7 @@ def blockwise(
     block: int = 64,
     **options: Unpack[Options],
 ) -> tuple[Float[Array, "b n h e"], State]:
-    r"""Outputs, and the state after the last token: equal to `attention`, for causal calls and any block size.
+    r"""Outputs, and the state after the last token: equal to `attention`, if causal, for any block size.
 
     A block of m tokens, counted from 0, meets the state $X$ of all blocks before it:
 
@@ -34,8 +35,8 @@ def blockwise(
            + \underbrace{\lambda_0 \cdots \lambda_i\; q_i^T X}_{\text{inter}}, \qquad
        X \leftarrow \lambda_0 \cdots \lambda_{m-1}\, X + \sum_j \Lambda_{j,m}\, k_j v_j^T $$
 
-    Intra is quadratic, but only in m; inter and the new state are products of matrices with m rows. So a sequence
-    costs n (m + d) e in all, and the state stays in fast memory from block to block.
+    Intra is quadratic, but only in m; inter and the new state are products of matrices with m rows. So n
+    tokens cost about n (m + 2 d) e multiplications, and the state can stay in fast memory throughout.
 
     A cosine of the distance is a product of features of twice the width, since
     $\cos(a - b) = \cos a \cos b + \sin a \sin b$: q and k become $[x \cos a, x \sin a]$, with angles that are
@@ -81,14 +82,16 @@ def _blocks(head: Head, block: int) -> tuple[Float[Array, "n e"], Float[Array, "
 
 
 def _decay_inside(g: Float[Array, " m"]) -> Float[Array, "m m"]:
-    """The sum of the log decays of the tokens after j, up to i; 0 above the diagonal. The first token's is not in it."""
+    """The sum of the log decays after token j, up to token i: never g[0]. 0 above the diagonal."""
     total = np.zeros((len(g), len(g)))
     for j in range(len(g)):
         total[j + 1 :, j] = np.cumsum(g[j + 1 :])
     return total
 
 
-def _features(x: Float[Array, "m d"], theta: Float[Array, " d"] | None, steps: Float[Array, " m"]) -> Float[Array, "m f"]:
+def _features(
+    x: Float[Array, "m d"], theta: Float[Array, " d"] | None, steps: Int[np.ndarray, " m"]
+) -> Float[Array, "m f"]:
     """x, turned by so many steps of theta: f is d without theta, else 2d."""
     if theta is None:
         return x

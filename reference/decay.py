@@ -1,7 +1,7 @@
 """Decay schedules: how fast each head of each layer forgets.
 
-Every function returns natural logs of the factor per token, float64 [h], all <= 0. The papers' and the released
-code's "slope" or "rate" is the same number with the other sign. Heads and layers count from 0.
+Every function returns the natural log of each head's factor per token, float64 [h], all <= 0. What papers and
+released code call a slope or a rate is the same number with the other sign. Heads and layers count from 0.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from numpy.typing import NDArray
 
-    Array = np.ndarray
+    Array = NDArray[np.float64]
 
 
 def alibi(heads: int) -> Float[Array, " h"]:
@@ -21,7 +22,7 @@ def alibi(heads: int) -> Float[Array, " h"]:
 
     $$ \ln \lambda_h = -2^{-8 (h + 1) / H} $$
 
-    for a power of two H. Else, with P the next power of two below H: the P slopes for P heads, then every other
+    for a power of two H. Else, with P the next power of two below H: the slopes for P heads, then every other
     slope for 2P heads (the first, the third, ...) until there are H.
 
     Source: Press et al. 2022, https://arxiv.org/abs/2108.12409, and its released code for other H.
@@ -40,11 +41,11 @@ def transnormer(heads: int, layer: int, layers: int, schedule: str = "released")
        \quad \text{with the slopes of } \texttt{alibi} $$
     $$ \text{paper:}\quad \ln \lambda_{hl} = -\frac{8 (h + 1)}{H} \left(1 - \frac{l}{L}\right) $$
 
-    The two differ widely: of 8 heads in the first layer, the last forgets with rate 0.0039 or with rate 8. Released
-    checkpoints need the first. One layer (L = 1) is taken as the first of many, where the released code divides
-    by zero.
+    The two differ widely: of 8 heads in the first layer, the last forgets with a rate of 0.0039 or of 8.
+    Released checkpoints need the first. One layer (L = 1) counts as the first of many, where the released
+    code divides by zero.
 
-    Source: Qin et al. 2023, https://arxiv.org/abs/2307.14995, and `modeling_transnormer.py` beside the checkpoints.
+    Source: Qin et al. 2023, https://arxiv.org/abs/2307.14995, and the checkpoints' `modeling_transnormer.py`.
     """
     heads, layer, layers = _place(heads, layer, layers)
     if schedule == "released":
@@ -80,7 +81,7 @@ def fla(heads: int, layer: int, layers: int) -> Float[Array, " h"]:
 def _place(heads: int, layer: int, layers: int) -> tuple[int, int, int]:
     heads, layers = _count("heads", heads), _count("layers", layers)
     if not isinstance(layer, int | np.integer) or not 0 <= layer < layers:
-        raise ValueError(f"layer must be a whole number from 0 to {layers - 1} (layers is {layers}), got {layer!r}")
+        raise ValueError(f"layer must be a whole number from 0 to layers - 1 = {layers - 1}, got {layer!r}")
     return heads, int(layer), layers
 
 

@@ -8,11 +8,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from numpy.typing import NDArray
 
-    Array = np.ndarray
+    Array = NDArray[np.float64]
 
 
-def feature(x: Float[Array, "..."], name: str | None) -> Float[Array, "..."]:
+def feature(x: Float[Array, "*shape"], name: str | None) -> Float[Array, "*shape"]:
     r"""Apply $\phi$.
 
     - None: $x$
@@ -31,7 +32,7 @@ def feature(x: Float[Array, "..."], name: str | None) -> Float[Array, "..."]:
     raise ValueError(f'feature_map must be None, "relu", "silu" or "elu+1", got {name!r}')
 
 
-def feature_slope(x: Float[Array, "..."], name: str | None) -> Float[Array, "..."]:
+def feature_slope(x: Float[Array, "*shape"], name: str | None) -> Float[Array, "*shape"]:
     r"""The derivative $\phi'(x)$; where relu has a corner, at 0, it is 0."""
     if name is None:
         return np.ones_like(x)
@@ -45,6 +46,6 @@ def feature_slope(x: Float[Array, "..."], name: str | None) -> Float[Array, "...
     raise ValueError(f'feature_map must be None, "relu", "silu" or "elu+1", got {name!r}')
 
 
-def _sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     small = np.exp(-abs(x))  # never overflows
     return np.where(x >= 0, 1.0, small) / (1.0 + small)

@@ -14,10 +14,11 @@ from .weights import log_lambda, pair_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from numpy.typing import NDArray
 
     from .heads import State
 
-    Array = np.ndarray
+    Array = NDArray[np.float64]
 
 
 @dataclass
@@ -45,30 +46,37 @@ def gradients(
     "q", "k" and "v" always; "log_decay" and "theta" where they are given, in their own shape; "initial_state"
     where it is given, as (kv, z). A token that does not exist, and a masked key and value, have gradient 0.
 
-    Causal, $(dC, dS)$ are the gradients of the state, found from the last token to the first:
+    Causal: $(dC, dS)$, the gradients of the state, are found from the last token to the first:
 
-    $$ dC_t = \mathrm{scale}\, \phi(q_t) do_t^T + \lambda_{t+1} (\cos\theta\, dC_{t+1} + \sin\theta\, dS_{t+1}), \qquad
-       dS_t = \lambda_{t+1} (\cos\theta\, dS_{t+1} - \sin\theta\, dC_{t+1}) $$
+    $$ dC_t = \mathrm{scale}\, \phi(q_t) do_t^T
+            + \lambda_{t+1} (\cos\theta\, dC_{t+1} + \sin\theta\, dS_{t+1}) $$
+    $$ dS_t = \lambda_{t+1} (\cos\theta\, dS_{t+1} - \sin\theta\, dC_{t+1}) $$
     $$ d\phi(q_t) = \mathrm{scale}\, C_t do_t, \qquad d\phi(k_t) = dC_t v_t, \qquad dv_t = dC_t^T \phi(k_t) $$
     $$ d\ln\lambda_t = \langle dC_t, \bar C_t \rangle + \langle dS_t, S_t \rangle, \qquad
-       d\theta = \sum_t \sum_e (dS_t \circ \bar C_t - dC_t \circ S_t), \qquad \bar C_t = C_t - \phi(k_t) v_t^T $$
+       d\theta = \sum_t \sum_e (dS_t \circ \bar C_t - dC_t \circ S_t) $$
 
-    Normalised, $o = num / \max(den, \epsilon)$: $dnum = do / \max(den, \epsilon)$ and
-    $dden = -(do \cdot o) / den$ where $den > \epsilon$, else 0; num and den are then one sum, over values with a 1
-    beside them. Not causal: the derivatives of the weights, pair by pair.
+    with $\bar C_t = C_t - \phi(k_t) v_t^T$, the state before the token is added. Where $\lambda_t = 0$, no
+    gradient passes, and $d\ln\lambda_t = 0$. Not causal: the derivatives of the weights, pair by pair.
+
+    Normalised, $o = num / \max(den, \epsilon)$: $dnum = do / \max(den, \epsilon)$ and, if $den > \epsilon$,
+    $dden = -(do \cdot o) / den$, else 0. Then num and den are one sum, over values with a 1 beside them.
+
+    Source: derived here; without theta and normaliser also in Lightning Attention-2, algorithm 2 (Qin et al.
+    2024, https://arxiv.org/abs/2401.04658).
     """
-    given = {"q": q, "k": k, "v": v}
-    given |= {name: options[name] for name in ("log_decay", "theta") if options.get(name) is not None}
-    out: dict[str, Any] = {name: np.zeros(np.shape(x)) for name, x in given.items()}
-    e = np.shape(v)[3]
-    dlast = with_z(dstate, state_shape(q, v, **options))
+    given = {"q": q, "k": k, "v": v, "log_decay": options.get("log_decay"), "theta": options.get("theta")}
+    out: dict[str, Any] = {name: np.zeros(np.shape(x)) for name, x in given.items() if x is not None}
+    e, feature_map, normalize = np.shape(v)[3], options.get("feature_map"), options.get("normalize", False)
+    if dstate is not None and not options.get("causal", True):
+        raise ValueError("without causal=True there is no state, so dstate must be None")
+    dlast = with_z(dstate, state_shape(q, v, **options), normalize)
     dfirst = np.zeros_like(dlast)
     for head in cut(q, k, v, **options):
         s, b, h = head.place
         at = (b, head.row, h)
         do_here = np.asarray(do, np.float64)[at]
         grad = _causal(head, do_here, dlast[s, h]) if head.causal else _pairs(head, do_here)
-        slope_q, slope_k = (feature_slope(np.asarray(x, np.float64)[at], options.get("feature_map")) for x in (q, k))
+        slope_q, slope_k = (feature_slope(np.asarray(x, np.float64)[at], feature_map) for x in (q, k))
         out["q"][at] = grad.q * slope_q
         out["k"][at] = np.where(head.mask[:, None], grad.k * slope_k, 0.0)
         out["v"][at] = np.where(head.mask[:, None], grad.v[:, :e], 0.0)
@@ -81,7 +89,7 @@ def gradients(
             out["theta"][h] += grad.theta
         dfirst[s, h] = grad.state
     if options.get("initial_state") is not None:
-        out["initial_state"] = without_z(dfirst, options.get("normalize", False))
+        out["initial_state"] = without_z(dfirst, normalize)
     return out
 
 
@@ -97,7 +105,7 @@ def _causal(head: Head, do: Float[Array, "n e"], dstate: Float[Array, "f e"]) ->
         after.append(state)
 
     total = np.array([head.scale * head.q[t] @ after[t][:d] for t in range(n)]).reshape(n, head.v.shape[1])
-    do = _through_normalizer(head, total, do)
+    do = _before_normalizer(head, total, do)
     grad = _zeros(head)
     back = None if head.theta is None else -head.theta
     for t in reversed(range(n)):
@@ -118,7 +126,7 @@ def _causal(head: Head, do: Float[Array, "n e"], dstate: Float[Array, "f e"]) ->
 def _pairs(head: Head, do: Float[Array, "n e"]) -> _Gradient:
     w, seen = pair_weights(head)
     total = np.array([w[i, j] @ head.v[j] for i, j in enumerate(seen)]).reshape(len(w), head.v.shape[1])
-    do = _through_normalizer(head, total, do)
+    do = _before_normalizer(head, total, do)
     decay = head.scale * np.exp(np.where(seen, log_lambda(head), 0.0))
     grad = _zeros(head)
     for i, mask in enumerate(seen):
@@ -135,7 +143,9 @@ def _pairs(head: Head, do: Float[Array, "n e"]) -> _Gradient:
     return grad
 
 
-def _through_normalizer(head: Head, total: Float[Array, "n e"], do: Float[Array, "n e"]) -> Float[Array, "n e"]:
+def _before_normalizer(
+    head: Head, total: Float[Array, "n e"], do: Float[Array, "n e"]
+) -> Float[Array, "n e"]:
     """The gradient of the sums over values, and beside it that of the sum of weights."""
     if head.eps is None:
         return do
@@ -147,5 +157,5 @@ def _through_normalizer(head: Head, total: Float[Array, "n e"], do: Float[Array,
 
 def _zeros(head: Head) -> _Gradient:
     n, d = head.q.shape
-    state = np.zeros_like(head.state)
-    return _Gradient(np.zeros((n, d)), np.zeros_like(head.k), np.zeros_like(head.v), np.zeros(n), np.zeros(d), state)
+    zero_q, zero_k, zero_v, zero_state = (np.zeros_like(x) for x in (head.q, head.k, head.v, head.state))
+    return _Gradient(zero_q, zero_k, zero_v, np.zeros(n), np.zeros(d), zero_state)

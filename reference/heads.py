@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
@@ -16,32 +17,34 @@ from .features import feature
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+    from numpy.typing import NDArray
 
-    Array = np.ndarray
-    State = tuple[Float[Array, "s h f e"], Float[Array, "s h f"] | None]  # sums over values, and over ones (to normalise)
+    Array = NDArray[np.float64]
+    State = tuple[Float[Array, "s h f e"], Float[Array, "s h f"] | None]  # kv; z, to normalise
 
 
 class Options(TypedDict, total=False):
     """The keywords that every function of this package shares. All are optional."""
 
-    log_decay: Float[Array, " h"] | Float[Array, "b n h"] | None  # natural log, <= 0; -inf forgets all that came before
+    log_decay: Float[Array, " h"] | Float[Array, "b n h"] | None  # natural log, <= 0; -inf: forget all
     theta: Float[Array, "h d"] | None  # radians per position; cosFormer: pi / (2 max_len) everywhere
     feature_map: str | None  # None, "relu", "silu" or "elu+1"
     normalize: bool  # divide by the sum of the weights; False
     eps: float  # the least sum of weights to divide by; 1e-6
     causal: bool  # True
     scale: float  # 1: neither paper scales
-    key_mask: Bool[Array, "b m"] | None  # False: this key and value count as zero, its position and decay still count
-    lengths: Int[Array, " b"] | None  # tokens at and after it do not exist
-    cu_seqlens: Int[Array, " s+1"] | None  # b = 1, and sequence s holds the positions cu_seqlens[s] to cu_seqlens[s + 1]
+    key_mask: Bool[np.ndarray, "b m"] | None  # False: key and value count as zero, position and decay stay
+    lengths: Int[np.ndarray, " b"] | None  # tokens at and after it do not exist
+    cu_seqlens: Int[np.ndarray, " s+1"] | None  # b = 1; sequence s is from cu_seqlens[s] to cu_seqlens[s + 1]
     initial_state: State | None  # one for each sequence
 
 
 @dataclass(frozen=True)
 class Head:
-    """One head of one sequence. Where weights are normalised, v ends with a column of ones and the state with z:
+    """One head of one sequence.
 
-    the sum of the weights is then the last column of the output, and needs no formula of its own.
+    Where weights are normalised, v ends with a column of ones and the state with z: the sum of the weights is
+    then the last column of the output, and needs no formula of its own.
     """
 
     place: tuple[int, int, int]  # sequence, batch row, head
@@ -49,7 +52,7 @@ class Head:
     q: Float[Array, "n d"]  # phi(q)
     k: Float[Array, "m d"]  # phi(k), 0 where masked
     v: Float[Array, "m e"]  # 0 where masked
-    mask: Bool[Array, " m"]
+    mask: Bool[np.ndarray, " m"]
     log_decay: Float[Array, ""] | Float[Array, " n"]  # one for the head, or one for each token
     theta: Float[Array, " d"] | None
     state: Float[Array, "f e"]  # what came before; rows of C, then (reweighted) rows of S
@@ -62,7 +65,7 @@ class Head:
         return np.broadcast_to(self.log_decay, len(self.q))
 
     def normalized(self, total: Float[Array, "n e"]) -> Float[Array, "n e"]:
-        """Divide the sums of values by the sums of weights, which are at least eps, if this head asks for it."""
+        """Divide the sums of values by the sum of weights, or by eps where that is larger."""
         return total if self.eps is None else total[:, :-1] / np.maximum(total[:, -1:], self.eps)
 
 
@@ -78,12 +81,12 @@ def cut(
     eps: float = 1e-6,
     causal: bool = True,
     scale: float = 1.0,
-    key_mask: Bool[Array, "b m"] | None = None,
-    lengths: Int[Array, " b"] | None = None,
-    cu_seqlens: Int[Array, " s+1"] | None = None,
+    key_mask: Bool[np.ndarray, "b m"] | None = None,
+    lengths: Int[np.ndarray, " b"] | None = None,
+    cu_seqlens: Int[np.ndarray, " s+1"] | None = None,
     initial_state: State | None = None,
 ) -> list[Head]:
-    """All heads of a call, each alone: what is in another sequence, or past a length, cannot be reached from one."""
+    """All heads of a call, each alone: none can reach another sequence, or what is past its length."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, n, heads, d = q.shape
     m = k.shape[1]
@@ -92,11 +95,12 @@ def cut(
     angles = None if theta is None else np.broadcast_to(np.asarray(theta, np.float64), (heads, d))
     mask = np.ones((batch, m), bool) if key_mask is None else np.asarray(key_mask, bool)
     if cu_seqlens is not None:
-        rows = [(0, slice(int(a), int(z))) for a, z in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+        rows = [(0, slice(int(start), int(stop))) for start, stop in pairwise(cu_seqlens)]
     else:
         stops = [max(n, m)] * batch if lengths is None else [int(stop) for stop in lengths]
         rows = [(b, slice(0, stop)) for b, stop in enumerate(stops)]
-    state = with_z(initial_state, (len(rows), heads, d if theta is None else 2 * d, v.shape[3] + normalize))
+    f, e = d if theta is None else 2 * d, v.shape[3] + normalize
+    state = with_z(initial_state, (len(rows), heads, f, e), normalize)
 
     def one(s: int, b: int, row: slice, h: int) -> Head:
         seen = mask[b, row]
@@ -145,14 +149,21 @@ def state_shape(
     return sequences, heads, d if options.get("theta") is None else 2 * d, e + options.get("normalize", False)
 
 
-def with_z(state: State | None, shape: tuple[int, int, int, int]) -> Float[Array, "s h f e"]:
-    """(kv, z) as one array with z in the last column; zeros for None."""
+def with_z(state: State | None, shape: tuple[int, int, int, int], normalize: bool) -> Float[Array, "s h f e"]:
+    """(kv, z) as one array of this shape: zeros for None, z in the last column if there is a normaliser."""
     joined = np.zeros(shape)
-    if state is not None:
-        kv, z = state
-        joined[..., : np.shape(kv)[3]] = kv
-        if z is not None:
-            joined[..., -1] = z
+    if state is None:
+        return joined
+    values = joined[..., :-1] if normalize else joined
+    kv, z = state
+    if np.shape(kv) != values.shape or (z is not None and (not normalize or np.shape(z) != shape[:3])):
+        expected = f"kv {values.shape} and z {shape[:3] if normalize else None}"
+        raise ValueError(
+            f"a state must be {expected}, got {np.shape(kv)} and {z if z is None else np.shape(z)}"
+        )
+    values[...] = kv
+    if z is not None:
+        joined[..., -1] = z
     return joined
 
 
@@ -168,8 +179,8 @@ def _refuse(
     state: State | None,
     normalize: bool,
     batch: int,
-    lengths: Int[Array, " b"] | None,
-    cu_seqlens: Int[Array, " s+1"] | None,
+    lengths: Int[np.ndarray, " b"] | None,
+    cu_seqlens: Int[np.ndarray, " s+1"] | None,
 ) -> None:
     """Raise ValueError for a call without a meaning."""
     if (causal or cu_seqlens is not None) and not same_length:

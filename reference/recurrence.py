@@ -10,14 +10,18 @@ from .heads import Head, Options, each_head
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from numpy.typing import NDArray
 
     from .heads import State
 
-    Array = np.ndarray
+    Array = NDArray[np.float64]
 
 
 def recurrent(
-    q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h e"], **options: Unpack[Options]
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b n h d"],
+    v: Float[Array, "b n h e"],
+    **options: Unpack[Options],
 ) -> tuple[Float[Array, "b n h e"], State]:
     r"""Outputs, and the state after the last token: equal to `attention`, for causal calls.
 
@@ -29,8 +33,8 @@ def recurrent(
     Normalised, the sum of the weights is read from a state of its own, in which every value is 1. Without
     theta there is no S. No number depends on the absolute position, so nothing grows with the length.
 
-    Source: the robust inference of TransNormerLLM (Qin et al. 2023, https://arxiv.org/abs/2307.14995), here with
-    the position in the state instead of in q and k.
+    Source: the robust inference of TransNormerLLM (Qin et al. 2023, https://arxiv.org/abs/2307.14995), with
+    the positions turned into the state instead of into q and k.
     """
     if not options.get("causal", True):
         raise ValueError("the recurrence is causal: it never sees the future")
@@ -54,8 +58,9 @@ def advance(
     """A new state: the old one turned by an angle and decayed; nothing at all if the log decay is -inf."""
     if log_decay == -np.inf:
         return np.zeros_like(state)  # selected away: 0 * NaN would be NaN
+    decay = float(np.exp(log_decay))
     if angle is None:
-        return np.exp(log_decay) * state
+        return decay * state
     c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
     C, S = np.split(state, 2)
-    return np.exp(log_decay) * np.concatenate([c * C - s * S, s * C + c * S])
+    return decay * np.concatenate([c * C - s * S, s * C + c * S])

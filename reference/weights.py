@@ -10,8 +10,9 @@ from .heads import Head, Options, cut
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+    from numpy.typing import NDArray
 
-    Array = np.ndarray
+    Array = NDArray[np.float64]
 
 
 def weights(
@@ -24,6 +25,7 @@ def weights(
        \Lambda_{ij} = \lambda^{|i - j|} \text{ (not causal)}, \qquad \lambda = e^{\text{log decay}} $$
 
     Positions count from 0 in every sequence, for queries and keys alike. Weights between two sequences are 0.
+    What acts on outputs only (normalize, eps, initial_state) may be given and changes nothing.
 
     Source: the cosine is cosFormer's (Qin et al. 2022, https://arxiv.org/abs/2202.08791) with one angle
     $\pi / 2M$, and LRPE's (Qin et al. 2023, https://arxiv.org/abs/2307.14995) with one per head and channel;
@@ -32,13 +34,14 @@ def weights(
     batch, n, heads, _ = np.shape(q)
     m = np.shape(k)[1]
     w = np.zeros((batch, heads, n, m))
+    options["initial_state"] = None
     for head in cut(q, k, np.zeros((batch, m, heads, 0)), **options):
         _, b, h = head.place
         w[b, h, head.row, head.row] = pair_weights(head)[0]
     return w
 
 
-def pair_weights(head: Head) -> tuple[Float[Array, "n m"], Bool[Array, "n m"]]:
+def pair_weights(head: Head) -> tuple[Float[Array, "n m"], Bool[np.ndarray, "n m"]]:
     """The weights of one head, and which pairs are seen at all.
 
     Sums must select the seen pairs: a weight of 0 does not keep a NaN or an infinite value out of a sum.
@@ -59,7 +62,7 @@ def log_lambda(head: Head) -> Float[Array, "n m"]:
     if np.ndim(head.log_decay) == 0:
         return np.where(lag == 0, 0.0, head.log_decay * np.maximum(lag, 1))  # never -inf * 0
     total = np.zeros(lag.shape)
-    for j in range(len(head.k)):  # summed anew for every j: with a reset, a difference of sums is -inf - (-inf)
+    for j in range(len(head.k)):  # summed anew for each j: a difference of longer sums may be -inf - (-inf)
         total[j + 1 :, j] = np.cumsum(head.log_decay[j + 1 :])
     return total
 
