@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import typer
 from rich import box
@@ -28,6 +28,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     for row in rows:
         table.add_row(*map(Text, row))
     console().print(table)
+
+
+def print_lines(facts: Mapping[str, object]) -> None:
+    """Print `name  value` lines, the values under each other; a list's items are joined."""
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        console().print(Text(f"{name:<{width}}  {text}"), soft_wrap=True)
 
 
 def print_json(value: object) -> None:

@@ -1,0 +1,32 @@
+"""`linattn backends`: what can run on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import linattn
+from linattn import registry
+from linattn.cli.output import print_json, print_lines, print_table
+
+
+def backends(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List every backend: the arrays it takes, and whether it can run here.
+
+    Above the table stands what a bug report needs: versions and devices.
+    """
+    environment = linattn.environment()
+    usable = linattn.available_backends()
+    arrays = {name: backend.arrays for name, backend in registry.known().items()}
+    if as_json:
+        rows = [{"name": name, "arrays": arrays[name], "unavailable": why} for name, why in usable.items()]
+        print_json({"environment": environment, "backends": rows})
+        return
+    print_lines(environment)
+    print_table(
+        ("backend", "arrays", "here"),
+        [(name, ", ".join(arrays[name]), why or "usable") for name, why in usable.items()],
+    )
