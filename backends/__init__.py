@@ -1,0 +1,115 @@
+"""What a backend is, what it gets and returns, and which ones come with the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from linattn.arrays import Array
+from linattn.problem import Problem
+from linattn.state import State
+
+# Modules whose `backend` object is built in, in the order in which "auto" prefers them.
+BUILTIN = (
+    "linattn.backends.torch",
+    "linattn.backends.numpy",
+    "linattn.backends.reference",
+)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a backward pass gets back: the inputs of `forward`, and its output."""
+
+    q: Array
+    k: Array
+    v: Array
+    log_decay: Array | None
+    theta: Array | None
+    key_mask: Array | None
+    lengths: Array | None
+    cu_seqlens: Array | None
+    state: State | None
+    o: Array | None  # needed only with normalize
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the inputs, in their shapes; None for what the call does not have.
+
+    q, k, v have the dtype of the inputs, the others the accumulation dtype.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    log_decay: Array | None = None
+    theta: Array | None = None
+    kv: Array | None = None
+    z: Array | None = None
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One implementation of the specification.
+
+    name: what users write. arrays: the kinds it takes ("numpy", "torch", "cupy"), each with True if "auto" may
+    choose it for them, False if it wants to be named. Two more methods are optional, `Differentiable.backward`
+    and `Decoding.decode_step`. Without them the built-in backend for the same arrays differentiates, and
+    `forward` over one token decodes.
+    """
+
+    name: str
+    arrays: Mapping[str, bool]
+
+    def unavailable(self) -> str | None:
+        """None if this machine can run it, else the sentence that says why not."""
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """None if it takes this call, else the sentence that says why not; reads nothing but the problem."""
+
+    def forward(
+        self,
+        problem: Problem,
+        q: Array,
+        k: Array,
+        v: Array,
+        log_decay: Array | None,
+        theta: Array | None,
+        key_mask: Array | None,
+        lengths: Array | None,
+        cu_seqlens: Array | None,
+        state: State | None,
+    ) -> tuple[Array, State | None]:
+        """The work. q, k [B, N, H, D], v [B, N, H, E] -> o [B, N, H, E], and the final state if it is asked for.
+
+        log_decay [H] or [B, N, H] and theta [H, D] are in the accumulation dtype, beside q. The state has one
+        row per sequence; it is not changed. `problem.slots` is handled by the caller.
+        """
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A backend that brings its own backward pass."""
+
+    def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
+        """Gradients of every input, from those of o [B, N, H, E] and of the returned state (None: zeros)."""
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """A backend that brings its own decode step."""
+
+    def decode_step(
+        self,
+        problem: Problem,
+        q: Array,
+        k: Array,
+        v: Array,
+        log_decay: Array | None,
+        theta: Array | None,
+        state: State,
+        slots: Array | None,
+    ) -> Array:
+        """q, k [B, H, D], v [B, H, E], log_decay [H] or [B, H] -> o [B, H, E]; changes `state` in place."""

@@ -1,0 +1,313 @@
+"""The backward pass: the adjoint of the blockwise forward, with block states as its only memory.
+
+First the states are formed again, block by block; then the adjoint state runs backwards through the blocks.
+Gradients of decays are sums over the pairs that span a token, so nothing cancels and resets give exact zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from linattn import features
+from linattn.arrays import Array, cast, device_name, namespace, zeros_like_kind
+from linattn.backends import Gradients
+from linattn.backends.blockwise import factors
+from linattn.backends.blockwise.forward import (
+    Block,
+    Carry,
+    Inputs,
+    block_sum,
+    both_ways,
+    initial,
+    load,
+    one_way,
+    same_length,
+    selected,
+    written,
+)
+from linattn.backends.blockwise.tiles import Cut, Tile, cut, on
+from linattn.problem import Problem
+from linattn.state import State
+
+
+@dataclass
+class Sums:
+    """Gradients while they are gathered; q, k, v and per-token decay hold one spare row if tiles need it."""
+
+    q: Array
+    k: Array
+    v: Array
+    decay: Array | None  # [b n h] float: per token, summed over tokens at the end for per-head decay
+    theta: Array | None  # [h d] or [1 1] float64
+
+
+def backward(problem: Problem, x: Inputs, o: Array | None, do: Array, dstate: State | None) -> Gradients:
+    """Gradients of every input, from those of o and of the returned state (None stands for zeros)."""
+    xp = namespace(problem.kind)
+    whole, n, m = problem, problem.n, problem.m
+    do = _with_denominator(xp, problem, x, o, do)
+    if not problem.causal:
+        problem, x = same_length(xp, problem, x)
+        if do.shape[1] < problem.n:
+            padded = zeros_like_kind(do, (do.shape[0], problem.n, *do.shape[2:]), problem.accumulate)
+            padded[:, : do.shape[1]] = do
+            do = padded
+    ways = [cut(xp, problem, x.lengths, x.cu_seqlens)]
+    if not problem.causal:
+        ways.append(cut(xp, problem, x.lengths, x.cu_seqlens, reverse=True))
+    sums = _empty_sums(xp, problem, x, max(way.spare() for way in ways))
+    dstart = None
+    for way in ways:
+        dstart = _one_way(xp, way, x, do, dstate, sums, strict=way is not ways[0])
+    kv = z = None
+    if problem.initial_state and dstart is not None:
+        dstart = cast(dstart, problem.accumulate)
+        kv, z = (dstart[..., :-1] + 0.0, dstart[..., -1] + 0.0) if problem.normalize else (dstart + 0.0, None)
+    decay = None
+    if sums.decay is not None:
+        decay = sums.decay[:, : problem.n, :, 0]
+        decay = decay.sum(1).sum(0) if problem.decay == "head" else decay
+    theta = None
+    if problem.reweight == "lrpe" and sums.theta is not None:
+        theta = cast(sums.theta, problem.accumulate)
+    dtype = whole.dtype
+    return Gradients(
+        cast(sums.q[:, :n], dtype),
+        cast(sums.k[:, :m], dtype),
+        cast(sums.v[:, :m], dtype),
+        decay,
+        theta,
+        kv,
+        z,
+    )
+
+
+def _with_denominator(xp: Any, problem: Problem, x: Inputs, o: Array | None, do: Array) -> Array:
+    """The gradient of the sums: with z = max(den, eps), dnum = do / z and dden = -(do . o) / z where den > eps."""
+    do = cast(do, problem.accumulate)
+    if not problem.normalize:
+        return do
+    assert o is not None
+    if problem.causal:
+        way = cut(xp, problem, x.lengths, x.cu_seqlens)
+        shape = (problem.batch, problem.n + way.spare(), problem.heads, 1)
+        den = zeros_like_kind(x.q, shape, problem.accumulate)
+        one_way(xp, way, x, den, ones=True, raw=True)
+    else:
+        same, padded = same_length(xp, problem, x)
+        den = both_ways(xp, same, padded, ones=True)
+    den = den[:, : problem.n]
+    z = xp.where(den <= problem.eps, problem.eps, den)
+    dden = xp.where(den > problem.eps, -(do * cast(o, problem.accumulate)).sum(-1)[..., None] / z, 0.0)
+    return xp.concatenate((do / z, dden), -1)
+
+
+def _empty_sums(xp: Any, problem: Problem, x: Inputs, spare: int) -> Sums:
+    def sums(a: Array) -> Array:
+        return zeros_like_kind(a, (a.shape[0], a.shape[1] + spare, *a.shape[2:]), problem.accumulate)
+
+    decay = theta = None
+    if problem.decay is not None:
+        decay = zeros_like_kind(x.q, (problem.batch, problem.n + spare, problem.heads, 1), problem.accumulate)
+    if problem.reweight == "lrpe":
+        theta = zeros_like_kind(x.q, (problem.heads, problem.d), "float64")
+    return Sums(sums(x.q), sums(x.k), sums(x.v), decay, theta)
+
+
+def _one_way(
+    xp: Any, way: Cut, x: Inputs, do: Array, dstate: State | None, sums: Sums, *, strict: bool
+) -> Array:
+    """Add one direction's gradients to `sums`; return that of the initial state [s h f w]."""
+    problem = way.problem
+    table = factors.angles(xp, problem, x.theta, way.size, x.q)
+    width = problem.e + int(problem.normalize)
+    carry = Carry(xp, way, initial(xp, problem, x.state, ones=False), width, x.q)
+    before: list[list[Array]] = []  # per tile and block: the state that its queries read
+    for tile in way.tiles:
+        block = load(xp, way, tile, x, table, strict=strict, ones=False)
+        seen = carry.through(tile, table, written(xp, block), block.decays.total)
+        before.append([cast(state, problem.accumulate) for state in seen])
+    adjoint = _Adjoint(xp, way, _final_gradient(xp, problem, dstate), width, x.q)
+    for tile, states in zip(reversed(way.tiles), reversed(before), strict=True):
+        block = load(xp, way, tile, x, table, strict=strict, ones=False)
+        _tile(
+            xp,
+            way,
+            tile,
+            block,
+            xp.stack(states, 1),
+            way.read(tile, do, problem.accumulate),
+            table,
+            adjoint,
+            sums,
+        )
+    return adjoint.start()
+
+
+def _final_gradient(xp: Any, problem: Problem, dstate: State | None) -> Array | None:
+    if dstate is None:
+        return None
+    if not problem.normalize:
+        return dstate.kv
+    assert dstate.z is not None
+    return xp.concatenate((dstate.kv, dstate.z[..., None]), -1)
+
+
+class _Adjoint:
+    """The gradient of the state, on its way back through the blocks."""
+
+    def __init__(self, xp: Any, way: Cut, final: Array | None, width: int, like: Array) -> None:
+        problem = way.problem
+        self.xp, self.way = xp, way
+        self.dtype = "float64" if problem.reweight is not None else problem.accumulate
+        rows = problem.sequences if problem.packed else problem.batch
+        zeros = factors.zeros(like, problem, rows, width, self.dtype)
+        self.final = zeros if final is None else cast(final, self.dtype)
+        self.now = self.final if not problem.packed else zeros[:1]
+        self.begin = None
+        if problem.packed and way.empty is not None:  # a sequence without tokens hands its gradient through
+            self.begin = xp.where(way.empty[:, None, None, None], self.final, 0.0)
+
+    def back(
+        self, tile: Tile, table: factors.Angles | None, read: Array, total: Array | None
+    ) -> tuple[list[Array], list[Array]]:
+        """Per block: the gradient of the state after it, and of the rotated state before it."""
+        xp, after, rotated = self.xp, [], []
+        for g in reversed(range(tile.group.blocks)):
+            if tile.sequence is not None:
+                self._leave(tile, g)
+            after.append(self.now)
+            decay = None if total is None else (total if total.ndim == 3 else total[:, g])
+            inside = selected(xp, decay, self.now) + read[:, g]
+            rotated.append(inside)
+            self.now = factors.rotate(xp, table, tile, g, inside, back=True)
+            if tile.sequence is not None:
+                self._enter(tile, g)
+        return after[::-1], rotated[::-1]
+
+    def _leave(self, tile: Tile, g: int) -> None:
+        final = self.final[tile.sequence[g : g + 1]]  # type: ignore[index]
+        if device_name(tile.last) == "cpu":
+            self.now = self.now + final if bool(tile.last[g]) else self.now
+        else:
+            self.now = self.xp.where(tile.last[g], self.now + final, self.now)
+
+    def _enter(self, tile: Tile, g: int) -> None:
+        assert self.begin is not None
+        row = tile.sequence[g : g + 1]  # type: ignore[index]
+        if device_name(tile.first) == "cpu":
+            if bool(tile.first[g]):
+                self.begin[row] = self.now
+                self.now = self.now * 0.0
+        else:
+            self.begin[row] = self.xp.where(tile.first[g], self.now, self.begin[row])
+            self.now = self.xp.where(tile.first[g], 0.0, self.now)
+
+    def start(self) -> Array:
+        return self.now if self.begin is None else self.begin
+
+
+def _tile(
+    xp: Any,
+    way: Cut,
+    tile: Tile,
+    block: Block,
+    before: Array,  # [r g h f w]
+    do: Array,  # [r g h c w]
+    table: factors.Angles | None,
+    adjoint: _Adjoint,
+    sums: Sums,
+) -> None:
+    problem, decays = way.problem, block.decays
+    if tile.valid is not None:
+        do = xp.where(tile.valid[:, :, None, :, None], do, 0.0)
+    scaled = selected(xp, decays.to_query, do)  # do, as it reaches the state
+    read = block.fq.swapaxes(-1, -2) @ scaled  # [r g h f w]
+    after_list, rotated = adjoint.back(tile, table, read, decays.total)
+    after = cast(xp.stack(after_list, 1), problem.accumulate)
+    _, weights = block_sum(xp, block)
+    pairs = do @ block.v.swapaxes(-1, -2)  # [.. i j] do_i . v_j
+    dscores = selected(xp, decays.pairs, pairs)
+    dv_far = block.fk @ after
+    dk_far = block.v @ after.swapaxes(-1, -2)
+    if decays.to_end is not None:
+        dv_far, dk_far = selected(xp, decays.to_end, dv_far), selected(xp, decays.to_end, dk_far)
+    dq = dscores @ block.fk + scaled @ before.swapaxes(-1, -2)
+    dk = dscores.swapaxes(-1, -2) @ block.fq + dk_far
+    dv = weights.swapaxes(-1, -2) @ do + dv_far
+    if sums.decay is not None:
+        far = selected(xp, decays.total, before)  # what of the state before outlives the block
+        spanning = (far * after).sum(-1).sum(-1)[..., None]
+        late = (scaled * (block.fq @ before)).sum(-1)  # [.. c] from the state to each query
+        early = (block.v * dv_far).sum(-1)  # [.. c] from each key past the block
+        inside = _spanning(xp, weights * pairs)
+        ddecay = inside + xp.flip(xp.cumsum(xp.flip(late, (-1,)), -1), (-1,)) + _before(xp, early) + spanning
+        if tile.valid is not None:
+            ddecay = xp.where(tile.valid[:, :, None], ddecay, 0.0)
+        way.write(tile, sums.decay, ddecay[..., None], add=True)
+    _angles_back(xp, way, tile, block, table, dq, dk, before, xp.stack(rotated, 1), sums)
+    dq, dk = _contract(xp, way, tile, table, dq, dk)
+    dq = dq * problem.scale * features.derivative(xp, problem.feature_map, block.q)
+    dk = dk * features.derivative(xp, problem.feature_map, block.k)
+    dv = dv[..., : problem.e]
+    if block.keep is not None:
+        dk, dv = xp.where(block.keep, dk, 0.0), xp.where(block.keep, dv, 0.0)
+    if tile.valid is not None:
+        dq = xp.where(tile.valid[:, :, None, :, None], dq, 0.0)
+    way.write(tile, sums.q, dq, add=True)
+    way.write(tile, sums.k, dk, add=True)
+    way.write(tile, sums.v, dv, add=True)
+
+
+def _before(xp: Any, x: Array) -> Array:
+    """Sums over earlier positions, this one left out."""
+    sums = xp.cumsum(x, -1)
+    return xp.concatenate((x[..., :1] * 0.0, sums[..., :-1]), -1)
+
+
+def _spanning(xp: Any, pairs: Array) -> Array:
+    """For each token t the sum over pairs with key before t and query at or after t: [.. c c] -> [.. c]."""
+    to_end = xp.flip(xp.cumsum(xp.flip(pairs, (-2,)), -2), (-2,))  # over queries >= t
+    position = xp.arange(pairs.shape[-1], **on(pairs))
+    return xp.where(position[:, None] > position[None, :], to_end, 0.0).sum(-1)
+
+
+def _contract(
+    xp: Any, way: Cut, tile: Tile, table: factors.Angles | None, dq: Array, dk: Array
+) -> tuple[Array, Array]:
+    """From gradients of the expanded features [x cos, x sin] to those of x."""
+    if table is None:
+        return dq, dk
+    cos, sin = factors.expand_tables(xp, tile, table, way.problem.accumulate, dq)
+    d = way.problem.d
+    return dq[..., :d] * cos + dq[..., d:] * sin, dk[..., :d] * cos + dk[..., d:] * sin
+
+
+def _angles_back(
+    xp: Any,
+    way: Cut,
+    tile: Tile,
+    block: Block,
+    table: factors.Angles | None,
+    dq: Array,
+    dk: Array,
+    before: Array,
+    rotated: Array,
+    sums: Sums,
+) -> None:
+    """The gradient of theta: from each feature's angle theta r, and from the state's rotation by theta m."""
+    if sums.theta is None or table is None:
+        return
+    d = way.problem.d
+    r = cast(factors.from_end(xp, tile, dq), way.problem.accumulate)
+    r = r[..., None] if r.ndim == 1 else r[:, :, None, :, None]
+
+    def turn(x: Array, dx: Array) -> Array:  # d/d(angle) of [a, b] is [-b, a]
+        return x[..., :d] * dx[..., d:] - x[..., d:] * dx[..., :d]
+
+    grad = (r * (turn(block.fq, dq) + turn(block.fk, dk))).sum(-2)  # [r g h d]
+    counts = tile.counts if isinstance(tile.counts, int) else cast(tile.counts, "float64")[:, :, None, None]
+    half = cast(before[..., :d, :], "float64"), cast(before[..., d:, :], "float64")
+    turned = (half[0] * rotated[..., d:, :] - half[1] * rotated[..., :d, :]).sum(-1)  # [r g h d]
+    sums.theta += (cast(grad, "float64") + counts * turned).sum(0).sum(0)

@@ -1,0 +1,68 @@
+"""One token: the state advanced by one, the new pair added, the query read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from linattn import features
+from linattn.arrays import Array, cast, dtype_name, namespace
+from linattn.backends.blockwise import factors
+from linattn.problem import Problem
+from linattn.slots import Slots
+from linattn.state import State
+
+
+def decode_step(
+    problem: Problem,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    theta: Array | None,
+    state: State,
+    slots: Array | None,
+) -> Array:
+    """q, k [b h d], v [b h e] -> o [b h e] in q's dtype; kv, z and length of `state` change in place."""
+    xp, acc = namespace(problem.kind), problem.accumulate
+    rows = None if slots is None else Slots(slots, state)
+    start = state if rows is None else rows.read(state)
+    fq = features.apply(xp, problem.feature_map, cast(q, acc)) * problem.scale  # [b h d]
+    fk = features.apply(xp, problem.feature_map, cast(k, acc))
+    wide = cast(v, acc)
+    values = wide if not problem.normalize else xp.concatenate((wide, xp.ones_like(wide[..., :1])), -1)
+    before = start.kv
+    if problem.normalize:
+        assert start.z is not None
+        before = xp.concatenate((before, start.z[..., None]), -1)
+    now = cast(before, "float64" if problem.reweight else acc)
+    table = factors.angles(xp, problem, theta, 1, q)
+    if table is not None:
+        now = _turn(xp, table, now)
+    if log_decay is not None:
+        factor = xp.exp(cast(log_decay, dtype_name(now)))[..., None, None]  # [h 1 1] or [b h 1 1]
+        now = xp.where(factor > 0, now * factor, 0.0)
+    pair = fk[..., None] * values[..., None, :]  # [b h d w]
+    now = xp.concatenate((now[..., : problem.d, :] + pair, now[..., problem.d :, :]), -2)
+    now = cast(now, acc)
+    sums = (fq[..., None, :] @ now[..., : problem.d, :])[..., 0, :]  # [b h w]
+    if problem.normalize:
+        den = sums[..., -1:]
+        o = sums[..., :-1] / xp.where(den <= problem.eps, problem.eps, den)
+        after = replace(start, kv=now[..., :-1], z=now[..., -1], length=start.length + 1)
+    else:
+        o = sums
+        after = replace(start, kv=now, length=start.length + 1)
+    if rows is None:
+        state.assign(after)
+    else:
+        rows.write(state, after)
+        o = rows.without_padding(o, None)
+    return cast(o, problem.dtype)
+
+
+def _turn(xp: Any, table: factors.Angles, state: Array) -> Array:
+    cos, sin = table.cos[1][..., None], table.sin[1][..., None]
+    half = state.shape[-2] // 2
+    cosine, sine = state[..., :half, :], state[..., half:, :]
+    return xp.concatenate((cos * cosine - sin * sine, sin * cosine + cos * sine), -2)

@@ -1,0 +1,135 @@
+"""The factors of a block: decays between its positions and its ends, and rotations by its angles.
+
+Positions of a block are counted from its end: r = counts - 1 - position, so that features written into the
+state are in the frame of the block's last token, as the state is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from linattn.arrays import Array, cast, zeros_like_kind
+from linattn.backends.blockwise.tiles import Cut, Tile, on
+from linattn.problem import Problem
+
+
+@dataclass(frozen=True)
+class Decays:
+    """Decay factors of one tile; None stands for 1. Zeros select: what they multiply is dropped, NaN included."""
+
+    pairs: Array  # [.. h c c] from key to query; without decay just the mask, as 0 and 1
+    to_query: Array | None  # [.. h c 1] from the block's start (that token's decay included) to a query
+    to_end: Array | None  # [.. h c 1] from a key to the block's last token
+    total: Array | None  # [.. h 1 1] over the whole block
+
+
+@dataclass(frozen=True)
+class Angles:
+    """cos and sin of theta * m for m = 0 … size, as float64 [m h d] (h and d may be 1)."""
+
+    cos: Array
+    sin: Array
+    theta: Array | float
+
+    def at(self, xp: Any, m: Array | int) -> tuple[Array, Array]:
+        """cos and sin at integer multiples m (an index array, or one number)."""
+        return self.cos[m], self.sin[m]
+
+
+def angles(xp: Any, problem: Problem, theta: Array | None, size: int, like: Array) -> Angles | None:
+    """The table of rotations of a call, exact: products of float64 angles with integers below a block's size."""
+    if problem.reweight is None:
+        return None
+    steps = cast(xp.arange(size + 1, **on(like)), "float64")[:, None, None]
+    if problem.reweight == "cosine":
+        assert problem.max_len is not None
+        one: Array | float = math.pi / (2 * problem.max_len)
+        phase = steps * one
+    else:
+        assert theta is not None
+        one = cast(theta, "float64")
+        phase = steps * one[None]
+    return Angles(xp.cos(phase), xp.sin(phase), one)
+
+
+def _log_power(xp: Any, decay: Array, steps: Array) -> Array:
+    """steps * decay, where 0 steps of an infinite decay are 0."""
+    return xp.where(steps > 0, xp.where(steps > 0, steps, 1) * decay, 0.0)
+
+
+def decays(xp: Any, cut: Cut, tile: Tile, log_decay: Array | None, like: Array, *, strict: bool) -> Decays:
+    """The factors of one tile. `strict` leaves a query's own token out (the second half of a two-sided sum)."""
+    c = tile.group.size
+    position = xp.arange(c, **on(like))
+    lag = position[:, None] - position[None, :]
+    seen = lag > 0 if strict else lag >= 0
+    acc = cut.problem.accumulate
+    if log_decay is None:
+        return Decays(cast(seen, acc), None, None, None)
+    if cut.problem.decay == "head":
+        return _per_head(xp, tile, cast(log_decay, acc), position, lag, seen)
+    return _per_token(xp, cut, tile, log_decay, seen, acc)
+
+
+def _per_head(xp: Any, tile: Tile, decay: Array, position: Array, lag: Array, seen: Array) -> Decays:
+    c = tile.group.size
+    steps = xp.arange(c + 1, **on(decay))
+    power = xp.exp(_log_power(xp, decay[None, :], steps[:, None]))  # [m h]
+    pairs = xp.where(
+        seen, xp.exp(_log_power(xp, decay[:, None, None], xp.where(seen, lag, 0))), 0.0
+    )  # [h c c]
+    to_query = power[1:].swapaxes(0, 1)[..., None]  # [h c 1]
+    if isinstance(tile.counts, int):
+        to_end = xp.flip(power[: tile.counts], (0,)).swapaxes(0, 1)[..., None]
+        return Decays(pairs, to_query, to_end, power[tile.counts][:, None, None])
+    rest = xp.clip(tile.counts[..., None] - 1 - position, 0, c)  # [r g c]
+    to_end = power[rest].swapaxes(-1, -2)[..., None]  # [r g h c 1]
+    return Decays(pairs, to_query, to_end, power[tile.counts][..., None, None])
+
+
+def _per_token(xp: Any, cut: Cut, tile: Tile, log_decay: Array, seen: Array, acc: str) -> Decays:
+    """Sums of log decays are formed directly from each key on, never as a difference of two long ones."""
+    step = cut.read(tile, log_decay[..., None], acc)[..., 0]  # [r g h c]
+    if tile.valid is not None:
+        step = xp.where(tile.valid[:, :, None], step, 0.0)
+    c = tile.group.size
+    position = xp.arange(c, **on(step))
+    after = position[:, None] > position[None, :]
+    sums = xp.cumsum(xp.where(after, step[..., None], 0.0), -2)  # [r g h i j]: over j < t <= i
+    pairs = xp.where(seen, xp.exp(sums), 0.0)
+    from_start = xp.cumsum(step, -1)
+    to_end = xp.exp(sums[..., -1, :])[..., None]
+    return Decays(pairs, xp.exp(from_start)[..., None], to_end, xp.exp(from_start[..., -1])[..., None, None])
+
+
+def from_end(xp: Any, tile: Tile, like: Array) -> Array:
+    """r = counts - 1 - position, at least 0: [c], or [r g c] where blocks hold different numbers of tokens."""
+    position = xp.arange(tile.group.size, **on(like))
+    if isinstance(tile.counts, int):
+        return tile.counts - 1 - position
+    return xp.clip(tile.counts[..., None] - 1 - position, 0, tile.group.size)
+
+
+def expand_tables(xp: Any, tile: Tile, table: Angles, acc: str, like: Array) -> tuple[Array, Array]:
+    """cos and sin for each position of a tile, in the accumulation dtype: [h c d] or [r g h c d]."""
+    cos, sin = table.at(xp, from_end(xp, tile, like))
+    return cast(cos, acc).swapaxes(-3, -2), cast(sin, acc).swapaxes(-3, -2)
+
+
+def rotate(xp: Any, table: Angles | None, tile: Tile, g: int, state: Array, *, back: bool = False) -> Array:
+    """A state [r h f e] seen from the end of block g, decay left aside; `back` is the transposed rotation."""
+    if table is None:
+        return state
+    counts = tile.counts if isinstance(tile.counts, int) else tile.counts[:, g]
+    cos, sin = table.at(xp, counts)  # [h d] or [r h d]
+    cos, sin = cos[..., None], sin[..., None] * (-1.0 if back else 1.0)
+    half = state.shape[-2] // 2
+    cosine, sine = state[..., :half, :], state[..., half:, :]
+    return xp.concatenate((cos * cosine - sin * sine, sin * cosine + cos * sine), -2)
+
+
+def zeros(like: Array, problem: Problem, rows: int, width: int, dtype: str) -> Array:
+    """States of zeros [r h f width]."""
+    return zeros_like_kind(like, (rows, problem.heads, problem.f, width), dtype)

@@ -1,0 +1,292 @@
+"""The forward pass: pairs inside a block, everything before it through the state.
+
+Letters: r rows, g blocks of a group, h heads, c positions of a block, f state features, w value columns
+(E, and one of ones if the call normalizes: its column of the result is the denominator).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from linattn import features
+from linattn.arrays import Array, cast, device_name, dtype_name, empty_like_kind, namespace, zeros_like_kind
+from linattn.backends import Saved
+from linattn.backends.blockwise import factors
+from linattn.backends.blockwise.tiles import Cut, Tile, cut
+from linattn.problem import Problem
+from linattn.state import State
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of a call, as the backend protocol passes them."""
+
+    q: Array
+    k: Array
+    v: Array
+    log_decay: Array | None = None
+    theta: Array | None = None
+    key_mask: Array | None = None
+    lengths: Array | None = None
+    cu_seqlens: Array | None = None
+    state: State | None = None
+
+    @staticmethod
+    def of(saved: Saved) -> Inputs:
+        """The inputs that a backward pass gets back."""
+        s = saved
+        return Inputs(s.q, s.k, s.v, s.log_decay, s.theta, s.key_mask, s.lengths, s.cu_seqlens, s.state)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One tile, ready for matrix products."""
+
+    q: Array  # [r g h c d] raw, accumulation dtype
+    k: Array
+    keep: Array | None  # [r g 1 c 1] bool, keys that exist and are not masked; None: all
+    fq: Array  # [r g h c f] scale * phi(q), expanded by the angles
+    fk: Array  # [r g h c f] phi(k), expanded
+    v: Array  # [r g h c w]
+    finite: bool  # v is known to hold no NaN and no infinity (on the host; a device is not asked)
+    decays: factors.Decays
+
+
+def same_length(xp: Any, problem: Problem, x: Inputs) -> tuple[Problem, Inputs]:
+    """A cross call on one axis: the shorter of q and (k, v) padded, padded keys masked."""
+    n = max(problem.n, problem.m)
+    if problem.n == problem.m:
+        return problem, x
+
+    def padded(a: Array) -> Array:
+        out = zeros_like_kind(a, (a.shape[0], n, *a.shape[2:]), dtype_name(a))
+        out[:, : a.shape[1]] = a
+        return out
+
+    mask = x.key_mask
+    if problem.m < n:
+        mask = xp.ones_like(x.k[:, :, 0, 0], dtype=xp.bool) if mask is None else mask
+    mask = None if mask is None else padded(mask)
+    x = replace(x, q=padded(x.q), k=padded(x.k), v=padded(x.v), key_mask=mask)
+    return replace(problem, n=n, m=n, key_mask=mask is not None), x
+
+
+def load(
+    xp: Any, way: Cut, tile: Tile, x: Inputs, table: factors.Angles | None, *, strict: bool, ones: bool
+) -> Block:
+    """Read a tile, apply the feature map, the masks and the angles."""
+    problem, acc = way.problem, way.problem.accumulate
+    q, k = way.read(tile, x.q, acc), way.read(tile, x.k, acc)
+    keep = tile.valid
+    if x.key_mask is not None:
+        mask = way.read_mask(tile, x.key_mask)
+        keep = mask if keep is None else keep & mask
+    keep = None if keep is None else keep[:, :, None, :, None]
+    fq = features.apply(xp, problem.feature_map, q)
+    if problem.scale != 1.0:
+        fq = fq * problem.scale
+    fk = features.apply(xp, problem.feature_map, k)
+    if keep is not None:
+        fk = xp.where(keep, fk, 0.0)
+    if table is not None:
+        cos, sin = factors.expand_tables(xp, tile, table, acc, q)
+        fq = xp.concatenate((fq * cos, fq * sin), -1)
+        fk = xp.concatenate((fk * cos, fk * sin), -1)
+    if ones:
+        v = xp.ones_like(q[..., :1])
+    else:
+        v = way.read(tile, x.v, acc)
+        if keep is not None:
+            v = xp.where(keep, v, 0.0)
+        if problem.normalize:
+            v = xp.concatenate((v, xp.ones_like(v[..., :1])), -1)
+    finite = device_name(v) == "cpu" and bool(xp.isfinite(v.sum()))
+    return Block(q, k, keep, fq, fk, v, finite, factors.decays(xp, way, tile, x.log_decay, q, strict=strict))
+
+
+def selected(xp: Any, factor: Array | None, x: Array) -> Array:
+    """factor * x, where a factor of 0 drops x whatever it is."""
+    return x if factor is None else xp.where(factor > 0, x * factor, 0.0)
+
+
+def block_sum(xp: Any, block: Block) -> tuple[Array, Array]:
+    """The sum over pairs inside each block [.. c w], and the weights [.. c c]."""
+    seen = block.decays.pairs
+    weights = xp.where(seen > 0, (block.fq @ block.fk.swapaxes(-1, -2)) * seen, 0.0)
+    v = block.v
+    if block.finite:
+        return weights @ v, weights
+    # A value that is not finite may be read only by queries that see its key: 0 * NaN is not 0.
+    finite = xp.isfinite(v)
+    spoiled = cast(seen > 0, dtype_name(v)) @ cast(~finite, dtype_name(v))
+    out = weights @ xp.where(finite, v, 0.0)
+    return xp.where(spoiled > 0, float("nan"), out), weights
+
+
+def written(xp: Any, block: Block) -> Array:
+    """What each block adds to the state, in the frame of its last token: [.. f w]."""
+    keys, v = block.fk, block.v
+    if block.decays.to_end is not None:
+        keys = selected(xp, block.decays.to_end, keys)
+        if not block.finite:
+            v = xp.where(block.decays.to_end > 0, v, 0.0)
+    return keys.swapaxes(-1, -2) @ v
+
+
+class Carry:
+    """The state on its way through the blocks of a call; float64 where it is rotated, so that phases stay exact."""
+
+    def __init__(self, xp: Any, way: Cut, start: Array | None, width: int, like: Array) -> None:
+        problem = way.problem
+        self.xp, self.way = xp, way
+        self.dtype = "float64" if problem.reweight is not None else problem.accumulate
+        rows = problem.sequences if problem.packed else problem.batch
+        first = (
+            factors.zeros(like, problem, rows, width, self.dtype)
+            if start is None
+            else cast(start, self.dtype)
+        )
+        self.first = first
+        self.now = first[:1] if problem.packed else first
+        self.final = xp.asarray(first + 0.0) if problem.packed else first
+
+    def through(
+        self, tile: Tile, table: factors.Angles | None, add: Array, total: Array | None
+    ) -> list[Array]:
+        """Advance over a tile's blocks; return, per block, the state before it seen from its end [r h f w]."""
+        xp, seen = self.xp, []
+        for g in range(tile.group.blocks):
+            if tile.sequence is not None:
+                self._enter(tile, g)
+            before = factors.rotate(xp, table, tile, g, self.now)
+            seen.append(before)
+            decay = None if total is None else (total if total.ndim == 3 else total[:, g])
+            self.now = selected(xp, decay, before) + add[:, g]
+            if tile.sequence is not None:
+                self.final[tile.sequence[g : g + 1]] = self.now
+        if tile.sequence is None:
+            self.final = self.now
+        return seen
+
+    def _enter(self, tile: Tile, g: int) -> None:
+        start = self.first[tile.sequence[g : g + 1]]  # type: ignore[index]
+        if device_name(tile.first) == "cpu":
+            self.now = start if bool(tile.first[g]) else self.now
+        else:
+            self.now = self.xp.where(tile.first[g], start, self.now)
+
+
+def initial(xp: Any, problem: Problem, state: State | None, *, ones: bool) -> Array | None:
+    """The initial state with z as its last column, as values of the same sum: [s h f w]."""
+    if state is None:
+        return None
+    if ones:
+        assert state.z is not None
+        return state.z[..., None]
+    if problem.normalize:
+        assert state.z is not None
+        return xp.concatenate((state.kv, state.z[..., None]), -1)
+    return state.kv
+
+
+def one_way(
+    xp: Any,
+    way: Cut,
+    x: Inputs,
+    out: Array,
+    *,
+    strict: bool = False,
+    add: bool = False,
+    ones: bool = False,
+    raw: bool,
+) -> Array:
+    """Sum over everything before each token, into `out`; return the final state [s h f w].
+
+    raw: write the sums with all their columns, not yet divided.
+    """
+    problem = way.problem
+    width = 1 if ones else problem.e + int(problem.normalize)
+    table = factors.angles(xp, problem, x.theta, way.size, x.q)
+    carry = Carry(xp, way, initial(xp, problem, x.state, ones=ones), width, x.q)
+    for tile in way.tiles:
+        block = load(xp, way, tile, x, table, strict=strict, ones=ones)
+        seen = carry.through(tile, table, written(xp, block), block.decays.total)
+        before = cast(xp.stack(seen, 1), problem.accumulate)
+        o, _ = block_sum(xp, block)
+        o = o + selected(xp, block.decays.to_query, block.fq @ before)
+        if not raw:
+            o = divide(xp, problem, o)
+        if tile.valid is not None:
+            o = xp.where(tile.valid[:, :, None, :, None], o, 0.0)
+        way.write(tile, out, o, add=add)
+    return carry.final
+
+
+def divide(xp: Any, problem: Problem, sums: Array) -> Array:
+    """Numerator over denominator, clamped at eps from below."""
+    if not problem.normalize:
+        return sums
+    den = sums[..., -1:]
+    return sums[..., :-1] / xp.where(den <= problem.eps, problem.eps, den)
+
+
+def both_ways(xp: Any, problem: Problem, x: Inputs, *, ones: bool = False) -> Array:
+    """The sums of a call that is not causal, [b n h w]: everything up to a token, and everything after it."""
+    ways = [cut(xp, problem, x.lengths, x.cu_seqlens, reverse=reverse) for reverse in (False, True)]
+    spare = max(way.spare() for way in ways)
+    width = 1 if ones else problem.e + int(problem.normalize)
+    shape = (problem.batch, problem.n + spare, problem.heads, width)
+    sums = zeros_like_kind(x.q, shape, problem.accumulate)
+    one_way(xp, ways[0], x, sums, add=True, ones=ones, raw=True)
+    one_way(xp, ways[1], x, sums, strict=True, add=True, ones=ones, raw=True)
+    return sums[:, : problem.n]
+
+
+def forward(problem: Problem, x: Inputs, out: Array | None = None) -> tuple[Array, State | None]:
+    """The whole call: o [b n h e] in q's dtype (into `out` if given), and the final state if the problem asks for it."""
+    xp = namespace(problem.kind)
+    n = problem.n
+    if not problem.causal:
+        same, padded = same_length(xp, problem, x)
+        o = divide(xp, same, both_ways(xp, same, padded))[:, :n]
+        if out is None:
+            return cast(o, problem.dtype), None
+        out[...] = cast(o, problem.dtype)
+        return out, None
+    way = cut(xp, problem, x.lengths, x.cu_seqlens)
+    spare = way.spare()
+    o = out
+    if o is None or spare:
+        o = empty_like_kind(x.q, (problem.batch, n + spare, problem.heads, problem.e), problem.dtype)
+    final = one_way(xp, way, x, o, raw=False)
+    if spare:
+        o = o[:, :n]
+    if out is not None and spare:
+        out[...] = o
+        o = out
+    return o, final_state(problem, x, final) if problem.return_state else None
+
+
+def final_state(problem: Problem, x: Inputs, final: Array) -> State:
+    """The state after the call, apart again; its length counts masked tokens, not padding."""
+    final = cast(final, problem.accumulate)
+    if problem.normalize:
+        kv, z = final[..., :-1], final[..., -1]
+        kv, z = kv + 0.0, z + 0.0  # arrays of their own, not views of one
+    else:
+        kv, z = final + 0.0, None
+    length = call_lengths(problem, x)
+    if x.state is not None:
+        length = length + x.state.length
+    return State(kv, z, length, problem.feature_map, problem.reweight, problem.d)
+
+
+def call_lengths(problem: Problem, x: Inputs) -> Array:
+    """Tokens of each sequence in this call: [s] int64."""
+    if x.cu_seqlens is not None:
+        cu = cast(x.cu_seqlens, "int64")
+        return cu[1:] - cu[:-1]
+    if x.lengths is not None:
+        return cast(x.lengths, "int64") + 0
+    return zeros_like_kind(x.q, (problem.batch,), "int64") + problem.n

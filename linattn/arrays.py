@@ -1,0 +1,93 @@
+"""What kind of array came: its library, dtype and device, without importing any framework."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+# NumPy, torch and CuPy arrays have no common static type; `Array` marks them.
+Array = Any
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def kind_of(x: object) -> str | None:
+    """Return "numpy", "torch" or "cupy", or None for anything else (lists, scalars, other libraries)."""
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return "torch"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return "cupy"
+    return None
+
+
+def dtype_name(x: Array) -> str:
+    """Return "float32", "int64", … for any kind of array."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def device_name(x: Array) -> str:
+    """Return "cpu", "cuda:0", …"""
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    return str(x.device) if kind_of(x) == "torch" else f"cuda:{x.device.id}"
+
+
+def accumulate_dtype(dtype: str) -> str:
+    """The dtype of sums and states: float64 for float64, float32 for everything narrower."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def namespace(kind: str) -> Any:
+    """The module whose functions take this kind of array (NumPy 2, torch and CuPy share most names)."""
+    if kind == "numpy":
+        return np
+    return sys.modules[kind]
+
+
+def cast(x: Array, dtype: str) -> Array:
+    """`x` in another dtype, or `x` itself when it has that dtype already."""
+    if dtype_name(x) == dtype:
+        return x
+    if kind_of(x) == "torch":
+        return x.to(getattr(sys.modules["torch"], dtype))
+    return x.astype(dtype)
+
+
+def empty_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    """An uninitialised array of the same kind and on the same device as `x`."""
+    if kind_of(x) == "torch":
+        return x.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
+    return namespace(kind_of(x) or "numpy").empty(shape, dtype=dtype)
+
+
+def zeros_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    """Zeros of the same kind and on the same device as `x`."""
+    if kind_of(x) == "torch":
+        return x.new_zeros(shape, dtype=getattr(sys.modules["torch"], dtype))
+    return namespace(kind_of(x) or "numpy").zeros(shape, dtype=dtype)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """A host array of the same values; for arrays that are on the host already, and for `check=True`."""
+    if isinstance(x, np.ndarray):
+        return x
+    if kind_of(x) == "torch":
+        host = x.detach().cpu()
+        return np.asarray(host.float().numpy() if dtype_name(host) == "bfloat16" else host.numpy())
+    return np.asarray(x.get())
+
+
+def table(values: np.ndarray, like: Array, dtype: str) -> Array:
+    """A small host table (a decay schedule, angles) as an array beside `like`."""
+    values = np.asarray(values).astype(dtype, copy=False)
+    kind = kind_of(like)
+    if kind == "torch":
+        torch = sys.modules["torch"]
+        return torch.as_tensor(values, device=like.device)
+    return values if kind == "numpy" else namespace("cupy").asarray(values)

@@ -1,0 +1,58 @@
+"""How an axis is cut: blocks of positions, groups of blocks that share scratch memory, tails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from linattn.problem import Problem
+
+# Bytes of scratch that one group of blocks may take: about a core's share of cache on a CPU, and enough
+# work for one launch on a GPU. Memory stays linear in N whatever it is.
+SCRATCH = {"cpu": 8 << 20, "cuda": 256 << 20}
+
+
+@dataclass(frozen=True)
+class Group:
+    """`blocks` blocks of `size` positions each, from position (or, packed, block number) `start`."""
+
+    start: int
+    blocks: int
+    size: int
+
+
+def block_size(problem: Problem) -> int:
+    """Positions in a block: the products inside a block cost C per token, those with the state cost D or E."""
+    longest = max(problem.n, problem.m)
+    if problem.packed and problem.sequences:
+        longest = min(longest, 2 * longest // problem.sequences)  # mostly short sequences: short blocks
+    size = 64 if problem.decay != "token" else 32  # per-token decay makes a C x C table for every block
+    while size > 16 and size >= 2 * longest:
+        size //= 2
+    return size
+
+
+def blocks_per_group(problem: Problem, size: int) -> int:
+    """Blocks that are worked on at once, within the scratch limit; at least one."""
+    item = 8 if problem.accumulate == "float64" else 4
+    width = 2 * problem.f + 2 * problem.e + 3 * size + (problem.f * problem.e) // size
+    rows = problem.sequences if not problem.packed else 1
+    one = max(1, rows) * problem.heads * size * width * item
+    limit = SCRATCH["cuda" if problem.device.startswith("cuda") else "cpu"]
+    return max(1, limit // one)
+
+
+def groups(total: int, size: int, per_group: int) -> list[Group]:
+    """Cut `total` positions into groups of whole blocks, and the ragged tail into a block of its own length.
+
+    Every position belongs to exactly one block, in order.
+    """
+    whole = total // size
+    cut = [Group(b * size, min(per_group, whole - b), size) for b in range(0, whole, per_group)]
+    if total % size:
+        cut.append(Group(whole * size, 1, total % size))
+    return cut
+
+
+def packed_groups(blocks: int, size: int, per_group: int) -> list[Group]:
+    """Groups of a packed batch's block table; `start` counts blocks, every block has room for `size` positions."""
+    return [Group(b, min(per_group, blocks - b), size) for b in range(0, blocks, per_group)]

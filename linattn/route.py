@@ -1,0 +1,97 @@
+"""From a checked call to a backend's method: tables brought beside q, slots gathered and written back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+import numpy as np
+
+from linattn.arrays import Array, cast, kind_of, table
+from linattn.backends import Backend, Decoding, Differentiable, Gradients, Saved
+from linattn.checks import Call
+from linattn.errors import StateError
+from linattn.problem import Problem
+from linattn.registry import get
+from linattn.slots import Slots
+from linattn.state import State
+
+
+def beside(x: Array | None, like: Array, dtype: str) -> Array | None:
+    """A decay or angle table in the accumulation dtype, on q's device."""
+    if x is None:
+        return None
+    if isinstance(x, np.ndarray) and kind_of(like) != "numpy":
+        return table(x, like, dtype)
+    return cast(x, dtype)
+
+
+def saved_of(problem: Problem, call: Call, state: State | None, o: Array | None = None) -> Saved:
+    """The arrays of a call as backends take them."""
+    decay = beside(call.log_decay, call.q, problem.accumulate)
+    theta = beside(call.theta, call.q, problem.accumulate)
+    return Saved(
+        call.q, call.k, call.v, decay, theta, call.key_mask, call.lengths, call.cu_seqlens, state, o
+    )  # fmt: skip
+
+
+def forward(problem: Problem, backend: Backend, call: Call) -> tuple[Array, State | None]:
+    """Run a call; with slots, gather the states before and write them back after."""
+    if call.slots is None or call.initial_state is None:
+        s = saved_of(problem, call, call.initial_state)
+        return backend.forward(
+            problem, s.q, s.k, s.v, s.log_decay, s.theta, s.key_mask, s.lengths, s.cu_seqlens, s.state
+        )
+    pool = call.initial_state
+    check_writable(pool, "initial_state")
+    rows = Slots(call.slots, pool)
+    # Padding rows begin empty, not with another sequence's memory.
+    start = rows.read(pool)
+    inner = replace(problem, slots=False, return_state=True)
+    s = saved_of(problem, call, start)
+    o, final = backend.forward(
+        inner, s.q, s.k, s.v, s.log_decay, s.theta, s.key_mask, s.lengths, s.cu_seqlens, s.state
+    )
+    assert final is not None
+    rows.write(pool, final)
+    o = rows.without_padding(o, call.cu_seqlens)
+    return o, final if problem.return_state else None
+
+
+def backward(problem: Problem, backend: Backend, saved: Saved, do: Array, dstate: State | None) -> Gradients:
+    """Run a backend's own backward, or the built-in one for the same arrays."""
+    if isinstance(backend, Differentiable):
+        return backend.backward(problem, saved, do, dstate)
+    fallback = get("torch" if problem.kind == "torch" else "numpy")
+    assert isinstance(fallback, Differentiable)
+    return fallback.backward(problem, saved, do, dstate)
+
+
+def decode(problem: Problem, backend: Backend, call: Call, state: State) -> Array:
+    """One token: q, k [b 1 h d], v [b 1 h e], decay [h] or [b 1 h] -> o [b h e]; `state` changes in place."""
+    decay = beside(call.log_decay, call.q, problem.accumulate)
+    theta = beside(call.theta, call.q, problem.accumulate)
+    if isinstance(backend, Decoding):
+        decay = decay[:, 0] if decay is not None and decay.ndim == 3 else decay
+        return backend.decode_step(
+            problem, call.q[:, 0], call.k[:, 0], call.v[:, 0], decay, theta, state, call.slots
+        )
+    start, rows = state, None
+    if call.slots is not None:
+        rows = Slots(call.slots, state)
+        start = rows.read(state)
+    inner = replace(problem, slots=False, return_state=True)
+    o, final = backend.forward(inner, call.q, call.k, call.v, decay, theta, None, None, None, start)
+    assert final is not None
+    if rows is not None:
+        rows.write(state, final)
+        o = rows.without_padding(o, None)
+    else:
+        state.assign(final)
+    return o[:, 0]
+
+
+def check_writable(state: State, name: str) -> None:
+    """Refuse NumPy states that cannot be changed in place."""
+    parts = {"kv": state.kv, "z": state.z, "length": state.length}
+    for part, x in parts.items():
+        if isinstance(x, np.ndarray) and not x.flags.writeable:
+            raise StateError(f"{name}.{part} must be writable: it is changed in place")
