@@ -104,6 +104,9 @@ def cut(
 
     def one(s: int, b: int, row: slice, h: int) -> Head:
         seen = mask[b, row]
+        log_decay = decay[h] if decay.ndim == 1 else decay[b, row, h]
+        if not (log_decay <= 0).all():
+            raise ValueError("log_decay must be <= 0: the natural log of a factor in [0, 1]")
         key, value = (np.where(seen[:, None], x[b, row, h], 0.0) for x in (k, v))
         return Head(
             place=(s, b, h),
@@ -112,7 +115,7 @@ def cut(
             k=np.where(seen[:, None], feature(key, feature_map), 0.0),
             v=np.pad(value, ((0, 0), (0, int(normalize))), constant_values=1.0),
             mask=seen,
-            log_decay=decay[h] if decay.ndim == 1 else decay[b, row, h],
+            log_decay=log_decay,
             theta=None if angles is None else angles[h],
             state=state[s, h],
             scale=scale,
@@ -187,8 +190,6 @@ def _refuse(
         raise ValueError("q and k must have the same length where the call is causal or packed")
     if not causal and (decay.ndim != 1 or state is not None):
         raise ValueError("without causal=True there is no state, and log_decay is one number for each head")
-    if not (decay <= 0).all():
-        raise ValueError("log_decay must be <= 0: the natural log of a factor in [0, 1]")
     if state is not None and (state[1] is not None) != normalize:
         raise ValueError("initial_state must hold z, the sums of weights, exactly where normalize=True")
     if cu_seqlens is not None and (batch != 1 or lengths is not None):
