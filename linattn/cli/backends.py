@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -18,15 +21,25 @@ def backends(
 
     Above the table stands what a bug report needs: versions and devices.
     """
+    if importlib.util.find_spec("torch") is not None:
+        importlib.import_module("torch")  # environment() names the devices of what is imported already
     environment = linattn.environment()
     usable = linattn.available_backends()
-    arrays = {name: backend.arrays for name, backend in registry.known().items()}
+    arrays = {
+        name: backend.arrays for name, backend in registry.known().items()
+    }  # kind -> whether "auto" may
     if as_json:
-        rows = [{"name": name, "arrays": arrays[name], "unavailable": why} for name, why in usable.items()]
+        rows = [
+            {"name": name, "arrays": dict(arrays[name]), "unavailable": why} for name, why in usable.items()
+        ]
         print_json({"environment": environment, "backends": rows})
         return
     print_lines(environment)
     print_table(
         ("backend", "arrays", "here"),
-        [(name, ", ".join(arrays[name]), why or "usable") for name, why in usable.items()],
+        [(name, _kinds(arrays[name]), why or "usable") for name, why in usable.items()],
     )
+
+
+def _kinds(arrays: Mapping[str, bool]) -> str:
+    return ", ".join(kind if automatic else f"{kind} (when named)" for kind, automatic in arrays.items())

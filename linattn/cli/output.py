@@ -22,7 +22,7 @@ def console() -> Console:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
     """Print rows of plain text under column heads; nothing in a cell is read as markup."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, no_wrap=index == 0)
     for row in rows:

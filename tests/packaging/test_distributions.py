@@ -19,8 +19,9 @@ OUTSIDE = shutil.ignore_patterns(
 )
 IMPORTS = """
 import importlib.util, sys
+import numpy as np
 import linattn, linattn.backends, linattn.reference
-import linattn.backends.reference, linattn.reference.attention
+import linattn.backends.reference, linattn.reference.weights
 assert linattn.__file__.startswith(sys.argv[1]), linattn.__file__
 for package in (linattn.backends, linattn.reference):
     assert package.__file__.startswith(sys.argv[1]), package.__file__
@@ -30,8 +31,10 @@ ours = [module.__file__ for name, module in sys.modules.items() if name.split(".
 assert len(ours) == len(set(ours)), sorted(ours)
 heavy = {"torch", "triton", "cupy", "typer", "rich", "hypothesis", "matplotlib"} & set(sys.modules)
 assert not heavy, f"import linattn brings {heavy}"
-one = linattn.reference.attention.np.ones((1, 3, 1, 1))
-print(linattn.__version__, linattn.attention(one, one, one).ravel().tolist())
+one = np.ones((1, 3, 1, 1))
+o = linattn.attention(one, one, one)
+assert (o == linattn.reference.attention(one, one, one)[0]).all()
+print(linattn.__version__, o.ravel().tolist())
 """
 
 

@@ -1,0 +1,140 @@
+"""`linattn explain`: which backend a call of this shape would use, without the arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import typer
+
+from linattn.cli.output import print_json
+from linattn.errors import OptionError, ShapeError
+from linattn.problem import Problem
+from linattn.vjp import explain_problem
+
+DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+Dtype = Literal["float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"]
+
+
+def _sizes(text: str) -> tuple[int, int, int, int]:
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() for part in parts):
+        raise ShapeError(f"--shape must be four sizes B,N,H,D, such as 4,8192,32,128; got {text!r}")
+    b, n, h, d = map(int, parts)
+    return b, n, h, d
+
+
+def _strides(*shape: int) -> tuple[int, ...]:
+    """Strides of a contiguous array, in elements."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def describe(
+    shape: tuple[int, int, int, int] = (1, 1024, 8, 64),
+    *,
+    kind: str = "numpy",
+    device: str = "cpu",
+    dtype: str = "float32",
+    value_dim: int | None = None,
+    keys: int | None = None,
+    decay: str | None = None,
+    reweight: str | None = None,
+    max_len: int | None = None,
+    feature_map: str | None = None,
+    normalize: bool = False,
+    causal: bool = True,
+    state: bool = False,
+    needs_grad: bool = False,
+) -> Problem:
+    """Return the Problem of a call on contiguous arrays of these sizes; options as the public call has them.
+
+    Raises OptionError for combinations that the public call refuses too.
+    """
+    b, n, h, d = shape
+    m, e = n if keys is None else keys, d if value_dim is None else value_dim
+    if (kind == "numpy") is not (device == "cpu") and kind != "torch":
+        homes = {"numpy": "NumPy arrays live on the cpu", "cupy": "CuPy arrays live on a cuda device"}
+        raise OptionError(f"{homes[kind]}, not on {device!r}")
+    if causal and m != n:
+        raise OptionError(f"a causal call has as many keys as queries, got {n} queries and {m} keys")
+    if not causal and (decay == "token" or state):
+        raise OptionError("per-token decay and states are causal: leave out --not-causal")
+    if state and reweight == "cosine" and max_len is None:
+        raise OptionError("cosine reweighting with a state needs a fixed length: give --max-len")
+    return Problem(
+        kind=kind,
+        device=device,
+        dtype=dtype,
+        batch=b,
+        n=n,
+        m=m,
+        heads=h,
+        d=d,
+        e=e,
+        sequences=b,
+        decay=decay,
+        reweight=reweight,
+        max_len=max(n, m) if reweight == "cosine" and max_len is None else max_len,
+        feature_map=feature_map,
+        normalize=normalize,
+        eps=1e-6,
+        causal=causal,
+        scale=1.0,
+        key_mask=False,
+        lengths=False,
+        packed=False,
+        initial_state=state,
+        return_state=state,
+        slots=False,
+        precision="ieee",
+        batch_invariant=False,
+        needs_grad=needs_grad,
+        strides=(_strides(b, n, h, d), _strides(b, m, h, d), _strides(b, m, h, e)),
+    )
+
+
+def explain(
+    shape: Annotated[str, typer.Option(help="Sizes B,N,H,D of q.")] = "1,1024,8,64",
+    array: Annotated[Literal["numpy", "torch", "cupy"], typer.Option(help="Whose arrays.")] = "torch",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = "float32",
+    value_dim: Annotated[int | None, typer.Option(help="E, if it is not D.")] = None,
+    keys: Annotated[int | None, typer.Option(help="M, if it is not N (not causal).")] = None,
+    decay: Annotated[Literal["head", "token"] | None, typer.Option(help="[H] or [B, N, H].")] = None,
+    reweight: Annotated[
+        Literal["cosine", "lrpe"] | None, typer.Option(help="Cosine(...) or LRPE(...).")
+    ] = None,
+    max_len: Annotated[int | None, typer.Option(help="Of Cosine.")] = None,
+    feature_map: Annotated[Literal["relu", "silu", "elu+1"] | None, typer.Option(help="On q and k.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Divide by the sum of the weights.")] = False,
+    not_causal: Annotated[bool, typer.Option("--not-causal", help="Look at every key.")] = False,
+    state: Annotated[bool, typer.Option("--state", help="Take and return a state.")] = False,
+    grad: Annotated[bool, typer.Option("--grad", help="Differentiate.")] = False,
+    backend: Annotated[list[str] | None, typer.Option(help="Only these, in order (repeatable).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which backend a call would use here, and one sentence for each that it would not.
+
+    The call is described, not made: no array is allocated, so the shape may be larger than this machine.
+    """
+    problem = describe(
+        _sizes(shape),
+        kind=array,
+        device=device,
+        dtype=DTYPES.get(dtype, dtype),
+        value_dim=value_dim,
+        keys=keys,
+        decay=decay,
+        reweight=reweight,
+        max_len=max_len,
+        feature_map=feature_map,
+        normalize=normalize,
+        causal=not not_causal,
+        state=state,
+        needs_grad=grad,
+    )
+    decision = explain_problem(problem, backend or "auto")
+    if as_json:
+        print_json({"call": str(problem), "chosen": decision.chosen, "backends": decision.reasons})
+    else:
+        typer.echo(str(decision))

@@ -1,0 +1,88 @@
+"""`linattn explain` decides as the library does, without arrays."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import linattn
+from linattn import cli
+from linattn.cli.explain import describe
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.app, ["explain", *arguments])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decay": "head", "state": True},
+        {"decay": "token", "feature_map": "silu", "normalize": True},
+        {"causal": False, "keys": 7, "reweight": "cosine"},
+    ],
+)
+def test_the_description_is_the_problem_of_the_call(options):
+    shape = (2, 5, 3, 4)
+    got = describe(shape, kind="numpy", dtype="float64", value_dim=6, **options)
+    q, k = np.zeros(shape), np.zeros((2, got.m, 3, 4))
+    v = np.zeros((2, got.m, 3, 6))
+    decays = {None: None, "head": np.zeros(3), "token": np.zeros((2, 5, 3))}
+    state = linattn.State(np.zeros((2, 3, 4, 6)), None, np.zeros(2, np.int64)) if got.initial_state else None
+    decision = linattn.explain(
+        q,
+        k,
+        v,
+        log_decay=decays[got.decay],
+        reweight=linattn.Cosine() if got.reweight else None,
+        feature_map=got.feature_map,
+        normalize=got.normalize,
+        causal=got.causal,
+        initial_state=state,
+        return_state=got.return_state,
+    )
+    assert decision.problem == got
+
+
+def test_it_says_who_runs_and_why_the_others_do_not():
+    text = invoke("--array", "numpy").stdout
+    assert re.search(r"^ *numpy +runs$", text, re.M)
+    assert re.search(r"^ *reference +could run, but ", text, re.M)
+    assert re.search(r"^ *torch +takes torch arrays, got numpy$", text, re.M)
+
+
+def test_as_json_with_named_backends_in_their_order():
+    answer = json.loads(
+        invoke("--array", "numpy", "--backend", "torch", "--backend", "reference", "--json").stdout
+    )
+    assert answer["chosen"] == "reference"
+    assert list(answer["backends"].items()) == [
+        ("torch", "takes torch arrays, got numpy"),
+        ("reference", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--shape", "4,8"), "--shape must be four sizes B,N,H,D, such as 4,8192,32,128; got '4,8'"),
+        (("--keys", "7"), "a causal call has as many keys as queries, got 1024 queries and 7 keys"),
+        (
+            ("--not-causal", "--decay", "token"),
+            "per-token decay and states are causal: leave out --not-causal",
+        ),
+        (
+            ("--state", "--reweight", "cosine"),
+            "cosine reweighting with a state needs a fixed length: give --max-len",
+        ),
+        (("--array", "numpy", "--device", "cuda"), "NumPy arrays live on the cpu, not on 'cuda'"),
+        (("--backend", "nope"), "no backend named 'nope'"),
+    ],
+)
+def test_what_the_call_would_refuse_is_refused(arguments, sentence):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {sentence}")
