@@ -85,9 +85,9 @@ def to_numpy(x: Array) -> np.ndarray:
 
 def table(values: np.ndarray, like: Array, dtype: str) -> Array:
     """A small host table (a decay schedule, angles) as an array beside `like`."""
-    values = np.asarray(values).astype(dtype, copy=False)
     kind = kind_of(like)
     if kind == "torch":
         torch = sys.modules["torch"]
-        return torch.as_tensor(values, device=like.device)
+        return torch.as_tensor(values, dtype=getattr(torch, dtype), device=like.device)
+    values = np.asarray(values, dtype=dtype)
     return values if kind == "numpy" else namespace("cupy").asarray(values)

@@ -1,0 +1,373 @@
+"""torch: custom ops, so that autograd, compilers and fake tensors see one opaque call each way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from linattn import registry, route
+from linattn.arrays import accumulate_dtype, dtype_name, table
+from linattn.backends import Saved
+from linattn.checks import Call, problem_of, sequences_of
+from linattn.errors import GradientError, OptionError
+from linattn.problem import Problem
+from linattn.registry import BackendLike
+from linattn.reweight import LRPE, Cosine
+from linattn.state import State
+from linattn.values import check_values
+
+Tensor = torch.Tensor
+Optional = Tensor | None
+
+ARRAYS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? theta, Tensor? key_mask, Tensor? lengths, "
+    "Tensor? cu_seqlens, Tensor? kv, Tensor? z"
+)
+OPTIONS = (
+    "SymInt? max_len, str feature_map, bool normalize, float eps, bool causal, float scale, bool return_state, "
+    "str precision, bool batch_invariant, str backend"
+)
+
+
+def wants_grad(call: Call) -> bool:
+    """Whether autograd has to record this call."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [call.q, call.k, call.v, call.log_decay, call.theta]
+    if isinstance(call.initial_state, State):
+        tensors += [call.initial_state.kv, call.initial_state.z]
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+def _lowered(call: Call) -> Call:
+    """Under autocast, q, k and v in its dtype, as torch's own attention has it."""
+    where = call.q.device.type
+    if not torch.amp.is_autocast_available(where) or not torch.is_autocast_enabled(where):
+        return call
+    dtype = torch.get_autocast_dtype(where)
+    cast = [
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in (call.q, call.k, call.v)
+    ]
+    return replace(call, q=cast[0], k=cast[1], v=cast[2])
+
+
+def _refuse_transforms(call: Call) -> None:
+    """torch.func sees through no custom op that mutates or differentiates itself; forward mode has no rule."""
+    tensors = [x for x in (call.q, call.k, call.v) if isinstance(x, Tensor)]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+        raise GradientError(
+            "torch.func transforms (vmap, grad, jvp) are not offered: attention has a batch axis of its own, "
+            "and its gradients come from autograd (backward) or linattn.attention_vjp"
+        )
+    if torch.autograd.forward_ad._current_level >= 0:
+        for x in tensors:
+            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+                raise GradientError(
+                    "forward-mode derivatives are not offered; use reverse mode (backward, vjp)"
+                )
+
+
+def _plain(call: Call) -> bool:
+    """Ordinary tensors and no mode that wants to see ops: then a backend may run without going through one."""
+    modes: int = torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+    return modes == 0 and all(type(x) in (Tensor, torch.nn.Parameter) for x in (call.q, call.k, call.v))
+
+
+def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | None]:
+    """`attention` for torch tensors: checked here unless a compiler is tracing, then through the op if needed."""
+    call = _lowered(call)
+    if torch.compiler.is_compiling():  # `use_backend` is read when the op runs: compilers cannot trace it
+        key = registry.key_of(backend)
+        if call.slots is not None and call.initial_state is not None:
+            return _with_slots(call, key)
+        return _through_op(call, key)
+    key = registry.requested(backend)
+    _refuse_transforms(call)
+    needs_grad = wants_grad(call)
+    problem = problem_of(call, needs_grad=needs_grad)
+    if _plain(call):
+        check_values(call, device_too=check)
+    chosen = registry.choose(problem, key)
+    if call.slots is None and (needs_grad or not _plain(call)):
+        return _through_op(call, registry.key_of(chosen))
+    return route.forward(problem, chosen, call)
+
+
+def _with_slots(call: Call, key: str) -> tuple[Tensor, State | None]:
+    """`slots` while compiling: the same gather, call and write-back, written where a compiler can see them."""
+    from linattn.slots import Slots
+
+    assert call.initial_state is not None and call.slots is not None
+    rows = Slots(call.slots, call.initial_state)
+    inner = replace(call, initial_state=rows.read(call.initial_state), slots=None, return_state=True)
+    o, final = _through_op(inner, key)
+    assert final is not None
+    rows.write(call.initial_state, final)
+    return rows.without_padding(o, call.cu_seqlens), final if call.return_state else None
+
+
+def _through_op(call: Call, key: str) -> tuple[Tensor, State | None]:
+    state = call.initial_state
+    acc = accumulate_dtype(dtype_name(call.q))
+    decay = call.log_decay
+    if decay is not None and not isinstance(decay, Tensor):
+        decay = table(decay, call.q, acc)
+    theta = call.reweight.theta if isinstance(call.reweight, LRPE) else None
+    if theta is not None and not isinstance(theta, Tensor):
+        theta = table(theta, call.q, acc)
+    kv, z, length = (None, None, None) if state is None else (state.kv, state.z, state.length)
+    o, new_kv, new_z = torch.ops.linattn.attention(
+        call.q, call.k, call.v, decay, theta, call.key_mask, call.lengths, call.cu_seqlens, kv, z,
+        call.max_len, call.feature_map or "", call.normalize, call.eps, call.causal, call.scale, call.return_state,
+        call.precision, call.batch_invariant, key,
+    )  # fmt: skip
+    if not call.return_state:
+        return o, None
+    seen = _tokens(call) if length is None else _tokens(call) + length
+    name = None if call.reweight is None else "cosine" if isinstance(call.reweight, Cosine) else "lrpe"
+    final_z = new_z if call.normalize else None
+    return o, State(new_kv, final_z, seen, call.feature_map, name, call.q.shape[3])
+
+
+def _tokens(call: Call) -> Tensor:
+    if call.cu_seqlens is not None:
+        cu = call.cu_seqlens.to(torch.int64)
+        return cu[1:] - cu[:-1]
+    if call.lengths is not None:
+        return call.lengths.to(torch.int64, copy=True)
+    return torch.full((call.q.shape[0],), call.q.shape[1], dtype=torch.int64, device=call.q.device)
+
+
+def _call(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Call, str]:
+    """The call that an op's arguments stand for, and the key of its backend."""
+    q, k, v, decay, theta, key_mask, lengths, cu_seqlens, kv, z = arrays
+    max_len, feature_map, normalize, eps, causal, scale, return_state, precision, invariant, backend = options
+    reweight: Any = None
+    if theta is not None:
+        reweight = LRPE(theta)
+    elif max_len is not None:
+        reweight = Cosine(max_len)
+    state = None
+    if kv is not None:
+        state = State(kv, z, torch.zeros(kv.shape[:1], dtype=torch.int64, device=kv.device))
+    call = Call(
+        q, k, v, decay, reweight, feature_map or None, normalize, eps, causal, scale, key_mask, lengths, cu_seqlens,
+        state, return_state, None, precision, invariant,
+    )  # fmt: skip
+    return call, backend
+
+
+@torch.library.custom_op(
+    "linattn::attention", mutates_args=(), schema=f"({ARRAYS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, key = _call(args[:10], args[10:])
+    problem = problem_of(call)
+    o, state = route.forward(problem, registry.choose(problem, registry.requested(key)), call)
+    if state is None:
+        return o.contiguous(), _nothing(problem, o), _nothing(problem, o)
+    z = _nothing(problem, o) if state.z is None else state.z
+    return o.contiguous(), state.kv.contiguous(), z.contiguous()
+
+
+def _nothing(problem: Problem, like: Tensor) -> Tensor:
+    """What an op returns in place of a tensor that the call does not have."""
+    return like.new_empty(0, dtype=getattr(torch, problem.accumulate))
+
+
+@_attention.register_fake
+def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, key = _call(args[:10], args[10:])
+    problem = problem_of(call)
+    registry.choose(problem, registry.requested(key))
+    b, n, h, _ = call.q.shape
+    e = call.v.shape[3]
+    o = call.q.new_empty(b, n, h, e)
+    if not call.return_state:
+        return o, _nothing(problem, o), _nothing(problem, o)
+    acc = getattr(torch, problem.accumulate)
+    s = sequences_of(call) if call.cu_seqlens is not None else b
+    kv = o.new_empty(s, h, problem.f, e, dtype=acc)
+    return o, kv, o.new_empty(s, h, problem.f, dtype=acc) if problem.normalize else _nothing(problem, o)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[10:]
+    ctx.save_for_backward(*inputs[:10], output[0] if inputs[12] else None)
+
+
+def _backward(ctx: Any, do: Optional, dkv: Optional, dz: Optional) -> tuple[Any, ...]:
+    *arrays, o = ctx.saved_tensors
+    none = [None] * len(ctx.options)
+    if do is None and dkv is None and dz is None:
+        return (*[None] * 10, *none)
+    if not ctx.options[6]:
+        dkv = dz = None
+    grads = torch.ops.linattn.attention_backward(do, dkv, dz, o, *arrays, *ctx.options)
+    q, k, v, decay, theta, kv, z = grads
+    masks = (None, None, None)
+    present = [
+        None if x is None else grad
+        for x, grad in zip((arrays[3], arrays[4], arrays[8], arrays[9]), (decay, theta, kv, z), strict=True)
+    ]
+    return (q, k, v, present[0], present[1], *masks, present[2], present[3], *none)
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op(
+    "linattn::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor? do, Tensor? dkv, Tensor? dz, Tensor? o, {ARRAYS}, {OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
+    do, dkv, dz, o = args[:4]
+    call, key = _call(args[4:14], args[14:])
+    problem = problem_of(call, needs_grad=True)
+    chosen = registry.choose(problem, registry.requested(key))
+    saved: Saved = route.saved_of(problem, call, call.initial_state, o)
+    if do is None:
+        do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+    grads = route.backward(problem, chosen, saved, do, _dstate(problem, call, dkv, dz))
+
+    def like(grad: Optional, x: Optional) -> Tensor:
+        return _nothing(problem, call.q) if grad is None or x is None else grad.to(x.dtype).contiguous()
+
+    state = call.initial_state
+    return (
+        like(grads.q, call.q),
+        like(grads.k, call.k),
+        like(grads.v, call.v),
+        like(grads.log_decay, call.log_decay),
+        like(grads.theta, args[8]),
+        like(grads.kv, None if state is None else state.kv),
+        like(grads.z, None if state is None else state.z),
+    )
+
+
+def _dstate(problem: Problem, call: Call, dkv: Optional, dz: Optional) -> State | None:
+    """The gradient of the returned state, with zeros for a part that nothing depends on."""
+    if dkv is None and dz is None:
+        return None
+    acc = getattr(torch, problem.accumulate)
+    shape = (problem.sequences, problem.heads, problem.f)
+    if dkv is None:
+        dkv = call.q.new_zeros(*shape, problem.e, dtype=acc)
+    if dz is None and problem.normalize:
+        dz = call.q.new_zeros(shape, dtype=acc)
+    return State(dkv, dz if problem.normalize else None, dkv.new_zeros(shape[:1], dtype=torch.int64))
+
+
+@_attention_backward.register_fake
+def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    nothing = args[4].new_empty(0, dtype=getattr(torch, accumulate_dtype(dtype_name(args[4]))))
+
+    def like(x: Optional) -> Tensor:
+        return nothing.clone() if x is None else x.new_empty(x.shape)
+
+    q, k, v, decay, theta, kv, z = (args[i] for i in (4, 5, 6, 7, 8, 12, 13))
+    return like(q), like(k), like(v), like(decay), like(theta), like(kv), like(z)
+
+
+def _no_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    """Nothing is kept: there is no second derivative."""
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise GradientError(
+        "double backward is not offered: gradients of linattn.attention cannot be differentiated again"
+    )
+
+
+_attention_backward.register_autograd(_no_double_backward, setup_context=_no_setup)
+
+
+@torch.library.custom_op(
+    "linattn::decode_step",
+    mutates_args=("kv", "z", "length"),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!)? z, Tensor(c!) length, Tensor? log_decay, "
+    "Tensor? theta, Tensor? slots, SymInt? max_len, str feature_map, bool normalize, float eps, float scale, "
+    "str precision, str backend) -> Tensor",
+)
+def _decode(*args: Any) -> Tensor:
+    call, state, key = _decode_call(args)
+    problem = problem_of(call)
+    chosen = registry.choose(problem, registry.requested(key))
+    return route.decode(problem, chosen, call, state).contiguous()  # type: ignore[no-any-return]
+
+
+@_decode.register_fake
+def _decode_fake(*args: Any) -> Tensor:
+    call, _, key = _decode_call(args)
+    registry.choose(problem_of(call), registry.requested(key))
+    return call.q.new_empty(call.q.shape[0], call.q.shape[2], call.v.shape[3])  # type: ignore[no-any-return]
+
+
+def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
+    (
+        q,
+        k,
+        v,
+        kv,
+        z,
+        length,
+        decay,
+        theta,
+        slots,
+        max_len,
+        feature_map,
+        normalize,
+        eps,
+        scale,
+        precision,
+        key,
+    ) = args
+    reweight: Any = LRPE(theta) if theta is not None else None if max_len is None else Cosine(max_len)
+    state = State(kv, z, length)
+    call = Call(
+        q[:, None], k[:, None], v[:, None], log_decay=decay, reweight=reweight, feature_map=feature_map or None,
+        normalize=normalize, eps=eps, scale=scale, initial_state=state, slots=slots, precision=precision,
+    )  # fmt: skip
+    return call, state, key
+
+
+def decode(call: Call, state: State, check: bool, backend: BackendLike) -> Tensor:
+    """`decode_step` for torch tensors; q, k, v with an axis of one token."""
+    call = _lowered(call)
+    if wants_grad(call):
+        raise GradientError(
+            "decode_step changes the state in place, so no gradient passes through it: use torch.no_grad(), "
+            "or attention with initial_state and return_state"
+        )
+    if torch.compiler.is_compiling():
+        return _decode_through_op(call, state, registry.key_of(backend))
+    _refuse_transforms(call)
+    if not _plain(call):
+        return _decode_through_op(call, state, registry.key_of(backend))
+    problem = problem_of(call)
+    check_values(call, device_too=check)
+    chosen = registry.choose(problem, registry.requested(backend))
+    return route.decode(problem, chosen, call, state)  # type: ignore[no-any-return]
+
+
+def _decode_through_op(call: Call, state: State, key: str) -> Tensor:
+    acc = accumulate_dtype(dtype_name(call.q))
+    decay, theta = call.log_decay, call.theta
+    if decay is not None and not isinstance(decay, Tensor):
+        decay = table(decay, call.q, acc)
+    if theta is not None and not isinstance(theta, Tensor):
+        theta = table(theta, call.q, acc)
+    if isinstance(call.reweight, Cosine) and call.reweight.max_len is None:
+        raise OptionError(
+            "Cosine() takes max_len from the length of the call, so it cannot be used with a state"
+        )
+    return torch.ops.linattn.decode_step(  # type: ignore[no-any-return]
+        call.q[:, 0], call.k[:, 0], call.v[:, 0], state.kv, state.z, state.length, decay, theta, call.slots,
+        call.max_len, call.feature_map or "", call.normalize, call.eps, call.scale, call.precision, key,
+    )  # fmt: skip
