@@ -20,8 +20,9 @@ COMMANDS = {
     "demo": "Verify, train, generate and draw, with no download.",
     "bench": "Time and memory, beside softmax attention.",
 }
-# what a subcommand may find missing -> the extra that brings it
+# what a subcommand may find missing -> the extra that brings it; three subcommands need more than one package
 EXTRAS = {"torch": "torch", "hypothesis": "testing", "safetensors": "models", "matplotlib": "models"}
+WITH_MODELS = ("train", "generate", "demo")
 DEBUG = "--debug"
 
 app = typer.Typer(

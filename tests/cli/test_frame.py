@@ -103,12 +103,13 @@ def test_the_exit_status_of_a_subcommand_is_the_command_s(subcommand):
     assert invoke("bench").exit_code == 1
 
 
-def test_a_missing_package_is_named_with_what_brings_it(subcommand):
+@pytest.mark.parametrize(("name", "extra"), [("bench", "torch"), ("train", "models")])
+def test_a_missing_package_is_named_with_what_brings_it(subcommand, name, extra):
     def needs_torch() -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     subcommand(needs_torch)
-    assert invoke("bench").stderr == "error: `linattn bench` needs torch: pip install 'linattn[torch]'\n"
+    assert invoke(name).stderr == f"error: `linattn {name}` needs torch: pip install 'linattn[{extra}]'\n"
 
 
 def test_an_unknown_option_or_subcommand_is_a_usage_error(subcommand):

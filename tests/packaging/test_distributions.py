@@ -154,13 +154,11 @@ def test_both_wheels_hold_the_same_files_once(built):
 
 
 def test_the_sdist_holds_what_testing_it_needs(built):
-    for leaf in (
-        "Makefile",
-        "LICENSE",
-        "README.md",
-        "CHANGELOG.md",
-        "tests/test_layout.py",
-        "docs/README.md",
-    ):
-        assert (built / "source" / leaf).is_file(), leaf
+    folders = [
+        path for name in ("tests", "docs") for path in (built / "tree" / name).rglob("*") if path.is_file()
+    ]
+    wanted = {str(path.relative_to(built / "tree")) for path in folders}
+    wanted |= {"Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".ci/run"}
+    missing = {leaf for leaf in wanted if not (built / "source" / leaf).is_file()}
+    assert not missing
     assert (built / "source" / ".ci" / "run").stat().st_mode & 0o100
