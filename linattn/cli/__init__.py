@@ -75,9 +75,8 @@ def _run(name: str, arguments: list[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        raise LinattnError(
-            f"`linattn {name}` needs {package}: pip install 'linattn[{EXTRAS[package]}]'"
-        ) from error
+        extra = "models" if name in WITH_MODELS else EXTRAS[package]
+        raise LinattnError(f"`linattn {name}` needs {package}: pip install 'linattn[{extra}]'") from error
     return status if isinstance(status, int) else 0
 
 
