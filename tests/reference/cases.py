@@ -22,13 +22,15 @@ ALGORITHMS = {
     },
 }
 DECAYS = (0.0, 1e-3, 0.1, 1.0, 20.0, 60.0, np.inf)
+ROWS = ("whole", "packed", "lengths")
 
 
 @st.composite
-def calls(draw, *, causal: bool = True, longest: int = 9, rates: tuple[float, ...] = DECAYS) -> tuple:
+def calls(draw, *, causal: bool = True, longest: int = 9, rates: tuple = DECAYS, rows: tuple = ROWS) -> tuple:
     """(q, k, v, options). Values are at least 1/8 from 0, where relu has its corner."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
-    packed = draw(st.booleans(), label="packed")
+    kind = draw(st.sampled_from(rows), label="rows")
+    packed = kind == "packed"
     batch = 1 if packed else draw(st.integers(0, 2), label="batch")
     heads, d, e = (draw(st.integers(1, 3), label=name) for name in ("heads", "d", "e"))
     n = draw(st.integers(0, longest), label="n")
@@ -52,7 +54,7 @@ def calls(draw, *, causal: bool = True, longest: int = 9, rates: tuple[float, ..
         borders = np.sort(random.integers(0, n + 1, draw(st.integers(0, 3), label="borders")))
         options["cu_seqlens"] = np.array([0, *borders, n])
         sequences = len(borders) + 1
-    elif draw(st.booleans(), label="lengths"):
+    elif kind == "lengths":
         options["lengths"] = random.integers(0, n + 1, batch)
     if causal and draw(st.booleans(), label="initial state"):
         f = d if options.get("theta") is None else 2 * d

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -67,13 +68,14 @@ def test_the_definition_is_the_formula(seed, n, m, causal, normalize):
 
 
 @MANY
-@given(call=calls(), cut=st.floats(0, 1), first=st.sampled_from(CAUSAL), second=st.sampled_from(CAUSAL))
+@given(
+    call=calls(rows=("whole",)),
+    cut=st.floats(0, 1),
+    first=st.sampled_from(CAUSAL),
+    second=st.sampled_from(CAUSAL),
+)
 def test_a_sequence_may_be_split_anywhere(call, cut, first, second):
     q, k, v, options = call
-    for name in ("cu_seqlens", "lengths"):
-        options.pop(name, None)
-    if len(q) != len(options.get("initial_state", [q])[0]):
-        del options["initial_state"]
     whole, n = reference.attention(q, k, v, **options), round(cut * q.shape[1])
 
     def part(rows, state):
@@ -89,61 +91,56 @@ def test_a_sequence_may_be_split_anywhere(call, cut, first, second):
     assert_close((np.concatenate([left, right], axis=1), state), whole, allowed(q, k, v, **options))
 
 
-@MANY
-@given(call=calls())
-def test_every_algorithm_takes_packed_sequences_as_if_alone(call):
-    q, k, v, options = call
-    borders = options.pop("cu_seqlens", None)
-    if borders is None:
-        return
-    states = options.pop("initial_state", None)
-    for compute in ALGORITHMS.values():
-        o, (kv, z) = compute(q, k, v, **options, cu_seqlens=borders, initial_state=states)
-        for s in range(len(borders) - 1):
-            row = slice(borders[s], borders[s + 1])
-            own = {name: x[:, row] for name, x in options.items() if name == "key_mask" or np.ndim(x) == 3}
-            state = states and (
-                states[0][s : s + 1],
-                states[1] if states[1] is None else states[1][s : s + 1],
-            )
-            alone = compute(q[:, row], k[:, row], v[:, row], **{**options, **own, "initial_state": state})
-            np.testing.assert_array_equal(o[:, row], alone[0])
-            np.testing.assert_array_equal(kv[s], alone[1][0][0])
-            if z is not None:
-                np.testing.assert_array_equal(z[s], alone[1][1][0])
+def sequences(options, batch: int) -> list[tuple[int, int, int]]:
+    """(batch row, start, stop) of every sequence of a packed or padded call."""
+    if "cu_seqlens" in options:
+        return [(0, start, stop) for start, stop in pairwise(options["cu_seqlens"])]
+    return [(b, 0, options["lengths"][b]) for b in range(batch)]
 
 
 @MANY
-@given(call=calls(), causal=st.booleans())
-def test_lengths_cut_and_masks_zero(call, causal):
+@given(call=calls(rows=("packed", "lengths")), name=st.sampled_from(sorted(ALGORITHMS)))
+def test_packed_and_padded_sequences_are_as_if_alone(call, name):
     q, k, v, options = call
-    if len(q) != 1 or "lengths" not in options or np.ndim(options.get("log_decay")) == 3:
-        return
-    length = int(options.pop("lengths")[0])
-    if not causal:
-        options |= {"causal": False, "initial_state": None}
-    o, state = reference.attention(q, k, v, **options, lengths=[length])
-    mask = options.pop("key_mask", np.ones(k.shape[:2], bool))[:, :length]
+    compute, states = ALGORITHMS[name], options.get("initial_state")
+    o, (kv, z) = compute(q, k, v, **options)
+    outside = np.ones(o.shape, bool)
+    per_token = {"key_mask", "log_decay"} if np.ndim(options.get("log_decay")) == 3 else {"key_mask"}
+    common = {key: x for key, x in options.items() if key not in ("cu_seqlens", "lengths")}
+    for s, (b, start, stop) in enumerate(sequences(options, len(q))):
+        at = (slice(b, b + 1), slice(start, stop))
+        own = {key: x[at] for key, x in common.items() if key in per_token}
+        own["initial_state"] = states and tuple(None if x is None else x[s : s + 1] for x in states)
+        alone = compute(q[at], k[at], v[at], **{**common, **own})
+        np.testing.assert_array_equal(o[at], alone[0])
+        np.testing.assert_array_equal(kv[s], alone[1][0][0])
+        if z is not None:
+            np.testing.assert_array_equal(z[s], alone[1][1][0])
+        outside[at] = False
+    assert not o[outside].any()
+
+
+@MANY
+@given(call=st.booleans().flatmap(lambda causal: calls(causal=causal)))
+def test_a_masked_key_and_value_count_as_zero_after_the_feature_map(call):
+    q, k, v, options = call
+    name, mask = options.pop("feature_map"), options.pop("key_mask", np.zeros(k.shape[:2], bool))
+    o, state = reference.attention(q, k, v, **options, feature_map=name, key_mask=mask)
     shown = mask[..., None, None]
-    if options["feature_map"] == "elu+1":  # the only map with phi(0) != 0: apply it here
-        q, k = feature(q, "elu+1"), feature(k, "elu+1")
-        options["feature_map"] = None
-    arrays = q[:, :length], np.where(shown, k[:, :length], 0.0), np.where(shown, v[:, :length], 0.0)
-    expected = reference.attention(*arrays, **options)
-    assert not o[:, length:].any()
-    np.testing.assert_array_equal(o[:, :length], expected[0])
-    if causal:
-        np.testing.assert_array_equal(state[0], expected[1][0])
+    arrays = feature(q, name), np.where(shown, feature(k, name), 0.0), np.where(shown, v, 0.0)
+    expected, expected_state = reference.attention(*arrays, **options)
+    np.testing.assert_array_equal(o, expected)
+    for x, y in zip(state or (), expected_state or (), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @MANY
-@given(call=calls(causal=False))
+@given(call=calls(rows=("whole",)))
 def test_not_causal_is_both_directions_less_the_diagonal(call):
     q, k, v, options = call
-    if q.shape != k.shape or options["normalize"]:
-        return
-    for name in ("cu_seqlens", "lengths"):
-        options.pop(name, None)
+    options |= {"causal": False, "normalize": False, "initial_state": None}
+    if np.ndim(options.get("log_decay")) == 3:
+        del options["log_decay"]
     o, state = reference.attention(q, k, v, **options)
     assert state is None
     forward, _ = reference.attention(q, k, v, **{**options, "causal": True})

@@ -30,8 +30,8 @@ def loss(do, dstate, call: dict[str, Any]) -> tuple[float, float]:
 def assert_is_the_gradient(got: np.ndarray, direction: np.ndarray, at) -> None:
     r"""Compare the slope along a direction with two central differences.
 
-    Halving the step divides a central difference's error by 4, so the difference of the two is thrice the error
-    of the finer one. A wrong gradient does not widen this bound.
+    Halving the step divides a central difference's error by 4, so the difference of the two is thrice the
+    error of the finer one. A wrong gradient does not widen this bound.
     """
     slopes, errors = [], []
     for step in (STEP, STEP / 2):
