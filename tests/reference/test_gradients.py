@@ -77,7 +77,7 @@ def check(random: np.random.Generator, call: dict[str, Any]) -> dict[str, Any]:
     return got
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(st.data(), st.booleans(), st.integers(0, 2**32 - 1))
 def test_gradients_are_the_slopes_of_the_definition(data, causal, seed):
     q, k, v, options = data.draw(calls(causal=causal, longest=6, rates=RATES), label="call")
