@@ -1,0 +1,103 @@
+"""The sizes and choices of a TransNormerLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from linattn.errors import CheckpointError, OptionError, ValueRangeError
+
+SCHEDULES = ("released", "paper")
+
+
+@dataclass(frozen=True)
+class TransNormerConfig:
+    """What a TransNormerLM is made of.
+
+    vocab_size: 256 for bytes. hidden_dim: width of q, k, v and the gate, split into num_heads; may differ
+    from embed_dim. glu_dim: inner width of the channel mixer. decay_schedule: "released" or "paper"
+    (`linattn.decay.transnormer`). linear_use_lrpe_list: one 0 or 1 per layer, 1 where the layer has LRPE; ()
+    for none.
+    no_scale_embedding: leave out the factor sqrt(embed_dim) on the embeddings.
+
+    Raises ValueRangeError or OptionError for sizes below 1 and choices that do not exist or do not fit
+    together.
+    """
+
+    vocab_size: int = 256
+    embed_dim: int = 128
+    hidden_dim: int = 128
+    num_heads: int = 4
+    num_layers: int = 4
+    glu_dim: int = 384
+    decay_schedule: str = "released"
+    linear_use_lrpe_list: tuple[int, ...] = ()
+    no_scale_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embed_dim", "hidden_dim", "num_heads", "num_layers", "glu_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueRangeError(f"{name} must be an int of at least 1, got {value!r}")
+        if self.hidden_dim % self.num_heads:
+            raise OptionError(
+                f"num_heads must divide hidden_dim, got {self.num_heads} heads, width {self.hidden_dim}"
+            )
+        if self.decay_schedule not in SCHEDULES:
+            raise OptionError(
+                f"decay_schedule must be one of {', '.join(SCHEDULES)}, got {self.decay_schedule!r}"
+            )
+        use = tuple(self.linear_use_lrpe_list)
+        if len(use) not in (0, self.num_layers) or any(entry not in (0, 1) for entry in use):
+            raise OptionError(
+                f"linear_use_lrpe_list must hold a 0 or 1 for each of {self.num_layers} layers, "
+                f"or nothing, got {use}"
+            )
+        object.__setattr__(self, "linear_use_lrpe_list", use)
+
+    def uses_lrpe(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) has LRPE."""
+        return bool(self.linear_use_lrpe_list) and bool(self.linear_use_lrpe_list[layer])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them."""
+        return dataclasses.asdict(self) | {"linear_use_lrpe_list": list(self.linear_use_lrpe_list)}
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> TransNormerConfig:
+        """Read what `to_dict` wrote. Raises CheckpointError for unknown fields and bad values."""
+        known = {field.name for field in dataclasses.fields(TransNormerConfig)}
+        if unknown := sorted(set(fields) - known):
+            raise CheckpointError(f"the configuration has unknown fields: {', '.join(unknown)}")
+        use = fields.get("linear_use_lrpe_list", ())
+        if not isinstance(use, (list, tuple)):
+            raise CheckpointError(
+                f"the configuration is damaged: linear_use_lrpe_list must be a list, got {use!r}"
+            )
+        try:
+            return TransNormerConfig(**{**fields, "linear_use_lrpe_list": tuple(use)})
+        except (ValueRangeError, OptionError) as error:
+            raise CheckpointError(f"the configuration is damaged: {error}") from error
+
+
+# tiny is what two CPU cores can teach in two minutes; small wants an hour or a GPU.
+PRESETS = {
+    "tiny": TransNormerConfig(
+        embed_dim=128,
+        hidden_dim=128,
+        num_heads=4,
+        num_layers=4,
+        glu_dim=384,
+        linear_use_lrpe_list=(1, 0, 0, 0),
+    ),
+    "small": TransNormerConfig(
+        embed_dim=512,
+        hidden_dim=512,
+        num_heads=8,
+        num_layers=8,
+        glu_dim=1408,
+        linear_use_lrpe_list=(1, *[0] * 7),
+    ),
+}

@@ -1,0 +1,174 @@
+"""TransNormerLLM as a small language model in plain torch, with the released parameter names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+import linattn
+from linattn import decay
+from linattn.errors import DtypeError, ShapeError, StateError, ValueRangeError
+from linattn.models.config import PRESETS, TransNormerConfig
+from linattn.nn import SGLU, GatedLinearAttention, SimpleRMSNorm
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+__all__ = ["PRESETS", "TransNormerConfig", "TransNormerLM", "TransNormerLayer"]
+
+
+class TransNormerLayer(nn.Module):
+    """x += token_mixer(SRMS(x)), then x += channel_mixer(SRMS(x)); `index` counts layers from 0."""
+
+    def __init__(self, config: TransNormerConfig, index: int) -> None:
+        super().__init__()
+        self.norm = SimpleRMSNorm()
+        self.token_mixer = GatedLinearAttention(
+            config.embed_dim,
+            config.hidden_dim,
+            config.num_heads,
+            log_decay=decay.transnormer(
+                config.num_heads, index, config.num_layers, schedule=config.decay_schedule
+            ),
+            use_lrpe=config.uses_lrpe(index),
+        )
+        self.channel_mixer = SGLU(config.embed_dim, config.glu_dim)
+
+    def forward(
+        self,
+        x: Float[torch.Tensor, "b n e"],
+        state: linattn.State | None,
+        return_state: bool,
+        lengths: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, linattn.State | None]:
+        """Return the layer's output and, if asked for, its state after the last token."""
+        out = self.token_mixer(
+            self.norm(x),
+            state=state,
+            return_state=return_state,
+            lengths=lengths,
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+        )
+        mixed, after = out if return_state else (out, None)
+        x = x + mixed
+        return x + self.channel_mixer(self.norm(x)), after
+
+    def step(self, x: Float[torch.Tensor, "b e"], state: linattn.State) -> Float[torch.Tensor, "b e"]:
+        """Take one more token per row; the state moves on in place."""
+        x = x + self.token_mixer.step(self.norm(x), state)
+        mixed: torch.Tensor = x + self.channel_mixer(self.norm(x))
+        return mixed
+
+
+class TransNormerLM(nn.Module):
+    """A causal language model of TransNormer layers: token ids in, logits out.
+
+    Parameters: `embed_tokens`, `layers.N.token_mixer.{qkvu_proj, out_proj, lrpe.theta}`,
+    `layers.N.channel_mixer.{l1, l2, l3}`, `lm_head`; the norms have none, the decays are no parameters.
+    The memory of a text is one `State` per layer, of a size that does not depend on the text's length.
+
+    Source: TransNormerLLM, arXiv:2307.14995; the order of residuals, the embedding's scale and the untied
+    head are the released code's.
+    """
+
+    def __init__(self, config: TransNormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.layers = nn.ModuleList(TransNormerLayer(config, index) for index in range(config.num_layers))
+        self.norm = SimpleRMSNorm()
+        self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights: residual rows of variance 1, to which each layer adds little at first."""
+        config = self.config
+        scale = 1.0 if config.no_scale_embedding else math.sqrt(config.embed_dim)
+        nn.init.normal_(self.embed_tokens.weight, std=1.0 / scale)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2 and not name.startswith("embed_tokens"):
+                into_residual = name.endswith(("out_proj.weight", "l3.weight"))
+                gain = 1.0 / math.sqrt(2 * config.num_layers) if into_residual else 1.0
+                nn.init.normal_(weight, std=gain / math.sqrt(weight.shape[1]))
+        nn.init.zeros_(self.lm_head.weight)
+
+    def embed(self, ids: Int[torch.Tensor, "*b"]) -> Float[torch.Tensor, "*b e"]:
+        """Return x_0 = sqrt(embed_dim) * Emb[ids], or without the factor if the configuration says so."""
+        self._check_ids(ids)
+        x: torch.Tensor = self.embed_tokens(ids)
+        return x if self.config.no_scale_embedding else x * math.sqrt(self.config.embed_dim)
+
+    def forward(
+        self,
+        ids: Int[torch.Tensor, "b n"],
+        states: Sequence[linattn.State] | None = None,
+        lengths: Int[torch.Tensor, " b"] | None = None,
+        cu_seqlens: Int[torch.Tensor, " s1"] | None = None,
+        return_states: bool = False,
+        key_mask: Bool[torch.Tensor, "b n"] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[linattn.State]]:
+        """Return logits [b, n, vocab_size] and, with return_states, the states after the last tokens.
+
+        states: one per layer, from an earlier call, which this one continues; they are not changed.
+        lengths: real tokens per row when rows are padded on the right; key_mask: False on left padding.
+        cu_seqlens: b is 1 and n holds several texts back to back; then there is one state row per text.
+
+        Raises ShapeError, DtypeError or ValueRangeError for bad ids (values only where they lie on the host),
+        StateError for a wrong number of states, and what `linattn.attention` raises.
+        """
+        if ids.ndim != 2:
+            raise ShapeError(f"ids must have shape [b, n], got {tuple(ids.shape)}")
+        x = self.embed(ids)
+        before = [None] * len(self.layers) if states is None else self._check_states(states)
+        after = []
+        for layer, state in zip(self.layers, before, strict=True):
+            x, new = layer(x, state, return_states, lengths, key_mask, cu_seqlens)
+            after.append(new)
+        logits: torch.Tensor = self.lm_head(self.norm(x))
+        return (logits, after) if return_states else logits
+
+    def step(
+        self, ids: Int[torch.Tensor, " b"], states: Sequence[linattn.State]
+    ) -> Float[torch.Tensor, "b v"]:
+        """Take one more token per row and return its logits; the states move on in place. No gradients.
+
+        Time and memory do not depend on how much text came before. `initial_states` starts from nothing.
+        """
+        if ids.ndim != 1:
+            raise ShapeError(f"ids must have shape [b], one token per row, got {tuple(ids.shape)}")
+        with torch.no_grad():
+            x = self.embed(ids)
+            for layer, state in zip(self.layers, self._check_states(states), strict=True):
+                assert isinstance(layer, TransNormerLayer)
+                x = layer.step(x, state)
+            logits: torch.Tensor = self.lm_head(self.norm(x))
+        return logits
+
+    def initial_states(self, sequences: int) -> list[linattn.State]:
+        """Return the states of `sequences` texts before their first token."""
+        mixers = [layer.token_mixer for layer in self.layers if isinstance(layer, TransNormerLayer)]
+        return [mixer.initial_state(sequences) for mixer in mixers]
+
+    def _check_states(self, states: Sequence[linattn.State]) -> list[linattn.State]:
+        if len(states) != len(self.layers):
+            raise StateError(
+                f"states must hold one State for each of {len(self.layers)} layers, got {len(states)}"
+            )
+        return list(states)
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise DtypeError(f"ids must be int64 or int32, got {str(ids.dtype).removeprefix('torch.')}")
+        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+            return  # on a device, reading the values would synchronise
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueRangeError(f"ids must lie in 0 … {self.config.vocab_size - 1}, got {bad}")

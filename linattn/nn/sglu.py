@@ -1,0 +1,31 @@
+"""SGLU: a gated linear unit whose gate has no activation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class SGLU(nn.Module):
+    """W_3((W_1 x) * (W_2 x)), the channel mixer of TransNormerLLM.
+
+    `l1` and `l2` map embed_dim to glu_dim, `l3` maps back; no bias unless asked for, no activation.
+
+    Source: TransNormerLLM, arXiv:2307.14995, section 3.3; names from the released `GLU`.
+    """
+
+    def __init__(self, embed_dim: int, glu_dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.l1 = nn.Linear(embed_dim, glu_dim, bias=bias)
+        self.l2 = nn.Linear(embed_dim, glu_dim, bias=bias)
+        self.l3 = nn.Linear(glu_dim, embed_dim, bias=bias)
+
+    def forward(self, x: Float[torch.Tensor, "... e"]) -> Float[torch.Tensor, "... e"]:
+        """Mix the channels of every position on its own."""
+        mixed: torch.Tensor = self.l3(self.l1(x) * self.l2(x))
+        return mixed

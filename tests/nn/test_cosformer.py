@@ -1,0 +1,202 @@
+"""CosformerAttention against the paper's sum over pairs, and what the released module could not do."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from linattn.errors import LinattnError, OptionError, ShapeError, ValueRangeError
+from linattn.nn import CosformerAttention
+
+RELEASED = {f"{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")} | {
+    "out_proj.weight",
+    "out_proj.bias",
+}
+
+
+def defined(module, query, key, value, eps=1e-6, max_len=None):
+    """The paper's weights, pair by pair, in float64; arguments and result are [L, B, E]."""
+    parameter = {name: x.detach().numpy() for name, x in module.state_dict().items()}
+    heads = module.num_heads
+    length, batch, width = query.shape
+    d = width // heads
+    m = max_len or max(length, key.shape[0])
+
+    def project(name, x):
+        return x @ parameter[f"{name}_proj.weight"].T + parameter[f"{name}_proj.bias"]
+
+    def phi(x):
+        return (
+            np.maximum(x, 0.0)
+            if module.feature_map == "relu"
+            else np.where(x > 0, x + 1.0, np.exp(np.minimum(x, 0.0)))
+        )
+
+    q, k, v = phi(project("q", query)), phi(project("k", key)), project("v", value)
+    out = np.zeros((length, batch, width))
+    for b in range(batch):
+        for h in range(heads):
+            part = slice(h * d, (h + 1) * d)
+            for t in range(length):
+                numerator, denominator = np.zeros(d), 0.0
+                for s in range(t + 1 if module.causal else key.shape[0]):
+                    weight = q[t, b, part] @ k[s, b, part] * math.cos(math.pi * (t - s) / (2 * m))
+                    numerator += weight * v[s, b, part]
+                    denominator += weight
+                out[t, b, part] = numerator / max(denominator, eps)
+    return project("out", out) if module.has_outproj else out
+
+
+def close(got, want, terms):
+    """Equal up to the rounding of `terms` float64 additions of numbers as large as the largest."""
+    got = got.detach().numpy()
+    assert got.shape == want.shape and got.dtype == np.float64
+    assert np.isfinite(want).all()
+    allowed = 4 * np.finfo(np.float64).eps * terms * max(1.0, abs(want).max())
+    assert (abs(got - want) <= allowed).all(), f"{abs(got - want).max():.3e} > {allowed:.3e}"
+
+
+def make(seed=0, **options):
+    torch.manual_seed(seed)
+    return CosformerAttention(12, 3, **options).double()
+
+
+def noise(*shape, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.mark.parametrize("act_fun", ["relu", "elu"])
+@pytest.mark.parametrize("has_outproj", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_self_attention_is_the_papers_sum(causal, has_outproj, act_fun):
+    module, x = make(causal=causal, has_outproj=has_outproj, act_fun=act_fun), noise(7, 2, 12)
+    close(module(torch.from_numpy(x)), defined(module, x, x, x), terms=100)
+
+
+@pytest.mark.parametrize(("length", "source"), [(4, 9), (9, 4), (1, 5)])
+def test_cross_attention_takes_the_longer_length_for_its_cosine(length, source):
+    module = make(kdim=10, vdim=8)
+    query, key, value = noise(length, 2, 12), noise(source, 2, 10, seed=2), noise(source, 2, 8, seed=3)
+    close(module(*map(torch.from_numpy, (query, key, value))), defined(module, query, key, value), terms=100)
+
+
+def test_vdim_counts_without_kdim():
+    module = make(vdim=8)
+    assert module.v_proj.in_features == 8
+    x, value = noise(5, 2, 12), noise(5, 2, 8, seed=2)
+    close(module(torch.from_numpy(x), value=torch.from_numpy(value)), defined(module, x, x, value), terms=100)
+
+
+def test_batch_first_only_moves_the_axes():
+    module, x = make(causal=True, batch_first=True), noise(6, 2, 12)
+    out = module(torch.from_numpy(x).transpose(0, 1))
+    assert out.shape == (2, 6, 12)
+    close(out.transpose(0, 1), defined(module, x, x, x), terms=100)
+
+
+def test_a_small_denominator_is_clamped_not_shifted():
+    # weights below eps: o = num / eps; adding eps, or dividing by the sum, gives other numbers
+    module = make(causal=True, has_outproj=False)
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj"):
+            for parameter in getattr(module, name).parameters():
+                parameter *= 3e-4
+    x = noise(6, 2, 12)
+    want = defined(module, x, x, x)
+    assert abs(want).max() > 0 and abs(want - defined(module, x, x, x, eps=1e-9)).max() > 0.01
+    close(module(torch.from_numpy(x)), want, terms=100)
+    close(module(torch.from_numpy(x), eps=1e-3), defined(module, x, x, x, eps=1e-3), terms=100)
+
+
+def test_no_positive_query_gives_zero_and_finite_gradients():
+    module = make(causal=True, has_outproj=False)
+    with torch.no_grad():
+        module.q_proj.weight.zero_()
+        module.q_proj.bias.fill_(-1.0)
+    x = torch.from_numpy(noise(5, 2, 12)).requires_grad_()
+    out = module(x)
+    assert torch.equal(out, torch.zeros_like(out))
+    out.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_streaming_with_a_fixed_length_is_the_whole():
+    x = noise(9, 2, 12)
+    module = make(causal=True, max_len=20)
+    want = defined(module, x, x, x, max_len=20)
+    with torch.no_grad():
+        head, state = module(torch.from_numpy(x[:4]), return_state=True)
+        middle, state = module(torch.from_numpy(x[4:6]), state=state, return_state=True)
+        tail = [module.step(torch.from_numpy(row), state) for row in x[6:]]
+        close(torch.cat([head, middle, torch.stack(tail)]), want, terms=200)
+        state = module.initial_state(2)
+        close(torch.stack([module.step(torch.from_numpy(row), state) for row in x]), want, terms=200)
+    assert state.length.tolist() == [9, 9]
+
+
+def test_masked_keys_do_not_exist():
+    module, x = make(), noise(6, 2, 12)
+    poisoned = x.copy()
+    poisoned[4:] = np.nan
+    mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
+    got = module(torch.from_numpy(x), torch.from_numpy(poisoned), torch.from_numpy(poisoned), key_mask=mask)
+    want = defined(module, x, x[:4], x[:4])  # the cosine's length is that of the query in both
+    close(got, want, terms=100)
+
+
+def test_the_state_dict_is_the_released_one():
+    module = CosformerAttention(12, 3, kdim=10, vdim=8, has_outproj=False)
+    assert set(module.state_dict()) == RELEASED
+    assert module.k_proj.weight.shape == (12, 10) and module.v_proj.weight.shape == (12, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_the_causal_mask_says_nothing_new(dtype):
+    module, x = make(causal=True), torch.from_numpy(noise(5, 2, 12))
+    above = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    mask = above if dtype == torch.bool else torch.zeros(5, 5).masked_fill(above, -torch.inf)
+    assert torch.equal(module(x, attn_mask=mask), module(x))
+
+
+x5 = torch.zeros(5, 2, 12)
+REFUSED = [
+    (lambda: CosformerAttention(12, 5), OptionError, "num_heads must divide embed_dim"),
+    (lambda: CosformerAttention(12, 3, act_fun="gelu"), OptionError, "act_fun must be one of relu, elu"),
+    (
+        lambda: make(causal=True).float()(x5[:1], x5, x5),
+        ShapeError,
+        "causal attention needs query and key of one",
+    ),
+    (lambda: make(causal=True).float()(x5, x5[:1], x5[:1]), ShapeError, "got 5 and 1"),
+    (lambda: make().float()(x5, x5[:3]), ShapeError, "a missing value is the query"),
+    (lambda: make().float()(x5[0]), ShapeError, "must have 3 axes"),
+    (lambda: make().float()(x5[..., :7]), ShapeError, "query must be 12 wide"),
+    (
+        lambda: make().float()(x5, attn_mask=torch.zeros(5, 5)),
+        OptionError,
+        "attn_mask must be None when causal=False",
+    ),
+    (
+        lambda: make(causal=True).float()(x5, attn_mask=torch.zeros(5, 5)),
+        OptionError,
+        "may only be the causal mask",
+    ),
+    (
+        lambda: make(causal=True).float()(x5, attn_mask=torch.zeros(4, 4)),
+        OptionError,
+        r"must be the causal mask \(5, 5\)",
+    ),
+    (lambda: make(causal=True).float()(x5, return_state=True), OptionError, "takes max_len from the length"),
+    (lambda: make(causal=True, max_len=4).float()(x5), ValueRangeError, "max_len=4"),
+    (lambda: make().float().step(x5[0], None), OptionError, "step needs causal=True"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "sentence"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_refusals(call, error, sentence):
+    with pytest.raises(error, match=sentence) as caught:
+        call()
+    assert isinstance(caught.value, LinattnError)

@@ -1,0 +1,100 @@
+"""The parts of TransNormerLLM one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import linattn
+from linattn.errors import OptionError, ShapeError
+from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm
+
+EPS = np.finfo(np.float64).eps
+
+
+def gla(**options):
+    torch.manual_seed(0)
+    options = {"log_decay": linattn.decay.alibi(3), "use_lrpe": True} | options
+    return GatedLinearAttention(10, 12, 3, **options)
+
+
+def test_norm_is_the_formula_and_leaves_zero_rows_alone():
+    x = np.random.default_rng(0).standard_normal((4, 5)) * np.array([[1e-3], [1.0], [1e3], [0.0]])
+    got = SimpleRMSNorm()(torch.from_numpy(x)).numpy()
+    want = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    assert (abs(got - want) <= 8 * EPS * abs(want)).all()
+    assert (got[3] == 0).all()
+
+
+def test_norm_of_bfloat16_rounds_once():
+    # squares taken in bfloat16, or float16's overflow at 300^2, would show here
+    for dtype in (torch.bfloat16, torch.float16):
+        x = (torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 300).to(dtype)
+        assert SimpleRMSNorm()(x).dtype == dtype
+        assert torch.equal(SimpleRMSNorm()(x), SimpleRMSNorm()(x.float()).to(dtype))
+
+
+def test_sglu_names_its_matrices_as_released():
+    module = SGLU(3, 5).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    w = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    assert {name: tuple(x.shape) for name, x in w.items()} == {
+        "l1.weight": (5, 3),
+        "l2.weight": (5, 3),
+        "l3.weight": (3, 5),
+    }
+    want = ((x @ w["l1.weight"].T) * (x @ w["l2.weight"].T)) @ w["l3.weight"].T
+    assert (abs(module(x) - want) <= 64 * EPS).all()
+
+
+def test_lrpe_keeps_the_released_shape_and_angles():
+    module = Lrpe(2, 3)
+    index = np.arange(6.0).reshape(2, 1, 3)
+    assert module.theta.shape == (2, 1, 3)
+    assert np.allclose(
+        module.theta.detach().numpy(), 10000.0 ** (-index / 3), rtol=float(np.finfo(np.float32).eps)
+    )
+    assert module().theta.requires_grad and module().theta.shape == (2, 3)
+
+
+def test_half_precision_modules_keep_wide_angles_and_exact_decays():
+    table = linattn.decay.transnormer(3, 1, 4)
+    module = gla(log_decay=table).to(torch.bfloat16)
+    assert module.log_decay.dtype == torch.float64
+    assert (module.log_decay.numpy() == table).all()
+    assert module.lrpe().theta.dtype == torch.float32
+    out, state = module(torch.randn(1, 5, 10, dtype=torch.bfloat16), return_state=True)
+    assert out.dtype == torch.bfloat16 and state.kv.dtype == torch.float32
+
+
+def test_decays_are_no_part_of_the_state_dict():
+    assert set(gla().state_dict()) == {"qkvu_proj.weight", "out_proj.weight", "lrpe.theta"}
+    assert set(gla(use_lrpe=False, log_decay=None).state_dict()) == {"qkvu_proj.weight", "out_proj.weight"}
+
+
+def test_gradients_reach_every_parameter():
+    module = gla()
+    module(torch.randn(2, 6, 10)).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("use_lrpe", [True, False])
+def test_pieces_and_steps_are_the_whole(use_lrpe):
+    module, x = gla(use_lrpe=use_lrpe).double(), torch.randn(2, 9, 10, dtype=torch.float64)
+    with torch.no_grad():
+        want = module(x)
+        first, state = module(x[:, :4], return_state=True)
+        second = module(x[:, 4:], state=state)
+        fresh = module.initial_state(2)
+        steps = torch.stack([module.step(x[:, t], fresh) for t in range(9)], 1)
+    for got in (torch.cat([first, second], 1), steps):
+        assert (abs(got - want) <= 1000 * EPS * max(1.0, float(abs(want).max()))).all()
+
+
+def test_refusals():
+    with pytest.raises(OptionError, match="num_heads must divide hidden_dim, got 5 heads and width 12"):
+        GatedLinearAttention(10, 12, 5)
+    with pytest.raises(ShapeError, match=r"log_decay must have shape \(3,\)"):
+        gla(log_decay=np.zeros(4))
