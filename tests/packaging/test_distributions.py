@@ -162,3 +162,30 @@ def test_the_sdist_holds_what_testing_it_needs(built):
     missing = {leaf for leaf in wanted if not (built / "source" / leaf).is_file()}
     assert not missing
     assert (built / "source" / ".ci" / "run").stat().st_mode & 0o100
+
+
+def test_an_installed_entry_point_is_a_backend_by_name(built, tmp_path):
+    packages = environment(tmp_path / "env", ["numpy"])
+    (wheel,) = (built / "wheel").iterdir()
+    install(wheel, packages)
+    page = (ROOT / "docs" / "add-a-backend.md").read_text()
+    (packages / "tiny.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    facts = packages / "tiny-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[linattn.backends]\ntiny = tiny:backend\n")
+    code = """
+import linattn, numpy as np
+assert linattn.available_backends()["tiny"] is None
+x = np.ones((1, 3, 1, 1))
+with linattn.use_backend("tiny"):
+    print(linattn.attention(x, x, x).ravel().tolist())
+print(linattn.explain(x, x, x, feature_map="relu", backend=["tiny", "numpy"]))
+"""
+    shown = python(tmp_path / "env" / "bin" / "python", "-c", code, cwd=tmp_path)
+    numbers, _, *reasons = shown.splitlines()
+    assert numbers == "[1.0, 2.0, 3.0]"
+    assert [reason.split(maxsplit=1) for reason in reasons] == [
+        ["tiny", "tiny has no feature_map"],
+        ["numpy", "runs"],
+    ]
