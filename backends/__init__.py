@@ -32,6 +32,8 @@ class Saved:
     cu_seqlens: Array | None
     state: State | None
     o: Array | None  # needed only with normalize
+    want_log_decay: bool = True  # False: its gradient may be left out
+    want_theta: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ class Gradients:
 class Backend(Protocol):
     """One implementation of the specification.
 
-    name: what users write. arrays: the kinds it takes ("numpy", "torch", "cupy"), each with True if "auto" may
-    choose it for them, False if it wants to be named. Two more methods are optional, `Differentiable.backward`
-    and `Decoding.decode_step`. Without them the built-in backend for the same arrays differentiates, and
-    `forward` over one token decodes.
+    name: what users write. arrays: the kinds it takes ("numpy", "torch", "cupy"), each with True if "auto"
+    may choose it for them, False if it wants to be named. Two more methods are optional,
+    `Differentiable.backward` and `Decoding.decode_step`. Without them the built-in backend for the same
+    arrays differentiates, and `forward` over one token decodes.
     """
 
     name: str
@@ -82,7 +84,8 @@ class Backend(Protocol):
         cu_seqlens: Array | None,
         state: State | None,
     ) -> tuple[Array, State | None]:
-        """The work. q, k [B, N, H, D], v [B, N, H, E] -> o [B, N, H, E], and the final state if it is asked for.
+        """The work. q, k [B, N, H, D], v [B, N, H, E] -> o [B, N, H, E], and the final state if it is asked
+        for.
 
         log_decay [H] or [B, N, H] and theta [H, D] are in the accumulation dtype, beside q. The state has one
         row per sequence; it is not changed. `problem.slots` is handled by the caller.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ def _parts(problem: Problem) -> list[slice]:
     work = problem.batch * problem.n * problem.heads * problem.d * problem.e
     workers = 1 if work < SERIAL else min(problem.heads, os.cpu_count() or 1)
     edges = [problem.heads * i // workers for i in range(workers + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def _share(problem: Problem, work: Callable[[Problem, slice], T]) -> list[T]:

@@ -80,6 +80,7 @@ class ReferenceBackend:
             length = np.full(problem.batch, problem.n, dtype=np.int64)
         if state is not None:
             length = length + state.length
+        assert final is not None  # a state is asked for in causal calls only
         kv, z = final
         z = None if z is None else cast(z, problem.accumulate)
         kv = cast(kv, problem.accumulate)

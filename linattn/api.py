@@ -87,27 +87,29 @@ def attention(
         w[i, j] = scale · Σ_d φ(q)[i, d] φ(k)[j, d] cos(θ[h, d] (i - j)) Π_{j < t <= i} λ_t
         o[i] = Σ_{j <= i} w[i, j] v[j]              (every j, and decay λ^|i - j|, with causal=False)
 
-    q, k [B, N, H, D] and v [B, N, H, E] (M keys and values instead of N if not causal) -> o [B, N, H, E], in the
-    kind, device and dtype of q; `(o, State)` with return_state=True. Sums are float32 (float64 for float64).
+    q, k [B, N, H, D] and v [B, N, H, E] (M keys and values instead of N if not causal) -> o [B, N, H, E], in
+    the kind, device and dtype of q; `(o, State)` with return_state=True. Sums are float32 (float64 for
+    float64).
 
     log_decay: natural logarithm of the factor per token, <= 0; [H], or [B, N, H] if causal. -inf forgets all.
     reweight: None, `Cosine(max_len)` or `LRPE(theta)`. feature_map: None, "relu", "silu" or "elu+1".
     normalize: divide by the sum of the weights, not below eps. scale: 1 by default, neither paper scales.
     key_mask: True = attend; masked keys are dropped, their positions and decays still count.
     lengths: right-padded rows, tokens from there on do not exist. cu_seqlens: sequences back to back, B = 1.
-    initial_state, return_state: the memory before and after the call. slots: initial_state is a pool, sequence s
-    works on row slots[s] in place (-1: padding, outputs 0); for inference.
+    initial_state, return_state: the memory before and after the call. slots: initial_state is a pool,
+    sequence s works on row slots[s] in place (-1: padding, outputs 0); for inference.
     precision: "tf32" lets float32 products use it. check: read values on a device too (synchronises).
     batch_invariant: the same plan, and so the same bits, for every batch size.
     backend: "auto", a name, names in order, or a Backend; an explicit one never falls back.
 
     Raises a class of `linattn.errors`: ArgumentTypeError, ShapeError, DtypeError, DeviceError, OptionError,
     ValueRangeError (values on the host), StateError, UnknownBackendError, UnsupportedError.
-    Sources: Qin et al. 2022 (cosFormer), 2023 (TransNormerLLM), 2024 (Lightning Attention-2, arXiv:2401.04658).
+    Sources: Qin et al. 2022 (cosFormer), 2023 (TransNormerLLM), 2024 (Lightning Attention-2,
+    arXiv:2401.04658).
     """
     call = Call(
-        q, k, v, log_decay, reweight, feature_map, normalize, eps, causal, scale, key_mask, lengths, cu_seqlens,
-        initial_state, return_state, slots, precision, batch_invariant,
+        q, k, v, log_decay, reweight, feature_map, normalize, eps, causal, scale, key_mask, lengths,
+        cu_seqlens, initial_state, return_state, slots, precision, batch_invariant,
     )  # fmt: skip
     o, state = _run(call, check, backend)
     return (o, state) if return_state else o
@@ -137,8 +139,8 @@ def cosformer_attention(
 ) -> Any:
     """cosFormer: relu features, weights cos(π/2 · (i - j) / max_len), each row divided by its sum.
 
-    Shapes, errors and the further keywords are `attention`'s. max_len=None takes the longer length of the call, as
-    the released module does; give it to stream, pack or keep a state.
+    Shapes, errors and the further keywords are `attention`'s. max_len=None takes the longer length of the
+    call, as the released module does; give it to stream, pack or keep a state.
 
     Source: Qin et al. 2022, https://arxiv.org/abs/2202.08791, section 3.3; `CosformerAttention.forward`.
     """
@@ -157,7 +159,8 @@ def lightning_attention(
     log_decay: Float[Array, " h"] | Float[Array, "b n h"] | None,
     **keywords: Any,
 ) -> Any:
-    """Lightning Attention's sum: o[i] = Σ_{j <= i} λ^(i - j) (q[i] · k[j]) v[j]; no feature map, scale or divisor.
+    """Lightning Attention's sum: o[i] = Σ_{j <= i} λ^(i - j) (q[i] · k[j]) v[j]; no feature map, scale or
+    divisor.
 
     Shapes, errors and the further keywords are `attention`'s. log_decay is ln λ: minus the paper's "slope".
 

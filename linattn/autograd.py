@@ -9,7 +9,6 @@ import torch
 
 from linattn import registry, route
 from linattn.arrays import accumulate_dtype, dtype_name, table
-from linattn.backends import Saved
 from linattn.checks import Call, problem_of, sequences_of
 from linattn.errors import GradientError, OptionError
 from linattn.problem import Problem
@@ -26,8 +25,8 @@ ARRAYS = (
     "Tensor? cu_seqlens, Tensor? kv, Tensor? z"
 )
 OPTIONS = (
-    "SymInt? max_len, str feature_map, bool normalize, float eps, bool causal, float scale, bool return_state, "
-    "str precision, bool batch_invariant, str backend"
+    "SymInt? max_len, str feature_map, bool normalize, float eps, bool causal, float scale, "
+    "bool return_state, str precision, bool batch_invariant, str backend"
 )
 
 
@@ -55,7 +54,7 @@ def _lowered(call: Call) -> Call:
 
 
 def _refuse_transforms(call: Call) -> None:
-    """torch.func sees through no custom op that mutates or differentiates itself; forward mode has no rule."""
+    """torch.func and forward mode would need rules of their own; without them, no silent wrong answer."""
     tensors = [x for x in (call.q, call.k, call.v) if isinstance(x, Tensor)]
     if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
         raise GradientError(
@@ -64,20 +63,22 @@ def _refuse_transforms(call: Call) -> None:
         )
     if torch.autograd.forward_ad._current_level >= 0:
         for x in tensors:
-            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
                 raise GradientError(
                     "forward-mode derivatives are not offered; use reverse mode (backward, vjp)"
                 )
 
 
 def _plain(call: Call) -> bool:
-    """Ordinary tensors and no mode that wants to see ops: then a backend may run without going through one."""
-    modes: int = torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+    """Ordinary tensors and no mode that watches ops: then a backend may run without going through one."""
+    modes: int = torch._C._len_torch_dispatch_stack()
     return modes == 0 and all(type(x) in (Tensor, torch.nn.Parameter) for x in (call.q, call.k, call.v))
 
 
 def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | None]:
-    """`attention` for torch tensors: checked here unless a compiler is tracing, then through the op if needed."""
+    """`attention` for torch tensors: checked here unless a compiler is tracing, then through the op if
+    needed.
+    """
     call = _lowered(call)
     if torch.compiler.is_compiling():  # `use_backend` is read when the op runs: compilers cannot trace it
         key = registry.key_of(backend)
@@ -97,7 +98,7 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
 
 
 def _with_slots(call: Call, key: str) -> tuple[Tensor, State | None]:
-    """`slots` while compiling: the same gather, call and write-back, written where a compiler can see them."""
+    """`slots` while compiling: gather, call and write-back where a compiler can see them."""
     from linattn.slots import Slots
 
     assert call.initial_state is not None and call.slots is not None
@@ -121,8 +122,8 @@ def _through_op(call: Call, key: str) -> tuple[Tensor, State | None]:
     kv, z, length = (None, None, None) if state is None else (state.kv, state.z, state.length)
     o, new_kv, new_z = torch.ops.linattn.attention(
         call.q, call.k, call.v, decay, theta, call.key_mask, call.lengths, call.cu_seqlens, kv, z,
-        call.max_len, call.feature_map or "", call.normalize, call.eps, call.causal, call.scale, call.return_state,
-        call.precision, call.batch_invariant, key,
+        call.max_len, call.feature_map or "", call.normalize, call.eps, call.causal, call.scale,
+        call.return_state, call.precision, call.batch_invariant, key,
     )  # fmt: skip
     if not call.return_state:
         return o, None
@@ -132,7 +133,7 @@ def _through_op(call: Call, key: str) -> tuple[Tensor, State | None]:
     return o, State(new_kv, final_z, seen, call.feature_map, name, call.q.shape[3])
 
 
-def _tokens(call: Call) -> Tensor:
+def _tokens(call: Call) -> Any:
     if call.cu_seqlens is not None:
         cu = call.cu_seqlens.to(torch.int64)
         return cu[1:] - cu[:-1]
@@ -154,8 +155,8 @@ def _call(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Call, str]
     if kv is not None:
         state = State(kv, z, torch.zeros(kv.shape[:1], dtype=torch.int64, device=kv.device))
     call = Call(
-        q, k, v, decay, reweight, feature_map or None, normalize, eps, causal, scale, key_mask, lengths, cu_seqlens,
-        state, return_state, None, precision, invariant,
+        q, k, v, decay, reweight, feature_map or None, normalize, eps, causal, scale, key_mask, lengths,
+        cu_seqlens, state, return_state, None, precision, invariant,
     )  # fmt: skip
     return call, backend
 
@@ -207,13 +208,12 @@ def _backward(ctx: Any, do: Optional, dkv: Optional, dz: Optional) -> tuple[Any,
         return (*[None] * 10, *none)
     if not ctx.options[6]:
         dkv = dz = None
-    grads = torch.ops.linattn.attention_backward(do, dkv, dz, o, *arrays, *ctx.options)
+    wants = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+    grads = torch.ops.linattn.attention_backward(do, dkv, dz, o, *wants, *arrays, *ctx.options)
     q, k, v, decay, theta, kv, z = grads
     masks = (None, None, None)
-    present = [
-        None if x is None else grad
-        for x, grad in zip((arrays[3], arrays[4], arrays[8], arrays[9]), (decay, theta, kv, z), strict=True)
-    ]
+    wanted = (wants[0], wants[1], arrays[8] is not None, arrays[9] is not None)
+    present = [grad if want else None for want, grad in zip(wanted, (decay, theta, kv, z), strict=True)]
     return (q, k, v, present[0], present[1], *masks, present[2], present[3], *none)
 
 
@@ -223,15 +223,18 @@ _attention.register_autograd(_backward, setup_context=_setup)
 @torch.library.custom_op(
     "linattn::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor? do, Tensor? dkv, Tensor? dz, Tensor? o, {ARRAYS}, {OPTIONS}) -> "
+    schema=f"(Tensor? do, Tensor? dkv, Tensor? dz, Tensor? o, bool want_log_decay, bool want_theta, "
+    f"{ARRAYS}, {OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
-    do, dkv, dz, o = args[:4]
-    call, key = _call(args[4:14], args[14:])
+    do, dkv, dz, o, *wants = args[:6]
+    call, key = _call(args[6:16], args[16:])
     problem = problem_of(call, needs_grad=True)
     chosen = registry.choose(problem, registry.requested(key))
-    saved: Saved = route.saved_of(problem, call, call.initial_state, o)
+    saved = replace(
+        route.saved_of(problem, call, call.initial_state, o), want_log_decay=wants[0], want_theta=wants[1]
+    )
     if do is None:
         do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
     grads = route.backward(problem, chosen, saved, do, _dstate(problem, call, dkv, dz))
@@ -245,7 +248,7 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
         like(grads.k, call.k),
         like(grads.v, call.v),
         like(grads.log_decay, call.log_decay),
-        like(grads.theta, args[8]),
+        like(grads.theta, args[10]),
         like(grads.kv, None if state is None else state.kv),
         like(grads.z, None if state is None else state.z),
     )
@@ -266,12 +269,13 @@ def _dstate(problem: Problem, call: Call, dkv: Optional, dz: Optional) -> State 
 
 @_attention_backward.register_fake
 def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    nothing = args[4].new_empty(0, dtype=getattr(torch, accumulate_dtype(dtype_name(args[4]))))
+    nothing = args[6].new_empty(0, dtype=getattr(torch, accumulate_dtype(dtype_name(args[6]))))
 
     def like(x: Optional) -> Tensor:
         return nothing.clone() if x is None else x.new_empty(x.shape)
 
-    q, k, v, decay, theta, kv, z = (args[i] for i in (4, 5, 6, 7, 8, 12, 13))
+    q, k, v, decay, theta, kv, z = (args[i] for i in (6, 7, 8, 9, 10, 14, 15))
+    decay, theta = decay if args[4] else None, theta if args[5] else None
     return like(q), like(k), like(v), like(decay), like(theta), like(kv), like(z)
 
 
@@ -291,9 +295,9 @@ _attention_backward.register_autograd(_no_double_backward, setup_context=_no_set
 @torch.library.custom_op(
     "linattn::decode_step",
     mutates_args=("kv", "z", "length"),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!)? z, Tensor(c!) length, Tensor? log_decay, "
-    "Tensor? theta, Tensor? slots, SymInt? max_len, str feature_map, bool normalize, float eps, float scale, "
-    "str precision, str backend) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!)? z, Tensor(c!) length, "
+    "Tensor? log_decay, Tensor? theta, Tensor? slots, SymInt? max_len, str feature_map, bool normalize, "
+    "float eps, float scale, str precision, str backend) -> Tensor",
 )
 def _decode(*args: Any) -> Tensor:
     call, state, key = _decode_call(args)
@@ -331,8 +335,9 @@ def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
     reweight: Any = LRPE(theta) if theta is not None else None if max_len is None else Cosine(max_len)
     state = State(kv, z, length)
     call = Call(
-        q[:, None], k[:, None], v[:, None], log_decay=decay, reweight=reweight, feature_map=feature_map or None,
-        normalize=normalize, eps=eps, scale=scale, initial_state=state, slots=slots, precision=precision,
+        q[:, None], k[:, None], v[:, None], log_decay=decay, reweight=reweight,
+        feature_map=feature_map or None, normalize=normalize, eps=eps, scale=scale,
+        initial_state=state, slots=slots, precision=precision,
     )  # fmt: skip
     return call, state, key
 

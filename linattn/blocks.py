@@ -21,7 +21,7 @@ class Group:
 
 
 def block_size(problem: Problem) -> int:
-    """Positions in a block: the products inside a block cost C per token, those with the state cost D or E."""
+    """Positions in a block: products inside it cost C per token, those with the state D or E."""
     longest = max(problem.n, problem.m)
     if problem.packed and problem.sequences:
         longest = min(longest, 2 * longest // problem.sequences)  # mostly short sequences: short blocks
@@ -54,5 +54,7 @@ def groups(total: int, size: int, per_group: int) -> list[Group]:
 
 
 def packed_groups(blocks: int, size: int, per_group: int) -> list[Group]:
-    """Groups of a packed batch's block table; `start` counts blocks, every block has room for `size` positions."""
+    """Groups of a packed batch's block table; `start` counts blocks, every block has room for `size`
+    positions.
+    """
     return [Group(b, min(per_group, blocks - b), size) for b in range(0, blocks, per_group)]

@@ -11,6 +11,8 @@ FEATURE_MAPS = ("relu", "silu", "elu+1")
 
 def sigmoid(xp: Any, x: Array) -> Array:
     """1 / (1 + e^-x), without overflow on either side."""
+    if xp.__name__ == "torch":
+        return xp.sigmoid(x)
     small = xp.exp(-abs(x))
     return xp.where(x >= 0, 1.0 / (1.0 + small), small / (1.0 + small))
 
@@ -19,6 +21,8 @@ def apply(xp: Any, name: str | None, x: Array) -> Array:
     """phi(x), elementwise, in the dtype of `x`."""
     if name is None:
         return x
+    if xp.__name__ == "torch" and name in ("relu", "silu"):
+        return getattr(xp.nn.functional, name)(x)
     if name == "relu":
         return xp.where(x <= 0, 0.0, x)  # this way round a NaN stays a NaN
     if name == "silu":

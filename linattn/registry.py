@@ -26,7 +26,9 @@ _objects: dict[
 
 @functools.cache
 def known() -> dict[str, Backend]:
-    """Every backend by name: built-in ones in order of preference, then installed `linattn.backends` entry points."""
+    """Every backend by name: built-in ones in order of preference, then installed `linattn.backends` entry
+    points.
+    """
     from linattn.backends import BUILTIN
 
     found = [importlib.import_module(path).backend for path in BUILTIN]
@@ -109,7 +111,7 @@ def choose(problem: Problem, key: str) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(backend: str | Sequence[str]) -> Iterator[None]:
-    """Calls inside the block that leave `backend` at "auto" use this one. Raises UnknownBackendError at once."""
+    """Calls inside that leave `backend` at "auto" use this one. Raises UnknownBackendError at once."""
     key = key_of(backend)
     if key != "auto":
         for name in key.split(","):

@@ -12,7 +12,8 @@ from linattn.errors import ArgumentTypeError, ShapeError, ValueRangeError
 
 @dataclass(frozen=True)
 class Cosine:
-    """cosFormer's reweighting, cos(pi / 2 * (i - j) / max_len): near pairs weigh more, none weighs less than 0.
+    """cosFormer's reweighting, cos(pi / 2 * (i - j) / max_len): near pairs weigh more, none weighs less than
+    0.
 
     max_len: at least every length involved, state included. None takes the longer length of the call, as the
     released module does; then outputs depend on the length of the call, so it excludes states and packing.
@@ -42,7 +43,8 @@ class LRPE:
     theta: [H, D] angles in radians per token, any finite number; learnable when it is a tensor that requires
     grad. The released module's (H, 1, D) parameter is taken as it is.
 
-    Source: Qin et al. 2023, LRPE, https://arxiv.org/abs/2307.09270; TransNormerLLM, arXiv:2307.14995, section 3.1.
+    Source: Qin et al. 2023, LRPE, https://arxiv.org/abs/2307.09270; TransNormerLLM, arXiv:2307.14995, section
+    3.1.
     """
 
     theta: Array
@@ -57,7 +59,8 @@ class LRPE:
 
     @staticmethod
     def default_theta(heads: int, features: int) -> np.ndarray:
-        """Return the released initial angles, 10000^(-2 (h D + j) / (H D)): float64 [H, D], radians per token.
+        """Return the released initial angles, 10000^(-2 (h D + j) / (H D)): float64 [H, D], radians per
+        token.
 
         Raises ValueRangeError unless both sizes are at least 1.
         Source: `Lrpe` of the released TransNormerLLM code.

@@ -24,7 +24,8 @@ def _library() -> Any:
 def save(
     path: str | os.PathLike[str], tensors: Mapping[str, Array], facts: Mapping[str, str] | None = None
 ) -> None:
-    """Write `tensors` (all of one kind) and string `facts`; `path` keeps its old content until the new one is whole.
+    """Write `tensors` (all of one kind) and string `facts`; `path` keeps its old content until the new one is
+    whole.
 
     Raises CheckpointError if the folder is missing, unwritable or full.
     """
@@ -72,7 +73,9 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 def load(
     path: str | os.PathLike[str], kind: str = "numpy", device: str = "cpu"
 ) -> tuple[dict[str, Array], dict[str, str]]:
-    """Return the tensors and facts of a file. Raises CheckpointError if it is missing, truncated or not safetensors."""
+    """Return the tensors and facts of a file. Raises CheckpointError if it is missing, truncated or not
+    safetensors.
+    """
     library = _library()
     if kind not in ("numpy", "torch"):
         raise ArgumentTypeError(f"kind must be 'numpy' or 'torch', got {kind!r}")

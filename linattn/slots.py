@@ -40,9 +40,10 @@ class Slots:
 
     def write(self, pool: State, new: State) -> None:
         """Put new rows where the old ones came from; unnamed rows keep their bits."""
-        for target, values in ((pool.kv, new.kv), (pool.z, new.z), (pool.length, new.length)):
-            if target is None:
-                continue
+        pairs: list[tuple[Array, Array]] = [(pool.kv, new.kv), (pool.length, new.length)]
+        if pool.z is not None:
+            pairs.append((pool.z, new.z))
+        for target, values in pairs:
             if self.on_host:
                 target[self.index[self.real]] = values[self.real]
             else:

@@ -38,8 +38,10 @@ Reweight = Cosine | LRPE | None
 class State:
     """The memory of a causal call: S sequences, H heads; independent of any absolute position.
 
-    kv: [S, H, F, E], float32 (float64 for float64 calls), sum of decayed outer products phi(k) v, without `scale`.
-        F = D, or 2 D with reweighting: first the cosine part, then the sine part, in the frame of the last token.
+    kv: [S, H, F, E], float32 (float64 for float64 calls), sum of decayed outer products phi(k) v, without
+    `scale`.
+        F = D, or 2 D with reweighting: first the cosine part, then the sine part, in the frame of the last
+        token.
     z: [S, H, F], the same sums with 1 in place of v; None unless the call normalizes.
     length: [S] int64, tokens seen so far (masked ones count).
     feature_map, reweight ("cosine" | "lrpe"), d: the problem it belongs to; d is None when built by hand.
@@ -64,7 +66,8 @@ class State:
         feature_map: str | None = None,
         normalize: bool = False,
     ) -> State:
-        """Return the state of `sequences` sequences before their first token, on the device of the array `like`.
+        """Return the state of `sequences` sequences before their first token, on the device of the array
+        `like`.
 
         Its dtype is float64 if `like` is float64, else float32.
         """
@@ -98,7 +101,7 @@ class State:
         return self._map(lambda x: x.to(device=device))
 
     def select(self, rows: Any) -> State:
-        """The states of `rows` ([R] integers, repeats allowed: a beam search's reordering), as a new State."""
+        """The states of `rows` ([R] integers, repeats allowed: a beam's reordering), as a new State."""
         if kind_of(self.kv) == "torch":
             torch = namespace("torch")
             index = torch.as_tensor(rows, device=self.kv.device, dtype=torch.int64)
@@ -121,11 +124,9 @@ class State:
         missing = {"kv", "length"} - tensors.keys()
         if missing:
             raise StateError(f"{path} is not a saved State: it has no tensor {', '.join(sorted(missing))}")
-        d = facts.get("d")
-        return State(
-            tensors["kv"], tensors.get("z"), tensors["length"], facts.get("feature_map"), facts.get("reweight"),
-            None if d is None else int(d),
-        )  # fmt: skip
+        d = None if facts.get("d") is None else int(facts["d"])
+        parts = tensors["kv"], tensors.get("z"), tensors["length"]
+        return State(*parts, facts.get("feature_map"), facts.get("reweight"), d)
 
 
 def reweight_name(reweight: Reweight) -> str | None:
@@ -199,17 +200,18 @@ def merge_states(
 ) -> State:
     """Return the state after left's tokens and then right's: left advanced by right's length, plus right.
 
-    log_decay: [H], the call's decay per head. total_log_decay: [S, H], with per-token decay: the sum over right's
-    tokens. reweight: as in the call. `right` must have begun without an initial state. Lengths add.
+    log_decay: [H], the call's decay per head. total_log_decay: [S, H], with per-token decay: the sum over
+    right's tokens. reweight: as in the call. `right` must have begun without an initial state. Lengths add.
 
-    Raises StateError for states of two problems, OptionError if both decays are given, and ValueRangeError for
-    a decay above 0 on the host or a total length above Cosine's max_len.
+    Raises StateError for states of two problems, OptionError if both decays are given, and ValueRangeError
+    for a decay above 0 on the host or a total length above Cosine's max_len.
     """
     check_parts(left, "left")
     check_parts(right, "right")
     if tuple(left.kv.shape) != tuple(right.kv.shape) or (left.z is None) != (right.z is None):
         raise StateError(
-            f"left and right must hold the same sequences, got kv {tuple(left.kv.shape)} and {tuple(right.kv.shape)}"
+            "left and right must hold the same sequences of one problem, got kv "
+            f"{tuple(left.kv.shape)} and {tuple(right.kv.shape)}"
             + ("" if (left.z is None) == (right.z is None) else ", and only one of them has z")
         )
     if kind_of(left.kv) != kind_of(right.kv) or device_name(left.kv) != device_name(right.kv):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from linattn.arrays import Array, device_name, to_numpy
 from linattn.checks import Call
 from linattn.errors import ValueRangeError
 from linattn.reweight import Cosine
+
+Reader = Callable[[Array | None], np.ndarray | None]
 
 
 def check_values(call: Call, *, device_too: bool) -> None:
@@ -62,16 +66,16 @@ def check_log_decay(decay: np.ndarray) -> None:
 def check_slots(slots: np.ndarray, rows: int) -> None:
     """Refuse slots outside -1 … rows - 1, and a row named twice (-1 is padding and may repeat)."""
     if ((slots < -1) | (slots >= rows)).any():
-        raise ValueRangeError(f"slots must lie in 0 … {rows - 1} (or be -1 for padding), got {_short(slots)}")
+        raise ValueRangeError(f"slots must lie in 0 … {rows - 1} (-1: padding), got {_short(slots)}")
     named = slots[slots >= 0]
     if len(np.unique(named)) < len(named):
         raise ValueRangeError(f"slots must name each row once, got {_short(slots)}")
 
 
 def _check_positions(
-    call: Call, max_len: int, spans: np.ndarray | None, slots: np.ndarray | None, readable
-) -> None:  # type: ignore[no-untyped-def]
-    """With a state, length + N may not pass Cosine's max_len; padded and packed sequences count their own tokens."""
+    call: Call, max_len: int, spans: np.ndarray | None, slots: np.ndarray | None, readable: Reader
+) -> None:
+    """With a state, length + N may not pass Cosine's max_len; every sequence counts its own tokens."""
     if spans is None:
         if call.lengths is not None or call.cu_seqlens is not None:
             return  # they live on a device
@@ -85,7 +89,8 @@ def _check_positions(
         ends = ends + (before if slots is None else np.where(slots >= 0, before[np.maximum(slots, 0)], 0))
     if (ends > max_len).any():
         raise ValueRangeError(
-            f"Cosine(max_len={max_len}) is shorter than the {int(ends.max())} positions that state and call reach together"
+            f"Cosine(max_len={max_len}) is shorter than the {int(ends.max())} positions that state and call "
+            "reach together"
         )
 
 

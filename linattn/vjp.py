@@ -38,9 +38,9 @@ def attention_vjp(
 ) -> tuple[Any, Vjp]:
     """Run `attention` and return (out, vjp): out as `attention` returns it, vjp for its gradients.
 
-    `vjp(do, dstate=None)` takes do [B, N, H, E], and for a returned state a State of gradients (its length is not
-    read). It returns a dict: q, k, v in their dtypes; log_decay, theta (with LRPE) and initial_state (a State of
-    kv and z) where the call has them, in the accumulation dtype.
+    `vjp(do, dstate=None)` takes do [B, N, H, E], and for a returned state a State of gradients (its length is
+    not read). It returns a dict: q, k, v in their dtypes; log_decay, theta (with LRPE) and initial_state (a
+    State of kv and z) where the call has them, in the accumulation dtype.
 
     Keywords and errors are `attention`'s, without slots.
     """
@@ -113,8 +113,8 @@ def explain(
 ) -> Explanation:
     """Return which backend would run `attention(q, k, v, ...)`, and one sentence for each that would not.
 
-    Every known backend is listed; with an explicit `backend` only those. Keywords and errors are `attention`'s,
-    but a call that no backend takes is explained instead of raised.
+    Every known backend is listed; with an explicit `backend` only those. Keywords and errors are
+    `attention`'s, but a call that no backend takes is explained instead of raised.
     """
     call, check, backend = _call(q, k, v, keywords)
     needs_grad = False

@@ -84,7 +84,9 @@ def backward(problem: Problem, x: Inputs, o: Array | None, do: Array, dstate: St
 
 
 def _with_denominator(xp: Any, problem: Problem, x: Inputs, o: Array | None, do: Array) -> Array:
-    """The gradient of the sums: with z = max(den, eps), dnum = do / z and dden = -(do . o) / z where den > eps."""
+    """The gradient of the sums: with z = max(den, eps), dnum = do / z and dden = -(do . o) / z where den >
+    eps.
+    """
     do = cast(do, problem.accumulate)
     if not problem.normalize:
         return do
@@ -108,9 +110,9 @@ def _empty_sums(xp: Any, problem: Problem, x: Inputs, spare: int) -> Sums:
         return zeros_like_kind(a, (a.shape[0], a.shape[1] + spare, *a.shape[2:]), problem.accumulate)
 
     decay = theta = None
-    if problem.decay is not None:
+    if problem.decay is not None and x.want_log_decay:
         decay = zeros_like_kind(x.q, (problem.batch, problem.n + spare, problem.heads, 1), problem.accumulate)
-    if problem.reweight == "lrpe":
+    if problem.reweight == "lrpe" and x.want_theta:
         theta = zeros_like_kind(x.q, (problem.heads, problem.d), "float64")
     return Sums(sums(x.q), sums(x.k), sums(x.v), decay, theta)
 
@@ -124,13 +126,16 @@ def _one_way(
     width = problem.e + int(problem.normalize)
     carry = Carry(xp, way, initial(xp, problem, x.state, ones=False), width, x.q)
     before: list[list[Array]] = []  # per tile and block: the state that its queries read
+    single = len(way.tiles) == 1  # then the block of the first pass serves the second too
+    block = None
     for tile in way.tiles:
-        block = load(xp, way, tile, x, table, strict=strict, ones=False)
+        block = load(xp, way, tile, x, table, strict=strict, keys_only=not single)
         seen = carry.through(tile, table, written(xp, block), block.decays.total)
         before.append([cast(state, problem.accumulate) for state in seen])
     adjoint = _Adjoint(xp, way, _final_gradient(xp, problem, dstate), width, x.q)
     for tile, states in zip(reversed(way.tiles), reversed(before), strict=True):
-        block = load(xp, way, tile, x, table, strict=strict, ones=False)
+        if not single or block is None:
+            block = load(xp, way, tile, x, table, strict=strict)
         _tile(
             xp,
             way,

@@ -17,9 +17,11 @@ from linattn.problem import Problem
 
 @dataclass(frozen=True)
 class Decays:
-    """Decay factors of one tile; None stands for 1. Zeros select: what they multiply is dropped, NaN included."""
+    """Decay factors of one tile; None stands for 1. Zeros select: what they multiply is dropped, NaN
+    included.
+    """
 
-    pairs: Array  # [.. h c c] from key to query; without decay just the mask, as 0 and 1
+    pairs: Array  # [.. h c c] from key to query; without decay just the mask, as 0 and 1; None: not asked for
     to_query: Array | None  # [.. h c 1] from the block's start (that token's decay included) to a query
     to_end: Array | None  # [.. h c 1] from a key to the block's last token
     total: Array | None  # [.. h 1 1] over the whole block
@@ -39,7 +41,7 @@ class Angles:
 
 
 def angles(xp: Any, problem: Problem, theta: Array | None, size: int, like: Array) -> Angles | None:
-    """The table of rotations of a call, exact: products of float64 angles with integers below a block's size."""
+    """The rotations of a call, exact: float64 angles times integers up to a block's size."""
     if problem.reweight is None:
         return None
     steps = cast(xp.arange(size + 1, **on(like)), "float64")[:, None, None]
@@ -59,27 +61,35 @@ def _log_power(xp: Any, decay: Array, steps: Array) -> Array:
     return xp.where(steps > 0, xp.where(steps > 0, steps, 1) * decay, 0.0)
 
 
-def decays(xp: Any, cut: Cut, tile: Tile, log_decay: Array | None, like: Array, *, strict: bool) -> Decays:
-    """The factors of one tile. `strict` leaves a query's own token out (the second half of a two-sided sum)."""
+def decays(
+    xp: Any, cut: Cut, tile: Tile, log_decay: Array | None, like: Array, *, strict: bool, pairs: bool = True
+) -> Decays:
+    """The factors of one tile. `strict` leaves a query's own token out: half of a two-sided sum.
+
+    pairs=False forms only what the state needs.
+    """
     c = tile.group.size
     position = xp.arange(c, **on(like))
     lag = position[:, None] - position[None, :]
     seen = lag > 0 if strict else lag >= 0
     acc = cut.problem.accumulate
     if log_decay is None:
-        return Decays(cast(seen, acc), None, None, None)
+        return Decays(cast(seen, acc) if pairs else None, None, None, None)
     if cut.problem.decay == "head":
-        return _per_head(xp, tile, cast(log_decay, acc), position, lag, seen)
-    return _per_token(xp, cut, tile, log_decay, seen, acc)
+        return _per_head(xp, tile, cast(log_decay, acc), position, lag, seen, pairs)
+    return _per_token(xp, cut, tile, log_decay, seen, acc, pairs)
 
 
-def _per_head(xp: Any, tile: Tile, decay: Array, position: Array, lag: Array, seen: Array) -> Decays:
+def _per_head(
+    xp: Any, tile: Tile, decay: Array, position: Array, lag: Array, seen: Array, with_pairs: bool
+) -> Decays:
     c = tile.group.size
     steps = xp.arange(c + 1, **on(decay))
     power = xp.exp(_log_power(xp, decay[None, :], steps[:, None]))  # [m h]
-    pairs = xp.where(
-        seen, xp.exp(_log_power(xp, decay[:, None, None], xp.where(seen, lag, 0))), 0.0
-    )  # [h c c]
+    pairs = None
+    if with_pairs:
+        lagged = _log_power(xp, decay[:, None, None], xp.where(seen, lag, 0))
+        pairs = xp.where(seen, xp.exp(lagged), 0.0)  # [h c c]
     to_query = power[1:].swapaxes(0, 1)[..., None]  # [h c 1]
     if isinstance(tile.counts, int):
         to_end = xp.flip(power[: tile.counts], (0,)).swapaxes(0, 1)[..., None]
@@ -89,23 +99,28 @@ def _per_head(xp: Any, tile: Tile, decay: Array, position: Array, lag: Array, se
     return Decays(pairs, to_query, to_end, power[tile.counts][..., None, None])
 
 
-def _per_token(xp: Any, cut: Cut, tile: Tile, log_decay: Array, seen: Array, acc: str) -> Decays:
+def _per_token(
+    xp: Any, cut: Cut, tile: Tile, log_decay: Array, seen: Array, acc: str, with_pairs: bool
+) -> Decays:
     """Sums of log decays are formed directly from each key on, never as a difference of two long ones."""
     step = cut.read(tile, log_decay[..., None], acc)[..., 0]  # [r g h c]
     if tile.valid is not None:
         step = xp.where(tile.valid[:, :, None], step, 0.0)
-    c = tile.group.size
-    position = xp.arange(c, **on(step))
-    after = position[:, None] > position[None, :]
-    sums = xp.cumsum(xp.where(after, step[..., None], 0.0), -2)  # [r g h i j]: over j < t <= i
-    pairs = xp.where(seen, xp.exp(sums), 0.0)
+    pairs = None
+    if with_pairs:
+        position = xp.arange(tile.group.size, **on(step))
+        after = position[:, None] > position[None, :]
+        sums = xp.cumsum(xp.where(after, step[..., None], 0.0), -2)  # [r g h i j]: over j < t <= i
+        pairs = xp.where(seen, xp.exp(sums), 0.0)
     from_start = xp.cumsum(step, -1)
-    to_end = xp.exp(sums[..., -1, :])[..., None]
-    return Decays(pairs, xp.exp(from_start)[..., None], to_end, xp.exp(from_start[..., -1])[..., None, None])
+    after_key = xp.flip(xp.cumsum(xp.flip(step[..., 1:], (-1,)), -1), (-1,))  # [.. c - 1]: over t > j
+    to_end = xp.exp(xp.concatenate((after_key, xp.zeros_like(step[..., :1])), -1))
+    total = xp.exp(from_start[..., -1])[..., None, None]
+    return Decays(pairs, xp.exp(from_start)[..., None], to_end[..., None], total)
 
 
 def from_end(xp: Any, tile: Tile, like: Array) -> Array:
-    """r = counts - 1 - position, at least 0: [c], or [r g c] where blocks hold different numbers of tokens."""
+    """r = counts - 1 - position, at least 0: [c], or [r g c] where blocks differ."""
     position = xp.arange(tile.group.size, **on(like))
     if isinstance(tile.counts, int):
         return tile.counts - 1 - position

@@ -31,12 +31,15 @@ class Inputs:
     lengths: Array | None = None
     cu_seqlens: Array | None = None
     state: State | None = None
+    want_log_decay: bool = True
+    want_theta: bool = True
 
     @staticmethod
     def of(saved: Saved) -> Inputs:
         """The inputs that a backward pass gets back."""
         s = saved
-        return Inputs(s.q, s.k, s.v, s.log_decay, s.theta, s.key_mask, s.lengths, s.cu_seqlens, s.state)
+        arrays = s.q, s.k, s.v, s.log_decay, s.theta, s.key_mask, s.lengths, s.cu_seqlens, s.state
+        return Inputs(*arrays, s.want_log_decay, s.want_theta)
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,10 @@ class Block:
     q: Array  # [r g h c d] raw, accumulation dtype
     k: Array
     keep: Array | None  # [r g 1 c 1] bool, keys that exist and are not masked; None: all
-    fq: Array  # [r g h c f] scale * phi(q), expanded by the angles
+    fq: Array  # [r g h c f] scale * phi(q), expanded by the angles; None if only keys are asked for
     fk: Array  # [r g h c f] phi(k), expanded
     v: Array  # [r g h c w]
-    finite: bool  # v is known to hold no NaN and no infinity (on the host; a device is not asked)
+    finite: bool  # known to hold no NaN and no infinity (on the host; a device is not asked)
     decays: factors.Decays
 
 
@@ -73,50 +76,67 @@ def same_length(xp: Any, problem: Problem, x: Inputs) -> tuple[Problem, Inputs]:
 
 
 def load(
-    xp: Any, way: Cut, tile: Tile, x: Inputs, table: factors.Angles | None, *, strict: bool, ones: bool
+    xp: Any,
+    way: Cut,
+    tile: Tile,
+    x: Inputs,
+    table: factors.Angles | None,
+    *,
+    strict: bool,
+    ones: bool = False,
+    keys_only: bool = False,
 ) -> Block:
-    """Read a tile, apply the feature map, the masks and the angles."""
+    """Read a tile, apply the feature map, the masks and the angles.
+
+    ones: a column of ones for v, to sum the weights alone. keys_only: what the state needs.
+    """
     problem, acc = way.problem, way.problem.accumulate
-    q, k = way.read(tile, x.q, acc), way.read(tile, x.k, acc)
+    q, fq, k = None, None, way.read(tile, x.k, acc)
     keep = tile.valid
     if x.key_mask is not None:
         mask = way.read_mask(tile, x.key_mask)
         keep = mask if keep is None else keep & mask
     keep = None if keep is None else keep[:, :, None, :, None]
-    fq = features.apply(xp, problem.feature_map, q)
-    if problem.scale != 1.0:
-        fq = fq * problem.scale
+    if not keys_only:
+        q = way.read(tile, x.q, acc)
+        fq = features.apply(xp, problem.feature_map, q)
+        fq = fq * problem.scale if problem.scale != 1.0 else fq
     fk = features.apply(xp, problem.feature_map, k)
     if keep is not None:
         fk = xp.where(keep, fk, 0.0)
     if table is not None:
-        cos, sin = factors.expand_tables(xp, tile, table, acc, q)
-        fq = xp.concatenate((fq * cos, fq * sin), -1)
+        cos, sin = factors.expand_tables(xp, tile, table, acc, k)
+        fq = None if fq is None else xp.concatenate((fq * cos, fq * sin), -1)
         fk = xp.concatenate((fk * cos, fk * sin), -1)
     if ones:
-        v = xp.ones_like(q[..., :1])
+        v = xp.ones_like(k[..., :1])
     else:
         v = way.read(tile, x.v, acc)
         if keep is not None:
             v = xp.where(keep, v, 0.0)
         if problem.normalize:
             v = xp.concatenate((v, xp.ones_like(v[..., :1])), -1)
-    finite = device_name(v) == "cpu" and bool(xp.isfinite(v.sum()))
-    return Block(q, k, keep, fq, fk, v, finite, factors.decays(xp, way, tile, x.log_decay, q, strict=strict))
+    parts = [part for part in (fq, fk, v) if part is not None]
+    finite = device_name(v) == "cpu" and all(bool(xp.isfinite(part.sum())) for part in parts)
+    decays = factors.decays(xp, way, tile, x.log_decay, k, strict=strict, pairs=not keys_only)
+    return Block(q, k, keep, fq, fk, v, finite, decays)
 
 
-def selected(xp: Any, factor: Array | None, x: Array) -> Array:
-    """factor * x, where a factor of 0 drops x whatever it is."""
-    return x if factor is None else xp.where(factor > 0, x * factor, 0.0)
+def selected(xp: Any, factor: Array | None, x: Array, *, finite: bool = False) -> Array:
+    """factor * x, where a factor of 0 drops x whatever it is; for x known to be finite, the product does."""
+    if factor is None:
+        return x
+    return x * factor if finite else xp.where(factor > 0, x * factor, 0.0)
 
 
 def block_sum(xp: Any, block: Block) -> tuple[Array, Array]:
     """The sum over pairs inside each block [.. c w], and the weights [.. c c]."""
-    seen = block.decays.pairs
-    weights = xp.where(seen > 0, (block.fq @ block.fk.swapaxes(-1, -2)) * seen, 0.0)
-    v = block.v
+    seen, v = block.decays.pairs, block.v
+    scores = block.fq @ block.fk.swapaxes(-1, -2)
     if block.finite:
-        return weights @ v, weights
+        scores *= seen
+        return scores @ v, scores
+    weights = xp.where(seen > 0, scores * seen, 0.0)
     # A value that is not finite may be read only by queries that see its key: 0 * NaN is not 0.
     finite = xp.isfinite(v)
     spoiled = cast(seen > 0, dtype_name(v)) @ cast(~finite, dtype_name(v))
@@ -128,14 +148,23 @@ def written(xp: Any, block: Block) -> Array:
     """What each block adds to the state, in the frame of its last token: [.. f w]."""
     keys, v = block.fk, block.v
     if block.decays.to_end is not None:
-        keys = selected(xp, block.decays.to_end, keys)
+        keys = selected(xp, block.decays.to_end, keys, finite=block.finite)
         if not block.finite:
             v = xp.where(block.decays.to_end > 0, v, 0.0)
     return keys.swapaxes(-1, -2) @ v
 
 
+def from_state(xp: Any, block: Block, before: Array) -> Array:
+    """What each query reads of the state before its block: [.. c w]."""
+    if block.finite and bool(xp.isfinite(before.sum())):
+        return selected(xp, block.decays.to_query, block.fq, finite=True) @ before
+    return selected(xp, block.decays.to_query, block.fq @ before)
+
+
 class Carry:
-    """The state on its way through the blocks of a call; float64 where it is rotated, so that phases stay exact."""
+    """The state on its way through the blocks of a call; float64 where it is rotated, so that phases stay
+    exact.
+    """
 
     def __init__(self, xp: Any, way: Cut, start: Array | None, width: int, like: Array) -> None:
         problem = way.problem
@@ -154,7 +183,7 @@ class Carry:
     def through(
         self, tile: Tile, table: factors.Angles | None, add: Array, total: Array | None
     ) -> list[Array]:
-        """Advance over a tile's blocks; return, per block, the state before it seen from its end [r h f w]."""
+        """Advance over a tile; return, per block, the state before it seen from its end [r h f w]."""
         xp, seen = self.xp, []
         for g in range(tile.group.blocks):
             if tile.sequence is not None:
@@ -214,7 +243,7 @@ def one_way(
         seen = carry.through(tile, table, written(xp, block), block.decays.total)
         before = cast(xp.stack(seen, 1), problem.accumulate)
         o, _ = block_sum(xp, block)
-        o = o + selected(xp, block.decays.to_query, block.fq @ before)
+        o += from_state(xp, block, before)
         if not raw:
             o = divide(xp, problem, o)
         if tile.valid is not None:
@@ -244,7 +273,9 @@ def both_ways(xp: Any, problem: Problem, x: Inputs, *, ones: bool = False) -> Ar
 
 
 def forward(problem: Problem, x: Inputs, out: Array | None = None) -> tuple[Array, State | None]:
-    """The whole call: o [b n h e] in q's dtype (into `out` if given), and the final state if the problem asks for it."""
+    """The whole call: o [b n h e] in q's dtype (into `out` if given), and the final state if the problem asks
+    for it.
+    """
     xp = namespace(problem.kind)
     n = problem.n
     if not problem.causal:

@@ -40,7 +40,7 @@ class Cut:
     empty: Array | None = None  # packed: [s] bool, sequences without any token
 
     def read(self, tile: Tile, x: Array, dtype: str) -> Array:
-        """x [b n h *] -> [r g h c *], contiguous, in `dtype`; positions without a token repeat another one."""
+        """x [b n h *] -> [r g h c *], contiguous, in `dtype`; empty positions repeat some token."""
         g = tile.group
         if tile.index is None:
             part = x[:, g.start : g.start + g.blocks * g.size]
@@ -64,7 +64,9 @@ class Cut:
         return mask[self.xp.arange(mask.shape[0], **on(mask))[:, None, None], tile.index]
 
     def write(self, tile: Tile, out: Array, values: Array, *, add: bool = False) -> None:
-        """values [r g h c *] into out [b n h *]; a packed `out` has one row more, for positions without a token."""
+        """values [r g h c *] into out [b n h *]; a packed `out` has one row more, for positions without a
+        token.
+        """
         g = tile.group
         values = cast(values, dtype_name(out)).swapaxes(2, 3)
         if tile.index is None:
@@ -110,10 +112,9 @@ def _plain(
             yield Tile(group, None, None, group.size)
             continue
         if lengths is None:
-            index = n - 1 - (np.arange(group.blocks * group.size) + group.start)
-            yield Tile(
-                group, _host(xp, problem, index.reshape(1, group.blocks, group.size)), None, group.size
-            )
+            backwards = n - 1 - group.start - np.arange(group.blocks * group.size)
+            tokens = _host(xp, problem, backwards.reshape(1, group.blocks, group.size))
+            yield Tile(group, tokens, None, group.size)
             continue
         where = on(lengths)
         start = group.start + xp.arange(group.blocks, **where) * group.size
@@ -132,7 +133,9 @@ def _host(xp: Any, problem: Problem, x: np.ndarray) -> Array:
 
 
 def _packed(xp: Any, problem: Problem, cu_seqlens: Array, size: int, per_group: int, reverse: bool) -> Cut:
-    """The block table of a packed batch: on the host exact, on a device of a size that needs no look at the data."""
+    """The block table of a packed batch: on the host exact, on a device of a size that needs no look at the
+    data.
+    """
     on_host = device_name(cu_seqlens) == "cpu"
     table: Any = np if on_host else xp
     cu = to_numpy(cu_seqlens).astype(np.int64) if on_host else cast(cu_seqlens, "int64")
