@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/linattn demo
+	$(BIN)/linattn demo --out out/demo
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
