@@ -156,9 +156,13 @@ def written(xp: Any, block: Block) -> Array:
 
 def from_state(xp: Any, block: Block, before: Array) -> Array:
     """What each query reads of the state before its block: [.. c w]."""
+    factor = block.decays.to_query
+    if factor is None:
+        return block.fq @ before
+    read = (block.fq * factor) @ before
     if block.finite and bool(xp.isfinite(before.sum())):
-        return selected(xp, block.decays.to_query, block.fq, finite=True) @ before
-    return selected(xp, block.decays.to_query, block.fq @ before)
+        return read
+    return xp.where(factor > 0, read, 0.0)  # the same bits, but what is forgotten stays forgotten
 
 
 class Carry:
