@@ -1,0 +1,128 @@
+"""`linattn demo`: everything once, on text that every Python installation has."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from linattn.models import TransNormerLM
+    from linattn.train import Text
+
+SAMPLE_BYTES = 700
+PROMPT = "def read_text(self, "
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the sample and the picture.")] = Path(
+        "demo-output"
+    ),
+    seconds: Annotated[float, typer.Option(help="How long to train.")] = 120.0,
+    seed: Annotated[
+        int, typer.Option(help="Fixes the first weights, the order of the text and the sample.")
+    ] = 0,
+    verify: Annotated[bool, typer.Option(help="Whether to verify the backends first.")] = True,
+) -> None:
+    """List the backends, verify them, train a model, let it write, and draw what it looks at.
+
+    Needs no download: the text is the standard library's own sources, with the help topics of pydoc among
+    them.
+    """
+    from linattn.errors import ValueRangeError
+    from linattn.train.checkpoint import prepare
+
+    if not seconds > 0:
+        raise ValueRangeError(f"--seconds must be above 0, got {seconds}")
+    prepare(out)
+    began = time.monotonic()
+    _heading("1. What can run here (linattn backends)")
+    from linattn.cli.backends import backends
+
+    backends()
+    if verify:
+        _heading("2. Are the backends right? (linattn verify --quick)")
+        _verify()
+    _heading(f"3. A language model learns the standard library, for {seconds:g} seconds")
+    model, text = _train(out, seconds, seed)
+    _heading("4. The model writes (linattn generate)")
+    _write_sample(model, out, seed)
+    _heading("5. What the first layer looks at")
+    from linattn.models.picture import draw
+
+    picture = out / "pair-weights.png"
+    draw(model, _snippet(text), picture)
+    typer.echo(f"{picture}: the weights of softmax, cosFormer, LRPE with decay, and decay alone")
+    typer.echo(f"\nDone in {time.monotonic() - began:.0f} s; everything is in {out}")
+
+
+def _heading(text: str) -> None:
+    from linattn.cli.output import console
+
+    console().print(f"\n{text}\n{'─' * len(text)}", style="bold", markup=False, highlight=False)
+
+
+def _verify() -> None:
+    from linattn.cli.verify import verify
+
+    verify(quick=True)
+
+
+def _standard_library() -> Text:
+    import sysconfig
+
+    from linattn.train import read_text
+
+    # some systems install without tests: without them the text is nearly the same everywhere
+    elsewhere = ("site-packages", "dist-packages", "test", "tests", "idle_test")
+    return read_text(Path(sysconfig.get_path("stdlib")), exclude_names=elsewhere, suffixes=(".py",))
+
+
+def _train(out: Path, seconds: float, seed: int) -> tuple[TransNormerLM, Text]:
+    import dataclasses
+
+    from linattn.models import PRESETS
+    from linattn.train import SETTINGS, Trainer
+    from linattn.train.report import Report
+
+    text = _standard_library()
+    settings = dataclasses.replace(SETTINGS["tiny"], seed=seed)
+    trainer = Trainer(PRESETS["tiny"], text, settings, out=out, seconds=seconds)
+    report = Report(trainer)
+    baselines = report.run(evaluations=12)
+    bits = report.held_out[-1][1]
+    beaten = [name for name, baseline in baselines.items() if bits < baseline]
+    typer.echo(
+        f"{bits:.3f} bits per byte of text that it never saw"
+        + (f": less than {' and '.join(beaten)} need{'s' if len(beaten) == 1 else ''}" if beaten else "")
+        + ". The compressors start from nothing; the model has read other files before."
+    )
+    return trainer.model, text
+
+
+def _write_sample(model: TransNormerLM, out: Path, seed: int) -> None:
+    from linattn.errors import LinattnError
+    from linattn.train import generate
+    from linattn.train.generate import decoded
+
+    typer.echo(PROMPT, nl=False)
+    sample = PROMPT
+    began = time.monotonic()
+    for piece in decoded(generate(model, PROMPT.encode(), SAMPLE_BYTES, temperature=0.7, seed=seed)):
+        typer.echo(piece, nl=False)
+        sample += piece
+    per_byte = (time.monotonic() - began) / SAMPLE_BYTES * 1e3
+    typer.echo(f"\n\n{per_byte:.2f} ms a byte, however long the text: the state has a fixed size")
+    try:
+        (out / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LinattnError(f"{out / 'sample.txt'} cannot be written: {error.strerror}") from error
+
+
+def _snippet(text: Text) -> bytes:
+    """Some held-out bytes that begin at a line with code in it."""
+    held_out = text.held_out.tobytes()
+    start = held_out.find(b"\n    def ")
+    return held_out[start + 5 :] if start >= 0 else held_out

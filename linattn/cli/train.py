@@ -1,0 +1,58 @@
+"""`linattn train`: teach a small byte-level model some text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    text: Annotated[Path, typer.Option(help="A text file, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="The run's folder, for checkpoints.")] = Path("out"),
+    preset: Annotated[str, typer.Option(help="The model's sizes: tiny or small.")] = "tiny",
+    steps: Annotated[int, typer.Option(help="Optimizer steps in the whole run.")] = 1000,
+    batch: Annotated[int | None, typer.Option(help="Windows per step. [default: the preset's]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Bytes per window. [default: the preset's]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: the preset's]")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes the first weights and the order of the text.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. [default: a tenth of all]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Train on text, byte by byte, and measure bits per byte on a part that is held out.
+
+    A run that was killed goes on with --resume and the same options, and ends as if nothing had happened.
+    """
+    import dataclasses
+
+    from linattn.errors import OptionError, ValueRangeError
+    from linattn.models import PRESETS
+    from linattn.train import SETTINGS, Trainer, read_text
+    from linattn.train.checkpoint import checkpoints
+    from linattn.train.device import choose_device
+    from linattn.train.report import Report
+
+    if preset not in PRESETS:
+        raise OptionError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if save_every is not None and save_every < 1:
+        raise ValueRangeError(f"--save-every must be at least 1, got {save_every}")
+    given = {"batch": batch, "seq_len": seq_len, "lr": lr, "steps": steps, "seed": seed}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = dataclasses.replace(SETTINGS[preset], **changes)
+    if not resume and (found := checkpoints(out)):
+        raise OptionError(
+            f"{out} holds a run already ({found[-1].name}): pass --resume to go on, or another --out"
+        )
+    data = read_text(text, exclude=[out])
+    trainer = Trainer(PRESETS[preset], data, settings, out=out, device=choose_device(device))
+    report = Report(trainer, as_json=as_json)
+    if resume:
+        trainer.resume()
+    report.run(save_every=save_every or max(1, settings.steps // 10))

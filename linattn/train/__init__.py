@@ -1,0 +1,23 @@
+"""Training of small byte-level language models: text, the loop, checkpoints, generation."""
+
+from __future__ import annotations
+
+from linattn.train.checkpoint import load_model
+from linattn.train.data import Text, Windows, read_text
+from linattn.train.evaluate import bits_per_byte, compressed_bits_per_byte
+from linattn.train.generate import generate
+from linattn.train.loop import SETTINGS, Progress, Settings, Trainer
+
+__all__ = [
+    "SETTINGS",
+    "Progress",
+    "Settings",
+    "Text",
+    "Trainer",
+    "Windows",
+    "bits_per_byte",
+    "compressed_bits_per_byte",
+    "generate",
+    "load_model",
+    "read_text",
+]

@@ -1,0 +1,238 @@
+"""Checkpoints: folders of safetensors and JSON that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialise
+from safetensors.torch import save as serialise
+
+from linattn.errors import CheckpointError
+from linattn.models import TransNormerConfig, TransNormerLM
+
+MODEL_TYPE = "transnormer"
+CONFIG, MODEL, TRAINING, RUN = "config.json", "model.safetensors", "training.safetensors", "training.json"
+KEPT = 2  # the newest checkpoint and the one before it
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What continues a run besides the weights: steps done, the optimizer's tensors, and what the run was.
+
+    optimizer: tensors by "<what>.<parameter>". facts: the settings and the text's fingerprint, as JSON holds
+    them. The step is also the position in the data: batches are a function of it
+    (`linattn.train.data.Windows`).
+    """
+
+    step: int
+    optimizer: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+
+
+def folder_of(out: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies in a run's folder."""
+    return out / f"step-{step:08d}"
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Return a run's whole checkpoints, oldest first; unfinished ones are not among them."""
+    if not out.is_dir():
+        return []
+    return sorted(entry for entry in out.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
+
+
+def prepare(out: Path) -> None:
+    """Make a run's folder and remove what a killed run left unfinished.
+
+    Raises CheckpointError when it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for entry in out.glob(".step-*.partial"):
+            shutil.rmtree(entry)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be written to: {error.strerror}; choose another --out"
+        ) from error
+
+
+def save(out: Path, model: TransNormerLM, run: Run) -> Path:
+    """Write the checkpoint of a step and return its folder; all but the newest two are then removed.
+
+    Every file is written beside the others in a hidden folder and flushed to the disk; only then does the
+    folder get its name, in one step. Whatever happens before leaves the earlier checkpoints as they were.
+
+    Raises CheckpointError when the disk is full or cannot be written to.
+    """
+    final = folder_of(out, run.step)
+    partial = out / f".{final.name}.partial"
+    files = {
+        CONFIG: _json({"model_type": MODEL_TYPE, **model.config.to_dict()}),
+        MODEL: _tensors(model.state_dict()),
+        TRAINING: _tensors(run.optimizer),
+    }
+    sums = {name: zlib.crc32(data) for name, data in files.items()}
+    files[RUN] = _json({"step": run.step, "facts": dict(run.facts), "crc32": sums})
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        for name, data in files.items():
+            _write(partial / name, data)
+        _flush_folder(partial)
+        if final.exists():  # a folder cannot replace a full one; the same step has the same content
+            shutil.rmtree(final)
+        partial.replace(final)
+        _flush_folder(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)  # gives the space back
+        last = next((entry.name for entry in reversed(checkpoints(out)) if entry != final), None)
+        kept = f"the last good checkpoint is {out / last}" if last else "there is no earlier checkpoint"
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {error.strerror or error}; {kept}"
+        ) from error
+    for entry in checkpoints(out)[:-KEPT]:
+        shutil.rmtree(entry, ignore_errors=True)
+    return final
+
+
+def find(path: Path) -> Path:
+    """Return the checkpoint folder that a path means: itself, or the newest one of a run's folder.
+
+    Raises CheckpointError when there is none.
+    """
+    if (path / MODEL).is_file():
+        return path
+    if found := checkpoints(path):
+        return found[-1]
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    raise CheckpointError(f"{path} holds no checkpoint: neither {MODEL} nor a folder step-…")
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> TransNormerLM:
+    """Return the model of a checkpoint or of a run's newest one, in its saved dtype.
+
+    Raises CheckpointError when anything is missing, damaged, or does not fit together; nothing is loaded by
+    halves.
+    """
+    folder = find(path)
+    fields = _read_json(folder / CONFIG)
+    kind = fields.pop("model_type", None)
+    if kind != MODEL_TYPE:
+        raise CheckpointError(f"{folder / CONFIG} is for a model of type {kind!r}, this is {MODEL_TYPE!r}")
+    tensors = _read_tensors(folder / MODEL, _sums(folder))
+    model = TransNormerLM(TransNormerConfig.from_dict(fields))
+    load_weights(model, tensors, folder / MODEL)
+    return model.to(device)
+
+
+def load_weights(model: TransNormerLM, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Put tensors into a model once every name and shape is right; raise CheckpointError otherwise."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        what = [f"lacks {', '.join(missing[:3])}"] * bool(missing) + [
+            f"has unknown {', '.join(extra[:3])}"
+        ] * bool(extra)
+        raise CheckpointError(f"{source} is of another model: it {' and '.join(what)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)}, this model's is {tuple(own[name].shape)}"
+            raise CheckpointError(f"{source} is of another model: {name} has shape {shapes}")
+    model.load_state_dict(dict(tensors))
+
+
+def load_run(folder: Path) -> Run:
+    """Return what continues the run of a checkpoint. Raises CheckpointError when it is missing or damaged."""
+    fields = _read_json(folder / RUN)
+    step, facts = fields.get("step"), fields.get("facts")
+    if not isinstance(step, int) or not isinstance(facts, dict):
+        raise CheckpointError(f"{folder / RUN} is damaged: it has no step or no facts")
+    return Run(step, _read_tensors(folder / TRAINING, _sums(folder)), facts)
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def _tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    data: bytes = serialise({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return data
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    # a renamed entry is safe from a power cut only after its folder is flushed
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} is no whole checkpoint: it has no {path.name}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(_read(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return fields
+
+
+def _sums(folder: Path) -> dict[str, int]:
+    # weights that come without a run (converted, downloaded) have no checksums to compare with
+    sums = _read_json(folder / RUN).get("crc32", {}) if (folder / RUN).exists() else {}
+    return sums if isinstance(sums, dict) else {}
+
+
+def _read_tensors(path: Path, sums: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    data = _read(path)
+    if path.name in sums and zlib.crc32(data) != sums[path.name]:
+        raise CheckpointError(
+            f"{path} is damaged: its checksum is not the one it was saved with{_instead(path.parent)}"
+        )
+    try:
+        tensors: dict[str, torch.Tensor] = deserialise(data)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file: {error}{_instead(path.parent)}"
+        ) from error
+    return tensors
+
+
+def _instead(folder: Path) -> str:
+    older = [entry for entry in checkpoints(folder.parent) if entry.name < folder.name]
+    return (
+        f"; remove {folder} to go on from {older[-1].name}" if older and _NAME.fullmatch(folder.name) else ""
+    )

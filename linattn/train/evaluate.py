@@ -1,0 +1,79 @@
+"""Bits per byte: of a model on text, and of the compressors everybody has."""
+
+from __future__ import annotations
+
+import lzma
+import math
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from linattn.errors import DataError
+from linattn.models import TransNormerLM
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+
+ROWS, CHUNK = 8, 512  # how much of the text one call sees; the states carry the rest
+
+
+def spread(text: UInt8[np.ndarray, " n"], limit: int) -> UInt8[np.ndarray, " m"]:
+    """Return at most `limit` bytes of a text: evenly spaced stretches, one for each row that is read."""
+    if len(text) <= limit:
+        return text
+    width = max(1, limit // ROWS)
+    starts = [row * (len(text) - width) // (ROWS - 1) for row in range(ROWS)]
+    return np.concatenate([text[start : start + width] for start in starts])
+
+
+def bits_per_byte(
+    model: TransNormerLM, text: UInt8[np.ndarray, " n"], device: torch.device | str = "cpu"
+) -> float:
+    """Return how many bits the model needs per byte of a text, every byte counted.
+
+    The text is cut into a few long rows, each read from its start in chunks with the states carried on, so
+    memory does not grow with the text. The first byte of a row is predicted by nothing and counts 8 bits.
+
+    Raises DataError when the text is empty.
+    """
+    if len(text) == 0:
+        raise DataError("there is no held-out text to measure: give more text")
+    rows = min(ROWS, max(1, len(text) // CHUNK))
+    width = len(text) // rows
+    body = torch.from_numpy(text[: rows * width].astype(np.int64)).view(rows, width).to(device)
+    rest = torch.from_numpy(text[rows * width :].astype(np.int64)).to(
+        device
+    )  # goes on where the last row ends
+    nats = 8.0 * math.log(2) * rows
+    with torch.no_grad():
+        states = model.initial_states(rows)
+        for start in range(0, width - 1, CHUNK):
+            piece = body[:, start : start + CHUNK + 1]
+            logits, states = model(piece[:, :-1], states, return_states=True)
+            nats += F.cross_entropy(
+                logits.flatten(0, 1).float(), piece[:, 1:].flatten(), reduction="sum"
+            ).item()
+        if len(rest):
+            last = [state.select([rows - 1]) for state in states]
+            logits = model(torch.cat([body[-1, -1:], rest[:-1]])[None], last)
+            nats += F.cross_entropy(logits[0].float(), rest, reduction="sum").item()
+    return nats / math.log(2) / len(text)
+
+
+def compressed_bits_per_byte(text: UInt8[np.ndarray, " n"]) -> dict[str, float]:
+    """Return what zlib and lzma need per byte of a text at their strongest, in bits.
+
+    They begin with nothing, where a model has read the training text: the comparison says how far reading
+    helped, not who compresses better. Raises DataError when the text is empty.
+    """
+    if len(text) == 0:
+        raise DataError("there is no held-out text to measure: give more text")
+    data = text.tobytes()
+    sizes = {
+        "zlib": len(zlib.compress(data, 9)),
+        "lzma": len(lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)),
+    }
+    return {name: 8.0 * size / len(text) for name, size in sizes.items()}

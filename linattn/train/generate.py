@@ -1,0 +1,90 @@
+"""Sampling text from a model, one byte at a time, in constant time and memory per byte."""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from linattn.errors import OptionError, ValueRangeError
+from linattn.models import TransNormerLM
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+PREFILL = 1024  # bytes of a prompt per call, so that a long prompt needs no more memory than a short one
+START = b"\n"  # what an empty prompt stands for: a model predicts from something
+
+
+def generate(
+    model: TransNormerLM,
+    prompt: bytes,
+    tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield `tokens` bytes that continue the prompt.
+
+    temperature: 0 takes the likeliest byte every time. top_k: sample among that many likeliest only. The same
+    seed gives the same bytes. The model reads the prompt in chunks, then moves its states one step per byte.
+
+    Raises OptionError for a model that is not over bytes, ValueRangeError for arguments outside their domain;
+    both before the first byte.
+    """
+    if model.config.vocab_size != 256:
+        raise OptionError(
+            f"text is bytes, so the model's vocabulary must be 256, it is {model.config.vocab_size}"
+        )
+    if tokens < 0:
+        raise ValueRangeError(f"tokens must be at least 0, got {tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueRangeError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueRangeError(f"top_k must be at least 1, got {top_k}")
+    return _generate(model, prompt or START, tokens, temperature, top_k, seed)
+
+
+def _generate(
+    model: TransNormerLM, prompt: bytes, tokens: int, temperature: float, top_k: int | None, seed: int
+) -> Iterator[int]:
+    device = model.lm_head.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([list(prompt)], device=device)
+    states = model.initial_states(1)
+    with torch.no_grad():
+        for start in range(0, len(prompt), PREFILL):
+            logits, states = model(ids[:, start : start + PREFILL], states, return_states=True)
+        logits = logits[:, -1]
+    for index in range(tokens):
+        byte = pick(logits[0], temperature, top_k, generator)
+        yield byte
+        if index + 1 < tokens:
+            logits = model.step(torch.tensor([byte], device=device), states)
+
+
+def pick(
+    logits: Float[torch.Tensor, " v"], temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
+    """Draw one token. On the CPU in float64, so that every device draws the same from the same logits."""
+    wide = logits.detach().cpu().double()
+    if temperature == 0:
+        return int(wide.argmax())
+    if top_k is not None and top_k < len(wide):
+        wide = wide.masked_fill(wide < wide.topk(top_k).values[-1], -math.inf)
+    weights = torch.softmax((wide - wide.max()) / temperature, 0)
+    return int(torch.multinomial(weights, 1, generator=generator))
+
+
+def decoded(stream: Iterator[int]) -> Iterator[str]:
+    """Turn bytes into text as soon as whole characters are there; bytes that are no UTF-8 become U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for byte in stream:
+        if text := decoder.decode(bytes([byte])):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
