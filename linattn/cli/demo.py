@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,11 +33,13 @@ def demo(
     them.
     """
     from linattn.errors import ValueRangeError
-    from linattn.train.checkpoint import prepare
+    from linattn.train.checkpoint import checkpoints, prepare
 
     if not seconds > 0:
         raise ValueRangeError(f"--seconds must be above 0, got {seconds}")
     prepare(out)
+    for old in checkpoints(out):  # an earlier demo's
+        shutil.rmtree(old)
     began = time.monotonic()
     _heading("1. What can run here (linattn backends)")
     from linattn.cli.backends import backends
@@ -103,6 +106,7 @@ def _train(out: Path, seconds: float, seed: int) -> tuple[TransNormerLM, Text]:
 
 
 def _write_sample(model: TransNormerLM, out: Path, seed: int) -> None:
+    from linattn.cli.generate import on_screen
     from linattn.errors import LinattnError
     from linattn.train import generate
     from linattn.train.generate import decoded
@@ -111,7 +115,7 @@ def _write_sample(model: TransNormerLM, out: Path, seed: int) -> None:
     sample = PROMPT
     began = time.monotonic()
     for piece in decoded(generate(model, PROMPT.encode(), SAMPLE_BYTES, temperature=0.7, seed=seed)):
-        typer.echo(piece, nl=False)
+        typer.echo(on_screen(piece), nl=False)
         sample += piece
     per_byte = (time.monotonic() - began) / SAMPLE_BYTES * 1e3
     typer.echo(f"\n\n{per_byte:.2f} ms a byte, however long the text: the state has a fixed size")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -39,5 +40,12 @@ def generate(
     )
     typer.echo(prompt, nl=False)
     for text in decoded(stream):
-        typer.echo(text, nl=False)
+        typer.echo(on_screen(text), nl=False)
     typer.echo()
+
+
+def on_screen(text: str) -> str:
+    """Return text that cannot steer a terminal; where the output is no terminal, the text as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -57,7 +57,7 @@ def weights_of_first_layer(model: TransNormerLM, text: bytes, head: int) -> dict
 
 
 def draw(model: TransNormerLM, text: bytes, path: Path, *, head: int | None = None) -> None:
-    """Write a PNG of the four rules on the first bytes of a text; `head` is the middle one unless given.
+    """Write a PNG of the four rules on the first bytes of a text; `head` is one that forgets neither fast nor slowly unless given.
 
     Raises DataError when the text is empty, LinattnError when the file cannot be written.
     """
@@ -65,8 +65,8 @@ def draw(model: TransNormerLM, text: bytes, path: Path, *, head: int | None = No
     from matplotlib.figure import Figure
 
     text = text[:SHOWN]
-    head = model.config.num_heads // 2 if head is None else head
-    figure = Figure(figsize=(11, 10.4), layout="constrained")
+    head = (model.config.num_heads - 1) // 2 if head is None else head
+    figure = Figure(figsize=(11, 11), layout="compressed")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2).ravel()
     for axis, (name, weights) in zip(axes, weights_of_first_layer(model, text, head).items(), strict=True):
@@ -106,7 +106,7 @@ def _panel(figure: Any, axis: Any, name: str, weights: Weights, text: bytes) -> 
     over = float(abs(weights[past]).max()) > top * (1 + 1e-9)
     extend = ("both" if signed else "max") if over else "neither"
     figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02, extend=extend)
-    axis.set_title(f"{name}\n", fontsize=12, fontweight="bold")
+    axis.set_title(name, fontsize=12, fontweight="bold", pad=18)
     axis.text(0.5, 1.015, CAPTIONS[name], transform=axis.transAxes, ha="center", fontsize=9, color="0.35")
     letters = [_letter(byte) for byte in text]
     axis.set_xticks(range(n), letters, fontsize=6.5, family="monospace")

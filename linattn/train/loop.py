@@ -20,7 +20,7 @@ from linattn.train.data import Text, Windows
 from linattn.train.evaluate import bits_per_byte, spread
 
 BETAS = (0.9, 0.95)
-JUDGED = 1 << 18  # bytes of the held-out text that are measured, spread over all of it
+JUDGED = 1 << 17  # bytes of the held-out text that are measured, spread over all of it
 FLOOR = 0.05  # the learning rate at the end, as a part of its peak
 
 
@@ -172,9 +172,15 @@ class Trainer:
         save_every: steps between checkpoints; 0 saves only at the end. evaluations: how often in the whole
         run the held-out text is measured; always at the end.
 
-        Raises ValueRangeError when the loss is no longer a number, CheckpointError when a checkpoint cannot
-        be written.
+        Raises OptionError when `out` holds a run that went further, ValueRangeError when the loss is no
+        longer a number, CheckpointError when a checkpoint cannot be written.
         """
+        if self.out is not None and any(
+            entry > checkpoint.folder_of(self.out, self.step) for entry in checkpoint.checkpoints(self.out)
+        ):
+            raise OptionError(
+                f"{self.out} holds later checkpoints of an earlier run: resume it, or choose another folder"
+            )
         began, first = time.monotonic(), self.step
         fraction = 0.0
         while (fraction < 1.0) if self.seconds is not None else (self.step < self.settings.steps):

@@ -216,6 +216,12 @@ def test_another_run_is_not_continued(tmp_path, change, sentence):
         trainer(tmp_path, **change).resume()
 
 
+def test_a_new_run_does_not_mix_with_an_older_one(tmp_path):
+    run(trainer(tmp_path))
+    with pytest.raises(OptionError, match="holds later checkpoints of an earlier run"):
+        run(trainer(tmp_path), steps=1)
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         trainer(tmp_path).resume()
