@@ -74,6 +74,11 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
+def _choice(name: str, value: object, known: tuple[str, ...], before: str = "one of ") -> None:
+    if not isinstance(value, str) or value not in known:
+        raise OptionError(f"{name} must be {before}{', '.join(map(repr, known))}, got {value!r}")
+
+
 def check_options(call: Call) -> None:
     """Options alone: their types, their names, and which exclude each other."""
     for name in ("normalize", "causal", "return_state", "batch_invariant"):
@@ -83,12 +88,9 @@ def check_options(call: Call) -> None:
         raise ValueRangeError(
             f"eps must be > 0, got {call.eps!r}: a row whose weights are all 0 divides by it"
         )
-    if call.feature_map is not None and call.feature_map not in FEATURE_MAPS:
-        raise OptionError(
-            f"feature_map must be None or one of {', '.join(FEATURE_MAPS)}, got {call.feature_map!r}"
-        )
-    if call.precision not in ("ieee", "tf32"):
-        raise OptionError(f"precision must be 'ieee' or 'tf32', got {call.precision!r}")
+    if call.feature_map is not None:
+        _choice("feature_map", call.feature_map, FEATURE_MAPS, "None or one of ")
+    _choice("precision", call.precision, ("ieee", "tf32"))
     if call.reweight is not None and not isinstance(call.reweight, (Cosine, LRPE)):
         raise ArgumentTypeError(
             f"reweight must be None, linattn.Cosine or linattn.LRPE, got {type(call.reweight).__name__}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from linattn.arrays import Array, device_name, to_numpy
 from linattn.checks import Call
-from linattn.errors import ValueRangeError
+from linattn.errors import ArgumentTypeError, ValueRangeError
 from linattn.reweight import Cosine
 
 Reader = Callable[[Array | None], np.ndarray | None]
@@ -16,6 +16,8 @@ Reader = Callable[[Array | None], np.ndarray | None]
 
 def check_values(call: Call, *, device_too: bool) -> None:
     """Raise ValueRangeError for the first value outside its domain. `device_too` costs synchronisations."""
+    if not isinstance(device_too, (bool, np.bool_)):
+        raise ArgumentTypeError(f"check must be True or False, got {device_too!r}")
 
     def readable(x: Array | None) -> np.ndarray | None:
         if x is None or not (device_too or device_name(x) == "cpu"):
