@@ -1,0 +1,245 @@
+"""Run the properties on a backend or a kernel, and report: what held, how closely, and the first call that did not."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from linattn.errors import OptionError
+from linattn.testing.case import Case
+from linattn.testing.compare import NotOffered, recording
+from linattn.testing.kernel import Kernel
+from linattn.testing.properties import PROPERTIES, Property
+from linattn.testing.strategies import cases
+from linattn.testing.subject import BackendSubject, Subject
+from linattn.testing.variants import AXES, VARIANTS, allowed, combinations
+
+PASSED, FAILED, NOT_OFFERED = "pass", "fail", "not offered"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one property said of one subject.
+
+    worst: the largest error as a share of what is allowed, None where only bits were compared. refused: the sentences
+    with which single combinations were not offered. call: Python that fails again. message: how it failed.
+    """
+
+    property: str
+    summary: str
+    status: str
+    variants: int = 0
+    examples: int = 0
+    worst: float | None = None
+    refused: tuple[str, ...] = ()
+    call: str = ""
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every finding about one subject. `str` is a table; `ok` is False as soon as one property failed."""
+
+    subject: str
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed, and something was tried."""
+        return not self.failures and any(f.status == PASSED for f in self.findings)
+
+    @property
+    def failures(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.status == FAILED)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "subject": self.subject,
+            "ok": self.ok,
+            "findings": [dataclasses.asdict(f) for f in self.findings],
+        }
+
+    def __str__(self) -> str:
+        """A line for each property, then each failure with the call that shows it."""
+        width = max((len(f.property) for f in self.findings), default=0)
+        lines = [self.subject]
+        for f in self.findings:
+            worst = "" if f.worst is None else f"{f.worst:8.3f}"
+            lines.append(
+                f"  {f.property:<{width}}  {f.variants:4d} variants {f.examples:5d} examples {worst:>8}  {f.status}"
+            )
+        for f in self.failures:
+            lines += ["", f.message, f.call]
+        return "\n".join(lines)
+
+
+def check_backend(name: Any, *, kind: str | None = None, device: str | None = None, **how: Any) -> Report:
+    """Check a backend, by name or as an object, through linattn's public functions; keywords as `check_kernel`.
+
+    kind: of the arrays, where it takes several. Raises UnknownBackendError.
+    """
+    return check(BackendSubject(name, kind, device), **how)
+
+
+def check_kernel(kernel: Kernel, *, device: str | None = None, **how: Any) -> Report:
+    """Check a wrapped callable.
+
+    variant: a name of VARIANTS. dtype: only this one. full: every combination of options, not only pairs.
+    examples: for each combination. seed: of the draw. only: names of properties. progress: called with each finding.
+    Raises OptionError for a name that does not exist or a variant of which the kernel offers nothing.
+    """
+    if device is not None:
+        kernel = dataclasses.replace(kernel, device=device)
+    return check(kernel, **how)
+
+
+def check(
+    of: Subject,
+    *,
+    variant: str | None = None,
+    dtype: str | None = None,
+    full: bool = False,
+    examples: int = 2,
+    seed: int = 0,
+    only: Sequence[str] | None = None,
+    quick: bool = False,
+    shrink: bool = True,
+    progress: Callable[[Finding], None] | None = None,
+) -> Report:
+    """Check any subject; keywords as `check_kernel`. `quick` tries one example of every third combination."""
+    if variant is not None and variant not in VARIANTS:
+        raise OptionError(f"no variant named {variant!r}; known: {', '.join(VARIANTS)}")
+    if unknown := sorted(set(only or ()) - set(PROPERTIES)):
+        raise OptionError(f"no property named {unknown[0]!r}; known: {', '.join(PROPERTIES)}")
+    wanted: list[Mapping[str, Any]] = [of.axes(), VARIANTS[variant] if variant else {}]
+    if dtype is not None:
+        wanted.append({"dtype": dtype})
+    offered = intersection(*wanted)
+    if offered is None:
+        asked = " and ".join(filter(None, [variant and f"variant {variant}", dtype]))
+        raise OptionError(f"{of.name} offers nothing of {asked}: it computes {of.axes()}")
+    findings = []
+    for number, plan in enumerate(PROPERTIES.values()):
+        if only is not None and plan.name not in only:
+            continue
+        axes = intersection(offered, plan.axes)
+        rows = [] if axes is None else combinations(full, **axes)
+        if quick and not full:
+            rows = rows[number % 3 :: 3] or rows[:1]
+        found = _check_property(of, plan, rows, 1 if quick else examples, seed, shrink)
+        findings.append(found)
+        if progress is not None:
+            progress(found)
+    return Report(of.name, tuple(findings))
+
+
+def intersection(*constraints: Mapping[str, Any]) -> dict[str, tuple[Any, ...]] | None:
+    """The values that every constraint allows on each axis, or None where one axis has none left."""
+    out = dict(AXES)
+    for constraint in constraints:
+        for axis, value in constraint.items():
+            offered = value if isinstance(value, tuple) else (value,)
+            known = out[axis]
+            # a built-in scale may be any number: it replaces the usual ones
+            out[axis] = tuple(v for v in known if v in offered) if axis != "scale" else offered
+            if not out[axis]:
+                return None
+    return out if any(allowed(row) for row in combinations(**out)) else None
+
+
+class _Outcome:
+    """A with-block whose exception is a finding: a kernel that raises, whatever it raises, has failed its property."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> _Outcome:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if kind is None or not issubclass(kind, Exception):
+            return False  # KeyboardInterrupt and its like end the whole check
+        self.error = error
+        return True
+
+
+def _check_property(
+    of: Subject, plan: Property, rows: Iterable[dict[str, Any]], examples: int, seed: int, shrink: bool
+) -> Finding:
+    began = time.perf_counter()
+    tried = offered = 0
+    refused: dict[str, None] = {}
+    with recording() as worst:
+        for number, row in enumerate(rows):
+            own = zlib.crc32(f"{seed} {plan.name} {number}".encode())  # no two combinations share their sizes
+            done, reasons, failure = _check_row(of, plan, row, examples, own, shrink)
+            tried += done
+            offered += done > 0
+            refused |= dict.fromkeys(reasons)
+            if failure is not None:
+                case, error = failure
+                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                return Finding(
+                    plan.name, plan.summary, FAILED, offered, tried, worst.ratio, tuple(refused),
+                    pasteable(of, plan.name, case), f"{plan.name}: {kind}{error}", time.perf_counter() - began,
+                )  # fmt: skip
+    status = PASSED if tried else NOT_OFFERED
+    took = time.perf_counter() - began
+    return Finding(plan.name, plan.summary, status, offered, tried, worst.ratio, tuple(refused), seconds=took)
+
+
+def pasteable(of: Subject, name: str, case: Case) -> str:
+    """A call that fails again when it is pasted into Python."""
+    return f"from linattn import testing; testing.properties.{name}({of.expression()}, testing.{case!r})"
+
+
+def _check_row(
+    of: Subject, plan: Property, row: dict[str, Any], examples: int, seed: int, shrink: bool
+) -> tuple[int, list[str], tuple[Case, BaseException] | None]:
+    """Try one combination of options: how many examples ran, why others did not, and the smallest failure."""
+    import hypothesis
+
+    tried, reasons = 0, []
+    last: list[Case] = []
+    phases = [hypothesis.Phase.generate] + ([hypothesis.Phase.shrink] if shrink else [])
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples + 1,  # the first that Hypothesis tries is the smallest there is
+        database=None,
+        deadline=None,
+        phases=phases,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        print_blob=False,
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    @hypothesis.given(case=strategy(plan, row))
+    def run(case: Case) -> None:
+        nonlocal tried
+        last[:] = [case]
+        try:
+            plan.check(of, case)
+        except NotOffered as reason:
+            reasons.append(str(reason))
+        else:
+            tried += 1
+
+    outcome = _Outcome()
+    with outcome:
+        run()
+    return tried, reasons, None if outcome.error is None else (last[0], outcome.error)
+
+
+def strategy(plan: Property, row: dict[str, Any]) -> Any:
+    """The cases that a property is tried on, with these options."""
+    return cases(row, longest=plan.longest, layouts=plan.layouts, sizes=plan.sizes, **plan.fixed)

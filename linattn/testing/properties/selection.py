@@ -1,0 +1,118 @@
+"""What does not exist: other sequences, tokens past a length, masked keys, a decay of zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from linattn.testing.case import Case, Inputs
+from linattn.testing.compare import assert_same
+from linattn.testing.properties.equality import compare_gradients, gradient_limits, gradients
+from linattn.testing.properties.plan import LONG, assert_parts, holds, limits, twice
+from linattn.testing.subject import Subject, call, require, subject
+
+MIXED = (0, 1, 70, 150, *LONG)
+
+
+def want_state(of: Subject, case: Case) -> bool:
+    """Whether the final state is there to be looked at."""
+    return case.causal and of.missing(case, "state") is None
+
+
+@holds({"borders": "packed"}, sizes=MIXED, fixed={"heads": 1})
+def packs_as_if_separate(target: Any, case: Case) -> None:
+    """Sequences packed back to back give what each gives in a call of its own, zero-length ones included."""
+    of = subject(target)
+    case = require(of, case.replace(n=min(case.n, of.reach), m=None, sequences=max(case.sequences, 2)))
+    x = case.inputs()
+    if case.seed % 2 and case.n:
+        x.cu_seqlens[1] = 0  # type: ignore[index]  # often enough, one of no length
+    state = want_state(of, case)
+    packed, allowed = call(of, x, return_state=state), twice(limits(of, x))
+    assert x.cu_seqlens is not None
+    for s, (begin, end) in enumerate(zip(x.cu_seqlens[:-1], x.cu_seqlens[1:], strict=True)):
+        alone = x.tokens(int(begin), int(end)).replace(cu_seqlens=None, packed=False)
+        if x.state is not None:
+            alone = alone.replace(state=tuple(p if p is None else p[s : s + 1] for p in x.state))
+        want = call(of, alone, return_state=state)
+        got = {name: part[:, begin:end] if name == "o" else part[s : s + 1] for name, part in packed.items()}
+        limit = {
+            name: part[:, begin:end] if name == "o" else part[s : s + 1] for name, part in allowed.items()
+        }
+        assert_parts(got, want, limit, x, f"sequence {s}: ")
+
+
+@holds({"borders": "lengths"}, sizes=(1, 70, 150, *LONG), fixed={"heads": 1, "batch": 2})
+def cuts_at_lengths(target: Any, case: Case) -> None:
+    """Tokens at and after a row's length do not exist, whatever they hold: outputs 0, the state of the cut row."""
+    of = subject(target)
+    case = require(of, case.replace(n=min(case.n, of.reach), m=None))
+    x = case.inputs()
+    assert x.lengths is not None
+    state = want_state(of, case)
+    allowed = twice(limits(of, x))
+    for b, length in enumerate(x.lengths):
+        for part in (x.q, x.k, x.v):
+            part[b, length:] = np.nan
+    got = call(of, x, return_state=state)
+    for b, length in enumerate(int(n) for n in x.lengths):
+        padding = got["o"][b, length:]
+        assert_same(f"o of row {b} after its length", "n h e", padding, np.zeros_like(padding))
+        want = call(of, _cut(x, b, length), return_state=state)
+        row = {
+            name: part[b : b + 1, :length] if name == "o" else part[b : b + 1] for name, part in got.items()
+        }
+        limit = {
+            name: part[b : b + 1, :length] if name == "o" else part[b : b + 1]
+            for name, part in allowed.items()
+        }
+        assert_parts(row, want, limit, x, f"row {b}: ")
+
+
+def _cut(x: Inputs, b: int, length: int) -> Inputs:
+    alone = x.sequence(b)
+    alone = alone.replace(lengths=None, case=alone.case.replace(lengths=False))
+    return alone.tokens(0, length)
+
+
+@holds(
+    {"key_mask": True, "feature_map": (None, "relu", "silu")}, sizes=(1, 33, 150, *LONG), fixed={"heads": 1}
+)
+def takes_masked_keys_as_zero(target: Any, case: Case) -> None:
+    """A masked key and value count as zeros, whatever they hold, NaN included; so do their gradients."""
+    of = subject(target)
+    case = require(of, case.replace(n=min(case.n, of.reach), m=None))
+    require(of, case.replace(key_mask=False))
+    x = case.inputs()
+    assert x.key_mask is not None
+    masked = ~x.key_mask[..., None, None]
+    zeros = x.replace(k=np.where(masked, 0.0, x.k), v=np.where(masked, 0.0, x.v))
+    zeros = zeros.replace(key_mask=None, case=zeros.case.replace(key_mask=False))
+    hidden = x.replace(k=np.where(masked, np.nan, x.k), v=np.where(masked, np.nan, x.v))
+    state = want_state(of, case)
+    assert_parts(
+        call(of, hidden, return_state=state), call(of, zeros, return_state=state), twice(limits(of, x)), x
+    )
+    if case.n <= 40 and of.missing(case, "gradients") is None:
+        hidden, zeros = (hidden, zeros) if state else (hidden.replace(dstate=None), zeros.replace(dstate=None))
+        want = gradients(of, zeros)
+        want |= {name: np.where(masked, 0.0, want[name]) for name in ("k", "v")}
+        compare_gradients(gradients(of, hidden), want, gradient_limits(of, hidden), hidden, 2.0)
+
+
+@holds({"decay": ("head", "token")}, sizes=(2, 65, 150, *LONG), fixed={"heads": 1, "rates": (0.0,)})
+def takes_zero_decay_as_none(target: Any, case: Case) -> None:
+    """A log decay of exactly 0, of either sign, is no decay: the future stays unseen, nothing is divided or lost."""
+    of = subject(target)
+    case = require(of, case.replace(n=min(case.n, of.reach), m=None))
+    plain = case.replace(decay=None)
+    require(of, plain)
+    x = case.inputs()
+    none = x.replace(log_decay=None, case=plain)
+    if case.seed % 2 and x.log_decay is not None:
+        x = x.replace(log_decay=-x.log_decay)  # -slopes of a head that never forgets
+    state = want_state(of, case)
+    assert_parts(
+        call(of, x, return_state=state), call(of, none, return_state=state), twice(limits(of, none)), x
+    )
