@@ -6,7 +6,7 @@ and packed batches.
 """
 
 from linattn.backends.blockwise.backward import backward
+from linattn.backends.blockwise.call import forward
 from linattn.backends.blockwise.decode import decode_step
-from linattn.backends.blockwise.forward import forward
 
 __all__ = ["backward", "decode_step", "forward"]

@@ -6,23 +6,27 @@ Gradients of decays are sums over the pairs that span a token, so nothing cancel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from linattn import features
 from linattn.arrays import Array, cast, device_name, namespace, zeros_like_kind
 from linattn.backends import Gradients
-from linattn.backends.blockwise import factors
+from linattn.backends.blockwise import factors, twosided
+from linattn.backends.blockwise.adjoint import (
+    Sums,
+    empty_sums,
+    turning_features,
+    turning_states,
+    write_kv,
+    write_q,
+)
 from linattn.backends.blockwise.forward import (
     Block,
     Carry,
     Inputs,
     block_sum,
-    both_ways,
     initial,
     load,
     one_way,
-    same_length,
     selected,
     written,
 )
@@ -31,35 +35,23 @@ from linattn.problem import Problem
 from linattn.state import State
 
 
-@dataclass
-class Sums:
-    """Gradients while they are gathered; q, k, v and per-token decay hold one spare row if tiles need it."""
-
-    q: Array
-    k: Array
-    v: Array
-    decay: Array | None  # [b n h] float: per token, summed over tokens at the end for per-head decay
-    theta: Array | None  # [h d] or [1 1] float64
-
-
 def backward(problem: Problem, x: Inputs, o: Array | None, do: Array, dstate: State | None) -> Gradients:
     """Gradients of every input, from those of o and of the returned state (None stands for zeros)."""
     xp = namespace(problem.kind)
     whole, n, m = problem, problem.n, problem.m
     do = _with_denominator(xp, problem, x, o, do)
-    if not problem.causal:
-        problem, x = same_length(xp, problem, x)
-        if do.shape[1] < problem.n:
-            padded = zeros_like_kind(do, (do.shape[0], problem.n, *do.shape[2:]), problem.accumulate)
-            padded[:, : do.shape[1]] = do
-            do = padded
-    ways = [cut(xp, problem, x.lengths, x.cu_seqlens)]
-    if not problem.causal:
-        ways.append(cut(xp, problem, x.lengths, x.cu_seqlens, reverse=True))
-    sums = _empty_sums(xp, problem, x, max(way.spare() for way in ways))
     dstart = None
-    for way in ways:
-        dstart = _one_way(xp, way, x, do, dstate, sums, strict=way is not ways[0])
+    if not problem.causal and problem.decay is None:
+        sums = twosided.gradients(xp, problem, x, do)
+    else:
+        if not problem.causal:
+            problem, x, do = twosided.same_length(xp, problem, x, do)
+        ways = [cut(xp, problem, x.lengths, x.cu_seqlens)]
+        if not problem.causal:
+            ways.append(cut(xp, problem, x.lengths, x.cu_seqlens, reverse=True))
+        sums = empty_sums(problem, x, max(way.spare() for way in ways))
+        for way in ways:
+            dstart = _one_way(xp, way, x, do, dstate, sums, strict=way is not ways[0])
     kv = z = None
     if problem.initial_state and dstart is not None:
         dstart = cast(dstart, problem.accumulate)
@@ -97,24 +89,11 @@ def _with_denominator(xp: Any, problem: Problem, x: Inputs, o: Array | None, do:
         den = zeros_like_kind(x.q, shape, problem.accumulate)
         one_way(xp, way, x, den, ones=True, raw=True)
     else:
-        same, padded = same_length(xp, problem, x)
-        den = both_ways(xp, same, padded, ones=True)
+        den = twosided.sums(xp, problem, x, ones=True)
     den = den[:, : problem.n]
     z = xp.where(den <= problem.eps, problem.eps, den)
     dden = xp.where(den > problem.eps, -(do * cast(o, problem.accumulate)).sum(-1)[..., None] / z, 0.0)
     return xp.concatenate((do / z, dden), -1)
-
-
-def _empty_sums(xp: Any, problem: Problem, x: Inputs, spare: int) -> Sums:
-    def sums(a: Array) -> Array:
-        return zeros_like_kind(a, (a.shape[0], a.shape[1] + spare, *a.shape[2:]), problem.accumulate)
-
-    decay = theta = None
-    if problem.decay is not None and x.want_log_decay:
-        decay = zeros_like_kind(x.q, (problem.batch, problem.n + spare, problem.heads, 1), problem.accumulate)
-    if problem.reweight == "lrpe" and x.want_theta:
-        theta = zeros_like_kind(x.q, (problem.heads, problem.d), "float64")
-    return Sums(sums(x.q), sums(x.k), sums(x.v), decay, theta)
 
 
 def _one_way(
@@ -251,18 +230,15 @@ def _tile(
         if tile.valid is not None:
             ddecay = xp.where(tile.valid[:, :, None], ddecay, 0.0)
         way.write(tile, sums.decay, ddecay[..., None], add=True)
-    _angles_back(xp, way, tile, block, table, dq, dk, before, xp.stack(rotated, 1), sums)
-    dq, dk = _contract(xp, way, tile, table, dq, dk)
-    dq = dq * problem.scale * features.derivative(xp, problem.feature_map, block.q)
-    dk = dk * features.derivative(xp, problem.feature_map, block.k)
-    dv = dv[..., : problem.e]
-    if block.keep is not None:
-        dk, dv = xp.where(block.keep, dk, 0.0), xp.where(block.keep, dv, 0.0)
-    if tile.valid is not None:
-        dq = xp.where(tile.valid[:, :, None, :, None], dq, 0.0)
-    way.write(tile, sums.q, dq, add=True)
-    way.write(tile, sums.k, dk, add=True)
-    way.write(tile, sums.v, dv, add=True)
+    if sums.theta is not None and table is not None:
+        counts = (
+            tile.counts if isinstance(tile.counts, int) else cast(tile.counts, "float64")[:, :, None, None]
+        )
+        turned = turning_states(counts, before, xp.stack(rotated, 1))
+        turned = turned + turning_features(xp, tile, block.fq, dq) + turning_features(xp, tile, block.fk, dk)
+        sums.theta += turned.sum(0).sum(0)
+    write_q(xp, way, tile, table, block.q, dq, sums.q)
+    write_kv(xp, way, tile, table, block.k, block.keep, dk, dv, sums)
 
 
 def _before(xp: Any, x: Array) -> Array:
@@ -276,43 +252,3 @@ def _spanning(xp: Any, pairs: Array) -> Array:
     to_end = xp.flip(xp.cumsum(xp.flip(pairs, (-2,)), -2), (-2,))  # over queries >= t
     position = xp.arange(pairs.shape[-1], **on(pairs))
     return xp.where(position[:, None] > position[None, :], to_end, 0.0).sum(-1)
-
-
-def _contract(
-    xp: Any, way: Cut, tile: Tile, table: factors.Angles | None, dq: Array, dk: Array
-) -> tuple[Array, Array]:
-    """From gradients of the expanded features [x cos, x sin] to those of x."""
-    if table is None:
-        return dq, dk
-    cos, sin = factors.expand_tables(xp, tile, table, way.problem.accumulate, dq)
-    d = way.problem.d
-    return dq[..., :d] * cos + dq[..., d:] * sin, dk[..., :d] * cos + dk[..., d:] * sin
-
-
-def _angles_back(
-    xp: Any,
-    way: Cut,
-    tile: Tile,
-    block: Block,
-    table: factors.Angles | None,
-    dq: Array,
-    dk: Array,
-    before: Array,
-    rotated: Array,
-    sums: Sums,
-) -> None:
-    """The gradient of theta: from each feature's angle theta r, and from the state's rotation by theta m."""
-    if sums.theta is None or table is None:
-        return
-    d = way.problem.d
-    r = cast(factors.from_end(xp, tile, dq), way.problem.accumulate)
-    r = r[..., None] if r.ndim == 1 else r[:, :, None, :, None]
-
-    def turn(x: Array, dx: Array) -> Array:  # d/d(angle) of [a, b] is [-b, a]
-        return x[..., :d] * dx[..., d:] - x[..., d:] * dx[..., :d]
-
-    grad = (r * (turn(block.fq, dq) + turn(block.fk, dk))).sum(-2)  # [r g h d]
-    counts = tile.counts if isinstance(tile.counts, int) else cast(tile.counts, "float64")[:, :, None, None]
-    half = cast(before[..., :d, :], "float64"), cast(before[..., d:, :], "float64")
-    turned = (half[0] * rotated[..., d:, :] - half[1] * rotated[..., :d, :]).sum(-1)  # [r g h d]
-    sums.theta += (cast(grad, "float64") + counts * turned).sum(0).sum(0)

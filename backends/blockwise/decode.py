@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from linattn import features
 from linattn.arrays import Array, cast, dtype_name, namespace
@@ -38,7 +37,7 @@ def decode_step(
     now = cast(before, "float64" if problem.reweight else acc)
     table = factors.angles(xp, problem, theta, 1, q)
     if table is not None:
-        now = _turn(xp, table, now)
+        now = factors.turned(xp, table.cos[1][..., None], table.sin[1][..., None], now)
     if log_decay is not None:
         factor = xp.exp(cast(log_decay, dtype_name(now)))[..., None, None]  # [h 1 1] or [b h 1 1]
         now = xp.where(factor > 0, now * factor, 0.0)
@@ -59,10 +58,3 @@ def decode_step(
         rows.write(state, after)
         o = rows.without_padding(o, None)
     return cast(o, problem.dtype)
-
-
-def _turn(xp: Any, table: factors.Angles, state: Array) -> Array:
-    cos, sin = table.cos[1][..., None], table.sin[1][..., None]
-    half = state.shape[-2] // 2
-    cosine, sine = state[..., :half, :], state[..., half:, :]
-    return xp.concatenate((cos * cosine - sin * sine, sin * cosine + cos * sine), -2)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from linattn.arrays import Array, cast, zeros_like_kind
+from linattn.arrays import Array, cast, dtype_name, zeros_like_kind
 from linattn.backends.blockwise.tiles import Cut, Tile, on
 from linattn.problem import Problem
 
@@ -127,6 +127,12 @@ def from_end(xp: Any, tile: Tile, like: Array) -> Array:
     return xp.clip(tile.counts[..., None] - 1 - position, 0, tile.group.size)
 
 
+def expand(xp: Any, tile: Tile, table: Angles, x: Array) -> Array:
+    """Features [r g h c d] times cosine and sine of their angles: [r g h c 2 d]."""
+    cos, sin = expand_tables(xp, tile, table, dtype_name(x), x)
+    return xp.concatenate((x * cos, x * sin), -1)
+
+
 def expand_tables(xp: Any, tile: Tile, table: Angles, acc: str, like: Array) -> tuple[Array, Array]:
     """cos and sin for each position of a tile, in the accumulation dtype: [h c d] or [r g h c d]."""
     cos, sin = table.at(xp, from_end(xp, tile, like))
@@ -139,7 +145,11 @@ def rotate(xp: Any, table: Angles | None, tile: Tile, g: int, state: Array, *, b
         return state
     counts = tile.counts if isinstance(tile.counts, int) else tile.counts[:, g]
     cos, sin = table.at(xp, counts)  # [h d] or [r h d]
-    cos, sin = cos[..., None], sin[..., None] * (-1.0 if back else 1.0)
+    return turned(xp, cos[..., None], sin[..., None] * (-1.0 if back else 1.0), state)
+
+
+def turned(xp: Any, cos: Array, sin: Array, state: Array) -> Array:
+    """A state's cosine and sine parts [.. f w], turned by an angle."""
     half = state.shape[-2] // 2
     cosine, sine = state[..., :half, :], state[..., half:, :]
     return xp.concatenate((cos * cosine - sin * sine, sin * cosine + cos * sine), -2)

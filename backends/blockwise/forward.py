@@ -6,14 +6,14 @@ Letters: r rows, g blocks of a group, h heads, c positions of a block, f state f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from linattn import features
-from linattn.arrays import Array, cast, device_name, dtype_name, empty_like_kind, namespace, zeros_like_kind
+from linattn.arrays import Array, cast, device_name, dtype_name
 from linattn.backends import Saved
 from linattn.backends.blockwise import factors
-from linattn.backends.blockwise.tiles import Cut, Tile, cut
+from linattn.backends.blockwise.tiles import Cut, Tile
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -56,23 +56,42 @@ class Block:
     decays: factors.Decays
 
 
-def same_length(xp: Any, problem: Problem, x: Inputs) -> tuple[Problem, Inputs]:
-    """A cross call on one axis: the shorter of q and (k, v) padded, padded keys masked."""
-    n = max(problem.n, problem.m)
-    if problem.n == problem.m:
-        return problem, x
+def queries(xp: Any, way: Cut, tile: Tile, q: Array, table: factors.Angles | None) -> tuple[Array, Array]:
+    """Read a tile of q; return it raw, and as scale * phi(q) expanded by the angles."""
+    problem, acc = way.problem, way.problem.accumulate
+    q = way.read(tile, q, acc)
+    fq = features.apply(xp, problem.feature_map, q)
+    fq = fq * problem.scale if problem.scale != 1.0 else fq
+    return q, fq if table is None else factors.expand(xp, tile, table, fq)
 
-    def padded(a: Array) -> Array:
-        out = zeros_like_kind(a, (a.shape[0], n, *a.shape[2:]), dtype_name(a))
-        out[:, : a.shape[1]] = a
-        return out
 
-    mask = x.key_mask
-    if problem.m < n:
-        mask = xp.ones_like(x.k[:, :, 0, 0], dtype=xp.bool) if mask is None else mask
-    mask = None if mask is None else padded(mask)
-    x = replace(x, q=padded(x.q), k=padded(x.k), v=padded(x.v), key_mask=mask)
-    return replace(problem, n=n, m=n, key_mask=mask is not None), x
+def keys(
+    xp: Any, way: Cut, tile: Tile, x: Inputs, table: factors.Angles | None, *, ones: bool = False
+) -> tuple[Array, Array | None, Array, Array]:
+    """Read a tile of k and v: k raw, which keys count, phi(k) expanded, and v with its column of ones.
+
+    ones: that column alone, to sum the weights.
+    """
+    problem, acc = way.problem, way.problem.accumulate
+    k = way.read(tile, x.k, acc)
+    keep = tile.valid
+    if x.key_mask is not None:
+        mask = way.read_mask(tile, x.key_mask)
+        keep = mask if keep is None else keep & mask
+    keep = None if keep is None else keep[:, :, None, :, None]
+    fk = features.apply(xp, problem.feature_map, k)
+    if keep is not None:
+        fk = xp.where(keep, fk, 0.0)
+    if table is not None:
+        fk = factors.expand(xp, tile, table, fk)
+    if ones:
+        return k, keep, fk, xp.ones_like(k[..., :1])
+    v = way.read(tile, x.v, acc)
+    if keep is not None:
+        v = xp.where(keep, v, 0.0)
+    if problem.normalize:
+        v = xp.concatenate((v, xp.ones_like(v[..., :1])), -1)
+    return k, keep, fk, v
 
 
 def load(
@@ -86,36 +105,9 @@ def load(
     ones: bool = False,
     keys_only: bool = False,
 ) -> Block:
-    """Read a tile, apply the feature map, the masks and the angles.
-
-    ones: a column of ones for v, to sum the weights alone. keys_only: what the state needs.
-    """
-    problem, acc = way.problem, way.problem.accumulate
-    q, fq, k = None, None, way.read(tile, x.k, acc)
-    keep = tile.valid
-    if x.key_mask is not None:
-        mask = way.read_mask(tile, x.key_mask)
-        keep = mask if keep is None else keep & mask
-    keep = None if keep is None else keep[:, :, None, :, None]
-    if not keys_only:
-        q = way.read(tile, x.q, acc)
-        fq = features.apply(xp, problem.feature_map, q)
-        fq = fq * problem.scale if problem.scale != 1.0 else fq
-    fk = features.apply(xp, problem.feature_map, k)
-    if keep is not None:
-        fk = xp.where(keep, fk, 0.0)
-    if table is not None:
-        cos, sin = factors.expand_tables(xp, tile, table, acc, k)
-        fq = None if fq is None else xp.concatenate((fq * cos, fq * sin), -1)
-        fk = xp.concatenate((fk * cos, fk * sin), -1)
-    if ones:
-        v = xp.ones_like(k[..., :1])
-    else:
-        v = way.read(tile, x.v, acc)
-        if keep is not None:
-            v = xp.where(keep, v, 0.0)
-        if problem.normalize:
-            v = xp.concatenate((v, xp.ones_like(v[..., :1])), -1)
+    """Read a tile whole, or with `keys_only` what the state needs."""
+    k, keep, fk, v = keys(xp, way, tile, x, table, ones=ones)
+    q, fq = (None, None) if keys_only else queries(xp, way, tile, x.q, table)
     parts = [part for part in (fq, fk, v) if part is not None]
     finite = device_name(v) == "cpu" and all(bool(xp.isfinite(part.sum())) for part in parts)
     decays = factors.decays(xp, way, tile, x.log_decay, k, strict=strict, pairs=not keys_only)
@@ -262,66 +254,3 @@ def divide(xp: Any, problem: Problem, sums: Array) -> Array:
         return sums
     den = sums[..., -1:]
     return sums[..., :-1] / xp.where(den <= problem.eps, problem.eps, den)
-
-
-def both_ways(xp: Any, problem: Problem, x: Inputs, *, ones: bool = False) -> Array:
-    """The sums of a call that is not causal, [b n h w]: everything up to a token, and everything after it."""
-    ways = [cut(xp, problem, x.lengths, x.cu_seqlens, reverse=reverse) for reverse in (False, True)]
-    spare = max(way.spare() for way in ways)
-    width = 1 if ones else problem.e + int(problem.normalize)
-    shape = (problem.batch, problem.n + spare, problem.heads, width)
-    sums = zeros_like_kind(x.q, shape, problem.accumulate)
-    one_way(xp, ways[0], x, sums, add=True, ones=ones, raw=True)
-    one_way(xp, ways[1], x, sums, strict=True, add=True, ones=ones, raw=True)
-    return sums[:, : problem.n]
-
-
-def forward(problem: Problem, x: Inputs, out: Array | None = None) -> tuple[Array, State | None]:
-    """The whole call: o [b n h e] in q's dtype (into `out` if given), and the final state if the problem asks
-    for it.
-    """
-    xp = namespace(problem.kind)
-    n = problem.n
-    if not problem.causal:
-        same, padded = same_length(xp, problem, x)
-        o = divide(xp, same, both_ways(xp, same, padded))[:, :n]
-        if out is None:
-            return cast(o, problem.dtype), None
-        out[...] = cast(o, problem.dtype)
-        return out, None
-    way = cut(xp, problem, x.lengths, x.cu_seqlens)
-    spare = way.spare()
-    o = out
-    if o is None or spare:
-        o = empty_like_kind(x.q, (problem.batch, n + spare, problem.heads, problem.e), problem.dtype)
-    final = one_way(xp, way, x, o, raw=False)
-    if spare:
-        o = o[:, :n]
-    if out is not None and spare:
-        out[...] = o
-        o = out
-    return o, final_state(problem, x, final) if problem.return_state else None
-
-
-def final_state(problem: Problem, x: Inputs, final: Array) -> State:
-    """The state after the call, apart again; its length counts masked tokens, not padding."""
-    final = cast(final, problem.accumulate)
-    if problem.normalize:
-        kv, z = final[..., :-1], final[..., -1]
-        kv, z = kv + 0.0, z + 0.0  # arrays of their own, not views of one
-    else:
-        kv, z = final + 0.0, None
-    length = call_lengths(problem, x)
-    if x.state is not None:
-        length = length + x.state.length
-    return State(kv, z, length, problem.feature_map, problem.reweight, problem.d)
-
-
-def call_lengths(problem: Problem, x: Inputs) -> Array:
-    """Tokens of each sequence in this call: [s] int64."""
-    if x.cu_seqlens is not None:
-        cu = cast(x.cu_seqlens, "int64")
-        return cu[1:] - cu[:-1]
-    if x.lengths is not None:
-        return cast(x.lengths, "int64") + 0
-    return zeros_like_kind(x.q, (problem.batch,), "int64") + problem.n

@@ -24,6 +24,8 @@ class Tile:
     index: Array | None  # packed or reversed: token numbers [r g c]; None: a plain slice
     valid: Array | None  # [r g c] bool; None: every position holds a token
     counts: Array | int  # tokens in each block: one number, or [r g]
+    end: Array  # [r g] int, tokens of its sequence up to and with this block
+    span: Array | int  # tokens of its sequence: one number, [r 1] or [1 g]
     sequence: Array | None = None  # packed: [g] int64, whose block it is
     first: Any = None  # packed: [g] bool, the block begins its sequence (a NumPy array on the host)
     last: Any = None  # packed: [g] bool, the block ends its sequence
@@ -107,25 +109,25 @@ def _plain(
     xp: Any, problem: Problem, lengths: Array | None, size: int, per_group: int, reverse: bool
 ) -> Iterator[Tile]:
     n = problem.n
+    where = {} if problem.kind == "numpy" else {"device": problem.device}
     for group in blocks.groups(n, size, per_group):
-        if lengths is None and not reverse:
-            yield Tile(group, None, None, group.size)
-            continue
-        if lengths is None:
-            backwards = n - 1 - group.start - np.arange(group.blocks * group.size)
-            tokens = _host(xp, problem, backwards.reshape(1, group.blocks, group.size))
-            yield Tile(group, tokens, None, group.size)
-            continue
-        where = on(lengths)
         start = group.start + xp.arange(group.blocks, **where) * group.size
-        left = cast(lengths, "int64")[:, None] - start[None]
+        if lengths is None:
+            index = None
+            if reverse:
+                index = n - 1 - group.start - xp.arange(group.blocks * group.size, **where)
+                index = index.reshape(1, group.blocks, group.size)
+            yield Tile(group, index, None, group.size, (start + group.size)[None], n)
+            continue
+        span = cast(lengths, "int64")[:, None]
+        left = span - start[None]
         counts = xp.clip(left, 0, group.size)
         valid = xp.arange(group.size, **where)[None, None] < counts[..., None]
         position = start[None, :, None] + xp.arange(group.size, **where)
         index = None
         if reverse:
-            index = xp.clip(cast(lengths, "int64")[:, None, None] - 1 - position, 0, max(n - 1, 0))
-        yield Tile(group, index, valid, counts)
+            index = xp.clip(span[..., None] - 1 - position, 0, max(n - 1, 0))
+        yield Tile(group, index, valid, counts, xp.where(counts > 0, start[None] + counts, span), span)
 
 
 def _host(xp: Any, problem: Problem, x: np.ndarray) -> Array:
@@ -172,6 +174,8 @@ def _packed(xp: Any, problem: Problem, cu_seqlens: Array, size: int, per_group: 
                 array(index[part])[None],
                 None if everything_valid else array(inside[part])[None],
                 size if everything_valid else array(counts[part])[None],
+                array((begin * size + counts)[part])[None],
+                array(span[sequence][part])[None],
                 array(sequence[part]),
                 first[part],
                 last[part],
