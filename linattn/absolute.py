@@ -1,6 +1,7 @@
-"""The sums of one sequence with every factor absolute, beside their allowed errors: what `linattn.tolerance` adds up.
+"""One sequence's sums with every factor absolute, beside their allowed errors.
 
-Letters in shapes: n query positions, m key positions, h heads, d key features, e value features; NumPy float64.
+Letters in shapes: n query positions, m key positions, h heads, d key features, e value features; NumPy
+float64.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from linattn.arrays import Array
 
 if TYPE_CHECKING:
     from linattn.tolerance import Rounding
 
-Array = NDArray[Any]
 State = tuple[Array, Array | None]
 
 ANGLE_BLOCK = 64
@@ -32,7 +33,9 @@ def feature(x: Array, name: str | None) -> Array:
 
 
 def absolute_slope(x: Array, name: str | None) -> Array:
-    """φ'(x) with every factor absolute: silu's has a root, near which only the parts have relative accuracy."""
+    """φ'(x) with every factor absolute: silu's has a root, near which only the parts have relative
+    accuracy.
+    """
     if name is None:
         return np.ones_like(x)
     if name == "relu":
@@ -49,7 +52,9 @@ def _sigmoid(x: Array) -> Array:
 
 
 class Sequence:
-    """The sums of one sequence, every factor absolute: [h n m] pair weights beside their allowed relative errors."""
+    """The sums of one sequence, every factor absolute: [h n m] pair weights beside their allowed relative
+    errors.
+    """
 
     def __init__(
         self,
@@ -115,7 +120,9 @@ class Sequence:
         return weight, weight * factor + flushed
 
     def columns(self, normalize: bool, start: Array) -> None:
-        """Append the normaliser's column of ones to the values; `start` [h d e(+1)] is the folded initial state."""
+        """Append the normaliser's column of ones to the values; `start` [h d e(+1)] is the folded initial
+        state.
+        """
         self.start, self.normalize = start, normalize
         if normalize:
             ones = np.ones((*self.v.shape[:-1], 1))
@@ -146,7 +153,9 @@ class Sequence:
         return kv + self.carry[1][:, None, None] * self.start + sub
 
     def backward(self, do: Array, dstate: Array) -> None:
-        """The absolute gradient of the sum's columns and its allowed error, then the pairs' part in each gradient."""
+        """The absolute gradient of the sum's columns and its allowed error, then the pairs' part in each
+        gradient.
+        """
         self.dend = dstate
         grad = abs(do).swapaxes(0, 1)  # [h n e]
         grad_error = np.zeros_like(grad)
@@ -219,7 +228,9 @@ def _times(log_decay: Array, lag: Array) -> Array:
 
 
 def _sums(g: Array) -> tuple[Array, Array]:
-    """ln Λ from before the sequence to each token [h n], and from token j to token i [h n m]; -inf cuts, never NaN."""
+    """ln Λ from before the sequence to each token [h n], and from token j to token i [h n m]; -inf cuts,
+    never NaN.
+    """
     cut = np.cumsum(np.isneginf(g), axis=0).T
     part = np.cumsum(np.where(np.isneginf(g), 0.0, g), axis=0).T
     to = np.where(cut > 0, -np.inf, part)
@@ -228,7 +239,9 @@ def _sums(g: Array) -> tuple[Array, Array]:
 
 
 def fold(state: State | None, s: int, d: int, wide: bool, columns: int) -> Array:
-    """|C| + |S| with z as a last column, [h d columns]: the cosine and the sine of an advance replaced by 1."""
+    """|C| + |S| with z as a last column, [h d columns]: the cosine and the sine of an advance replaced by
+    1.
+    """
     if state is None or state[0] is None:
         return np.zeros((1, d, columns))
     kv, z = state

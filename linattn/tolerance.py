@@ -1,11 +1,14 @@
 """The allowed error of every result: one bound, elementwise, the same for every backend and every test.
 
-Letters in shapes: b batch, s sequences, n query positions, m key positions, h heads, d key features, e value features,
-f state features. Everything here is NumPy float64. docs/tolerances.md derives the bound and says how SLACK was chosen.
+Letters in shapes: b batch, s sequences, n query positions, m key positions, h heads, d key features, e value
+features,
+f state features. Everything here is NumPy float64. docs/tolerances.md derives the bound and says how SLACK
+was chosen.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from linattn import reference
-from linattn.absolute import Array, Sequence, State, feature, fold, joined, unfold, with_ones
+from linattn.absolute import Sequence, State, feature, fold, joined, unfold, with_ones
+from linattn.arrays import Array
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,7 +33,9 @@ SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "
 NORMAL = {"float64": 2.0**-1022, "float32": 2.0**-126}
 
 UPDATE_EVERY = 16
-"""Tokens between two roundings of a state that an algorithm over blocks carries; a decode step rounds every token."""
+"""Tokens between two roundings of a state that an algorithm over blocks carries; a decode step rounds every
+token.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ class Rounding:
 
     @property
     def u_in(self) -> float:
-        """What rounding operands for a tensor core costs: `operands` names their format; tf32 only when asked for."""
+        """What rounding operands for a tensor core costs: `operands` names their format; tf32 only when
+        asked for.
+        """
         if self.operands is not None:
             return UNIT[self.operands]
         return UNIT["tf32"] if self.precision == "tf32" and self.dtype == "float32" else 0.0
@@ -110,7 +118,8 @@ def bound(
     do: Float[Array, "b n h e"] | None = None,
     dstate: State | None = None,
 ) -> Bounds:
-    """Allowed errors of o, of the final state and, with `do`, of every gradient (keys as `reference.gradients`).
+    """Allowed errors of o, of the final state and, with `do`, of every gradient (keys as
+    `reference.gradients`).
 
     Quadratic in the length, as the reference is. `far` bounds o and the state of long causal calls.
     """
@@ -130,8 +139,14 @@ def bound(
             grads["log_decay"] = np.full(log_decay.shape, rounding.wide_subnormal)
     den = num = None
     if normalize:
-        shared = dict(log_decay=log_decay, theta=theta, feature_map=feature_map, causal=causal, scale=scale)
-        shared |= dict(key_mask=key_mask, lengths=lengths, cu_seqlens=cu_seqlens)
+        shared: dict[str, Any] = {
+            "log_decay": log_decay,
+            "theta": theta,
+            "feature_map": feature_map,
+            "causal": causal,
+            "scale": scale,
+        }
+        shared |= {"key_mask": key_mask, "lengths": lengths, "cu_seqlens": cu_seqlens}
         both, _ = reference.attention(q, k, with_ones(v), initial_state=joined(initial_state), **shared)
         num, den = both[..., :-1], both[..., -1]
     for s, (b, begin, end) in enumerate(sequences):
@@ -225,6 +240,6 @@ def _sequences(
     batch: int, n: int, lengths: Array | None, cu_seqlens: Array | None
 ) -> Iterator[tuple[int, int, int]]:
     if cu_seqlens is not None:
-        yield from ((0, int(a), int(b)) for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+        yield from ((0, int(a), int(b)) for a, b in itertools.pairwise(cu_seqlens))
     else:
         yield from ((b, 0, n if lengths is None else int(lengths[b])) for b in range(batch))

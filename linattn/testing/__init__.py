@@ -1,4 +1,4 @@
-"""The conformance suite: what every backend must satisfy, for anyone's kernel. `linattn verify` is its command."""
+"""The conformance suite, for anyone's kernel. `linattn verify` is its command."""
 
 from linattn.testing import properties
 from linattn.testing.case import RATES, Case, Inputs

@@ -1,4 +1,4 @@
-"""Arrays as a kernel gets them: of its kind, in a chosen memory layout, with NaN around them, and read back."""
+"""Arrays as a kernel gets them: of its kind, in a chosen memory layout, between NaN."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from linattn.arrays import Array
 
 LAYOUTS = ("plain", "strided", "offset")
 GUARD = 37
@@ -39,10 +38,13 @@ def namespace(kind: str) -> Any:
 
 
 def place(x: Array, kind: str, dtype: str, device: str = "cpu", layout: str = "plain") -> Placed:
-    """Copy a NumPy array into one of `kind`, `dtype` and memory layout; whatever lies between or around it is NaN.
+    """Copy a NumPy array into one of `kind`, `dtype` and memory layout; whatever lies between or around it
+    is NaN.
 
-    "plain" is contiguous, "offset" is contiguous between two guard bands, "strided" has every axis but the first two
-    reversed in memory order and every second element unused. Integers and booleans get another value as their guard.
+    "plain" is contiguous, "offset" is contiguous between two guard bands, "strided" has every axis but the
+    first two
+    reversed in memory order and every second element unused. Integers and booleans get another value as
+    their guard.
     """
     if layout == "plain":
         made = _make(np.array(x), kind, dtype, device)

@@ -1,4 +1,4 @@
-"""One problem with its inputs, small enough to be printed and pasted: everything follows from its fields and a seed."""
+"""One problem with its inputs: everything follows from its fields and a seed, so it can be pasted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from linattn.arrays import Array
 
 RATES = (0.0, 1e-3, 0.1, 1.0, 20.0, 60.0, math.inf)
 """Decays worth trying, as -ln λ: none, slow, fast, gone in a few tokens, a reset, a reset to the last bit."""
@@ -22,8 +21,10 @@ HALF_RANGE = 3.0e4
 class Case:
     """A call of `linattn.attention`, by its options, its sizes and the seed that its arrays are drawn from.
 
-    rates: the -ln λ that heads or tokens draw theirs from. m: key positions of a cross call (None: as many as queries).
-    values: the largest |q|, |k|, |v|. state: starts from an initial state. sequences: how many a packed call holds.
+    rates: the -ln λ that heads or tokens draw theirs from. m: key positions of a cross call (None: as many
+    as queries).
+    values: the largest |q|, |k|, |v|. state: starts from an initial state. sequences: how many a packed call
+    holds.
     layout: how arrays lie in memory, "plain", "strided" or "offset".
     """
 
@@ -77,9 +78,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arrays of one call, NumPy float64 (the form that the reference takes); a backend gets converted copies.
+    """The arrays of one call, NumPy float64 (the form that the reference takes); a backend gets converted
+    copies.
 
-    state is (kv, z, length); do and dstate are the gradients that a backward pass starts from. max_len is Cosine's.
+    state is (kv, z, length); do and dstate are the gradients that a backward pass starts from. max_len is
+    Cosine's.
     """
 
     case: Case
@@ -103,7 +106,9 @@ class Inputs:
         return replace(self, case=self.case.replace(**case), **changes) if case else replace(self, **changes)
 
     def options(self) -> dict[str, Any]:
-        """The keywords that `linattn.reference` and `linattn.tolerance` share; the angles of a cosine are a theta."""
+        """The keywords that `linattn.reference` and `linattn.tolerance` share; the angles of a cosine are a
+        theta.
+        """
         case = self.case
         theta = self.theta
         if case.reweight == "cosine":
@@ -123,7 +128,9 @@ class Inputs:
         }
 
     def tokens(self, begin: int, end: int) -> Inputs:
-        """Tokens [begin, end) of a call without lengths or borders, with everything that goes along the N axis."""
+        """Tokens [begin, end) of a call without lengths or borders, with everything that goes along the N
+        axis.
+        """
         rows = slice(begin, end)
         g, mask, do = self.log_decay, self.key_mask, self.do
         return self.replace(
@@ -156,7 +163,9 @@ class Inputs:
 
 
 def rounded(x: Array, dtype: str) -> Array:
-    """x with every number rounded to one that `dtype` holds, as float64. NumPy has no bfloat16, so bits do it."""
+    """x with every number rounded to one that `dtype` holds, as float64. NumPy has no bfloat16, so bits do
+    it.
+    """
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)

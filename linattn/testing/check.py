@@ -1,4 +1,4 @@
-"""Run the properties on a backend or a kernel, and report: what held, how closely, and the first call that did not."""
+"""Run the properties on a subject, and report what held, how closely, and the first call that did not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ PASSED, FAILED, NOT_OFFERED = "pass", "fail", "not offered"
 class Finding:
     """What one property said of one subject.
 
-    worst: the largest error as a share of what is allowed, None where only bits were compared. refused: the sentences
+    worst: the largest error as a share of what is allowed, None where only bits were compared. refused: the
+    sentences
     with which single combinations were not offered. call: Python that fails again. message: how it failed.
     """
 
@@ -72,16 +73,16 @@ class Report:
         lines = [self.subject]
         for f in self.findings:
             worst = "" if f.worst is None else f"{f.worst:8.3f}"
-            lines.append(
-                f"  {f.property:<{width}}  {f.variants:4d} variants {f.examples:5d} examples {worst:>8}  {f.status}"
-            )
+            tried = f"{f.variants:4d} variants {f.examples:5d} examples"
+            lines.append(f"  {f.property:<{width}}  {tried} {worst:>8}  {f.status}")
         for f in self.failures:
             lines += ["", f.message, f.call]
         return "\n".join(lines)
 
 
 def check_backend(name: Any, *, kind: str | None = None, device: str | None = None, **how: Any) -> Report:
-    """Check a backend, by name or as an object, through linattn's public functions; keywords as `check_kernel`.
+    """Check a backend, by name or as an object, through linattn's public functions; keywords as
+    `check_kernel`.
 
     kind: of the arrays, where it takes several. Raises UnknownBackendError.
     """
@@ -92,7 +93,8 @@ def check_kernel(kernel: Kernel, *, device: str | None = None, **how: Any) -> Re
     """Check a wrapped callable.
 
     variant: a name of VARIANTS. dtype: only this one. full: every combination of options, not only pairs.
-    examples: for each combination. seed: of the draw. only: names of properties. progress: called with each finding.
+    examples: for each combination. seed: of the draw. only: names of properties. progress: called with each
+    finding.
     Raises OptionError for a name that does not exist or a variant of which the kernel offers nothing.
     """
     if device is not None:
@@ -111,9 +113,13 @@ def check(
     only: Sequence[str] | None = None,
     quick: bool = False,
     shrink: bool = True,
+    until_failure: bool = False,
     progress: Callable[[Finding], None] | None = None,
 ) -> Report:
-    """Check any subject; keywords as `check_kernel`. `quick` tries one example of every third combination."""
+    """Check any subject; keywords as `check_kernel`. `quick` tries few examples of every third combination.
+
+    shrink: look for the smallest failing case. until_failure: stop after the first property that fails.
+    """
     if variant is not None and variant not in VARIANTS:
         raise OptionError(f"no variant named {variant!r}; known: {', '.join(VARIANTS)}")
     if unknown := sorted(set(only or ()) - set(PROPERTIES)):
@@ -137,6 +143,8 @@ def check(
         findings.append(found)
         if progress is not None:
             progress(found)
+        if until_failure and found.status == FAILED:
+            break
     return Report(of.name, tuple(findings))
 
 
@@ -151,11 +159,13 @@ def intersection(*constraints: Mapping[str, Any]) -> dict[str, tuple[Any, ...]] 
             out[axis] = tuple(v for v in known if v in offered) if axis != "scale" else offered
             if not out[axis]:
                 return None
-    return out if any(allowed(row) for row in combinations(**out)) else None
+    return out if any(allowed(row) for row in combinations(False, **out)) else None
 
 
 class _Outcome:
-    """A with-block whose exception is a finding: a kernel that raises, whatever it raises, has failed its property."""
+    """A with-block whose exception is a finding: a kernel that raises, whatever it raises, has failed its
+    property.
+    """
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
@@ -189,9 +199,17 @@ def _check_property(
                 case, error = failure
                 kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
                 return Finding(
-                    plan.name, plan.summary, FAILED, offered, tried, worst.ratio, tuple(refused),
-                    pasteable(of, plan.name, case), f"{plan.name}: {kind}{error}", time.perf_counter() - began,
-                )  # fmt: skip
+                    property=plan.name,
+                    summary=plan.summary,
+                    status=FAILED,
+                    variants=offered,
+                    examples=tried,
+                    worst=worst.ratio,
+                    refused=tuple(refused),
+                    call=pasteable(of, plan.name, case),
+                    message=f"{plan.name}: {kind}{error}",
+                    seconds=time.perf_counter() - began,
+                )
     status = PASSED if tried else NOT_OFFERED
     took = time.perf_counter() - began
     return Finding(plan.name, plan.summary, status, offered, tried, worst.ratio, tuple(refused), seconds=took)
@@ -199,7 +217,8 @@ def _check_property(
 
 def pasteable(of: Subject, name: str, case: Case) -> str:
     """A call that fails again when it is pasted into Python."""
-    return f"from linattn import testing; testing.properties.{name}({of.expression()}, testing.{case!r})"
+    before, maker = of.expression()
+    return f"from linattn import testing{before}; testing.properties.{name}({maker}, testing.{case!r})"
 
 
 def _check_row(

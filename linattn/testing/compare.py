@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from linattn.arrays import Array
 
 LARGEST = {
     "float64": np.finfo(np.float64).max,
@@ -60,7 +59,8 @@ def recording() -> Iterator[Worst]:
 def assert_within(
     what: str, letters: str, got: Array, want: Array, allowed: Array, dtype: str = "float64"
 ) -> None:
-    """Assert |got - want| <= allowed at every index; NaN is never within. `letters` names the axes in the message.
+    """Assert |got - want| <= allowed at every index; NaN is never within. `letters` names the axes in the
+    message.
 
     Values beyond the largest number of `dtype` cannot be told from each other and are not compared.
     """
@@ -82,7 +82,8 @@ def assert_within(
         at = tuple(int(i) for i in np.unravel_index(int(over.argmax()), over.shape))
         raise Mismatch(
             f"{what} at [{letters}] {at}: got {got[at]:.9g}, want {want[at]:.9g}: "
-            f"error {error[at]:.3e} > {allowed[at]:.3e} allowed ({int(bad.sum())} of {bad.size} elements are off)"
+            f"error {error[at]:.3e} > {allowed[at]:.3e} allowed "
+            f"({int(bad.sum())} of {bad.size} elements are off)"
         )
 
 
@@ -94,7 +95,8 @@ def assert_same(what: str, letters: str, got: Array, want: Array) -> None:
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
         raise Mismatch(
-            f"{what} at [{letters}] {at}: {got[at]!r} is not {want[at]!r} ({int(bad.sum())} of {bad.size} elements differ)"
+            f"{what} at [{letters}] {at}: {got[at]!r} is not {want[at]!r} "
+            f"({int(bad.sum())} of {bad.size} elements differ)"
         )
 
 

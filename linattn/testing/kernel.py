@@ -1,4 +1,4 @@
-"""A stranger's callable, described so that the suite can call it: layout, decay's unit, names, what it computes."""
+"""A stranger's callable, described so that the suite can call it."""
 
 from __future__ import annotations
 
@@ -53,22 +53,28 @@ class _Function:
 class Kernel(_Defaults, _Function):
     """`fn(q, k, v, **named)`, wrapped for `check_kernel`. What is not claimed here is reported as not offered.
 
-    layout: order of the axes of q, k, v and o (and of a per-token decay): "bnhd", or "bhnd" with heads first.
-    decay: the unit in which `fn` wants decays: "log" (ln λ, <= 0), "slope" (-ln λ) or "factor" (λ); None: it has none.
-    scale: what `fn` multiplies weights with by itself, a number or a function of D; name "scale" if it is an argument.
-    names: linattn's keyword -> fn's, for every optional argument that `fn` takes: of log_decay (by default
-        "log_decay" where there is a decay), theta [H, D], max_len, key_mask, lengths, cu_seqlens, initial_state,
+    layout: the order of the axes of q, k, v, o and a per-token decay: "bnhd", or "bhnd" with heads first.
+    decay: the unit in which `fn` wants decays: "log" (ln λ, <= 0), "slope" (-ln λ), "factor" (λ), or None.
+    scale: what `fn` multiplies weights with by itself: a number, or a function of D.
+    names: linattn's keyword -> fn's, for every optional argument that `fn` takes: log_decay (named so by
+        default where there is a decay), theta [H, D], max_len, key_mask, lengths, cu_seqlens, initial_state,
         return_state, scale, eps, causal, feature_map, normalize.
-    returns_state: `fn` returns (o, state), always or where `return_state` asks; a state is kv [S, H, F, E], or
-        (kv, z) where the call is normalised, as DESIGN has them: float32, in the frame of the last token.
-    options: what `fn` computes: values (or tuples of values) on the axes causal, decay ("head", "token"), reweight,
-        feature_map, normalize, dtype. Left out: causal, no feature map, not normalised, float32, a decay per head.
+    returns_state: `fn` returns (o, state), always or where `return_state` asks. A state is kv [S, H, F, E], or
+        (kv, z) where the call is normalised: those of `linattn.State`.
+    options: what `fn` computes: a value, or a tuple of values, on each of the axes causal, decay ("head",
+        "token"), reweight, feature_map, normalize, dtype. What is left out: causal, no feature map, not
+        normalised, float32, one decay per head.
     arguments: passed along with every call. arrays: "torch", "numpy" or "cupy". device: of the arrays.
-    block: tokens between two roundings of a carried state, 1 for a recurrence. reach: longest call worth its time.
-    gradients: True: torch's autograd; False: none; or a function `(q, k, v, do, dstate=None, **named) -> dict`.
-    decode_step(q, k, v, state, slots=None, **named) updates `state`, a dict of kv, z, length, in place and returns o;
-    merge_states(left, right, total_log_decay=None, **named) takes two such dicts and returns one. Both in linattn's
-    units and layout.
+    name: "module:object" under which this Kernel can be imported, so that a failing call can be pasted.
+    block: tokens between two roundings of a carried state, 1 for a recurrence.
+    reach: the longest call that is worth its time.
+    gradients: True: torch's autograd; False: none; or `(q, k, v, do, dstate=None, **named) -> dict`.
+    decode_step: `(q, k, v, state, slots=None, **options) -> o`, which updates `state`, a dict of kv, z and
+        length, in place. merge_states: `(left, right, total_log_decay=None, **options)` on two such dicts,
+        returns one. Both in linattn's layout and units; options are log_decay, theta, feature_map, normalize,
+        eps and scale.
+
+    Raises OptionError for a description that means nothing.
     """
 
     def __post_init__(self) -> None:
@@ -98,9 +104,10 @@ class Kernel(_Defaults, _Function):
     def kind(self) -> str:
         return self.arrays
 
-    def expression(self) -> str:
+    def expression(self) -> tuple[str, str]:
+        """Python that finds it again, if `name` is the "module:object" under which it can be imported."""
         module, _, path = self.name.partition(":")
-        return f"__import__('importlib').import_module({module!r}).{path}" if path else self.name
+        return (f"; import {module}", f"{module}.{path}") if path else ("", self.name)
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """What is offered on each axis."""

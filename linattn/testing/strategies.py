@@ -1,4 +1,4 @@
-"""Hypothesis strategies for cases: sizes across several blocks and off their edges, decays, seeds, layouts."""
+"""Hypothesis strategies for cases: sizes off the blocks' edges, decays, seeds, layouts."""
 
 from __future__ import annotations
 

@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
+from linattn.arrays import Array
 from linattn.errors import UnsupportedError
 from linattn.testing import arrays
 from linattn.testing.case import Case, Inputs
 from linattn.testing.compare import NotOffered
 from linattn.tolerance import Rounding
 
-Array = NDArray[Any]
 Natives = dict[str, Any]
 
 LETTERS = {"o": "b n h e", "kv": "s h f e", "z": "s h f", "length": "s"}
@@ -48,19 +45,28 @@ class Subject(Protocol):
     name: as it is reported. kind, device: of its arrays. reach: the longest call that is worth its time.
     """
 
-    name: str
-    kind: str
-    device: str
-    reach: int
+    @property
+    def name(self) -> str: ...
 
-    def expression(self) -> str:
-        """Python that makes this subject again."""
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def reach(self) -> int: ...
+
+    def expression(self) -> tuple[str, str]:
+        """Python that makes this subject again: what to import first, and the expression."""
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """What it offers on each axis of `linattn.testing.variants.AXES`."""
 
     def missing(self, case: Case, *needs: str) -> str | None:
-        """Why it does not offer this case with these needs (state, gradients, decode, slots, merge), or None."""
+        """Why it does not offer this case with these needs (state, gradients, decode, slots, merge), or
+        None.
+        """
 
     def adapt(self, case: Case) -> Case:
         """The case with what the subject decides for itself (a built-in scale)."""
@@ -72,7 +78,9 @@ class Subject(Protocol):
         """Gradients by name, as arrays; initial_state's as (kv, z)."""
 
     def decode(self, x: Inputs, given: Natives, slots: Any = None) -> Any:
-        """One token for each row: q, k [b h d], v [b h e]; changes given's kv, z and length in place; returns o."""
+        """One token for each row: q, k [b h d], v [b h e]; changes given's kv, z and length in place;
+        returns o.
+        """
 
     def merge(self, x: Inputs, left: Result, right: Result, total_log_decay: Any) -> Result:
         """Merge two states."""
@@ -139,17 +147,17 @@ class BackendSubject:
         from linattn import registry
 
         self.backend = backend
-        known = registry.known()[backend] if isinstance(backend, str) else backend
+        known = registry.get(backend) if isinstance(backend, str) else backend
         self.name: str = known.name
         self.kind = kind or next((k for k in known.arrays if k != "cupy"), "cupy")
         self.device = device or ("cuda" if self.kind == "cupy" or self.name == "triton" else "cpu")
         self.reach = 200 if self.name == "reference" else 3000
 
-    def expression(self) -> str:
+    def expression(self) -> tuple[str, str]:
         usual = BackendSubject(self.backend)
         if (self.kind, self.device) == (usual.kind, usual.device):
-            return repr(self.name)
-        return f"testing.BackendSubject({self.name!r}, kind={self.kind!r}, device={self.device!r})"
+            return "", repr(self.name)
+        return "", f"testing.BackendSubject({self.name!r}, kind={self.kind!r}, device={self.device!r})"
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         return {"dtype": arrays.dtypes(self.kind)}
@@ -168,7 +176,7 @@ class BackendSubject:
         import linattn
 
         case = x.case
-        reweight = None
+        reweight: Any = None
         if case.reweight == "cosine":
             reweight = linattn.Cosine(x.max_len)
         elif case.reweight == "lrpe":
@@ -286,17 +294,3 @@ def _refusal(of: BackendSubject, case: Case, needs: tuple[str, ...]) -> str | No
     """The sentence with which a backend refuses a small call of this kind, as its callers would get it."""
     plain = case.replace(seed=0, values=1.0, rates=(0.1,), layout="plain", batch=1, heads=1)
     return _sentence(of.backend, of.kind, of.device, plain.replace(n=plain.n and 2), needs)
-
-
-__all__ = [
-    "BackendSubject",
-    "Result",
-    "Subject",
-    "autograd",
-    "call",
-    "natives",
-    "np",
-    "require",
-    "rounding",
-    "subject",
-]

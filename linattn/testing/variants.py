@@ -1,4 +1,4 @@
-"""Which combinations of options are worth trying: named variants, and arrays that cover every pair of options."""
+"""Which combinations of options to try: named variants, and rows that cover every pair."""
 
 from __future__ import annotations
 
@@ -20,31 +20,80 @@ AXES: dict[str, tuple[Any, ...]] = {
     "scale": (1.0, -0.37),
     "dtype": ("float32", "float64", "float16", "bfloat16"),
 }
-"""Every option of a call that changes what is computed; "borders" stands for lengths and cu_seqlens, never both."""
+"""Every option of a call that changes what is computed; "borders" stands for lengths and cu_seqlens, never
+both.
+"""
 
 VARIANTS: dict[str, Options] = {
-    "plain": dict(causal=True, decay=None, reweight=None, feature_map=None, normalize=False, scale=1.0),
-    "lightning": dict(causal=True, decay="head", reweight=None, feature_map=None, normalize=False, scale=1.0),
-    "gla": dict(causal=True, decay="token", reweight=None, feature_map=None, normalize=False, scale=1.0),
-    "cosformer": dict(
-        causal=False, decay=None, reweight="cosine", feature_map="relu", normalize=True, scale=1.0
-    ),
-    "cosformer-causal": dict(
-        causal=True, decay=None, reweight="cosine", feature_map="relu", normalize=True, scale=1.0
-    ),
-    "lrpe": dict(causal=True, decay="head", reweight="lrpe", feature_map="silu", normalize=False, scale=1.0),
-    "elu": dict(causal=True, decay=None, reweight=None, feature_map="elu+1", normalize=True, scale=1.0),
-    "bidirectional": dict(causal=False, decay="head", borders=None, state=False),
-    "packed": dict(borders="packed"),
-    "padded": dict(borders="lengths"),
-    "masked": dict(key_mask=True),
-    "continued": dict(causal=True, state=True),
+    "plain": {
+        "causal": True,
+        "decay": None,
+        "reweight": None,
+        "feature_map": None,
+        "normalize": False,
+        "scale": 1.0,
+    },
+    "lightning": {
+        "causal": True,
+        "decay": "head",
+        "reweight": None,
+        "feature_map": None,
+        "normalize": False,
+        "scale": 1.0,
+    },
+    "gla": {
+        "causal": True,
+        "decay": "token",
+        "reweight": None,
+        "feature_map": None,
+        "normalize": False,
+        "scale": 1.0,
+    },
+    "cosformer": {
+        "causal": False,
+        "decay": None,
+        "reweight": "cosine",
+        "feature_map": "relu",
+        "normalize": True,
+        "scale": 1.0,
+    },
+    "cosformer-causal": {
+        "causal": True,
+        "decay": None,
+        "reweight": "cosine",
+        "feature_map": "relu",
+        "normalize": True,
+        "scale": 1.0,
+    },
+    "lrpe": {
+        "causal": True,
+        "decay": "head",
+        "reweight": "lrpe",
+        "feature_map": "silu",
+        "normalize": False,
+        "scale": 1.0,
+    },
+    "elu": {
+        "causal": True,
+        "decay": None,
+        "reweight": None,
+        "feature_map": "elu+1",
+        "normalize": True,
+        "scale": 1.0,
+    },
+    "bidirectional": {"causal": False, "decay": "head", "borders": None, "state": False},
+    "packed": {"borders": "packed"},
+    "padded": {"borders": "lengths"},
+    "masked": {"key_mask": True},
+    "continued": {"causal": True, "state": True},
 }
 """Names for options that belong together; what a name leaves open is covered pairwise."""
 
 
 def allowed(options: Mapping[str, Any]) -> bool:
-    """Whether the definition (and the formats' range) knows this combination; options not yet chosen are ignored."""
+    """Whether the definition (and the formats' range) knows this combination; options not yet chosen are
+    ignored.
+    """
     known = options.get
     if known("causal") is False and (known("decay") == "token" or known("state")):
         return False

@@ -1,4 +1,4 @@
-"""The properties: each a plain function `property(kernel_or_backend, case)` that raises AssertionError or returns nothing."""
+"""The properties: plain functions `property(kernel_or_backend, case)` that assert and return nothing."""
 
 from linattn.testing.properties.equality import (
     follows_the_closed_form,

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from linattn import reference, tolerance
+from linattn import absolute, reference, tolerance
+from linattn.arrays import Array
 from linattn.testing import arrays
 from linattn.testing.case import Case, Inputs
 from linattn.testing.compare import Mismatch, assert_within
-from linattn.testing.properties.plan import Array, assert_parts, holds, limits, rng_of, truth
+from linattn.testing.properties.plan import assert_parts, holds, limits, rng_of, truth
 from linattn.testing.subject import LETTERS, Subject, call, natives, require, rounding, subject
 
 GRADIENT_LETTERS = {"q": "b n h d", "k": "b m h d", "v": "b m h e", "theta": "h d"}
@@ -38,7 +39,10 @@ def gradients_match_the_reference(target: Any, case: Case) -> None:
 
 
 def assert_gradients(of: Subject, x: Inputs) -> None:
-    """Assert that each gradient of <do, o> + <dstate, state> is there and within its bound of the closed form."""
+    """Assert that each gradient of <do, o> + <dstate, state> is there and within its bound of the closed
+    form.
+    """
+    assert x.do is not None
     want = reference.gradients(x.q, x.k, x.v, x.do, x.dstate, **x.options())
     if x.case.reweight == "cosine":
         del want["theta"]  # its angle is no argument
@@ -86,7 +90,9 @@ def gradients(of: Subject, x: Inputs, layout: str | None = None) -> dict[str, An
             for g in x.dstate
         )
     found = of.vjp(x, given, do, last)  # type: ignore[arg-type]
-    read = {name: arrays.back(g) for name, g in found.items() if name != "initial_state" and g is not None}
+    read: dict[str, Any] = {
+        name: arrays.back(g) for name, g in found.items() if name != "initial_state" and g is not None
+    }
     if found.get("initial_state") is not None:
         read["initial_state"] = tuple(None if g is None else arrays.back(g) for g in found["initial_state"])
     return read
@@ -100,7 +106,8 @@ NO_OTHER_KEYS = {"feature_map": (None, "relu", "silu"), "key_mask": False, "bord
 def follows_the_closed_form(target: Any, case: Case) -> None:
     """One value at token 0 fades as scale · φ(1)² · λ^i · cos(θ i), at any distance.
 
-    Angles count: a phase formed as theta * position in float32 is off by half a percent of a turn at token 20 000.
+    Angles count: a phase formed as theta * position in float32 is off by half a percent of a turn at token
+    20 000.
     """
     of = subject(target)
     n = min(case.n, 8 * of.reach)
@@ -119,7 +126,7 @@ def follows_the_closed_form(target: Any, case: Case) -> None:
         for rate in np.unique(g[1:]):
             count = np.cumsum(g[1:] == rate, axis=0)
             log_weight[1:] += np.where(count > 0, np.maximum(count, 1) * rate, 0.0)
-    size = float(tolerance.feature(np.ones(1), case.feature_map)[0]) ** 2
+    size = float(absolute.feature(np.ones(1), case.feature_map)[0]) ** 2
     size *= abs(case.scale)
     cosine = 1.0 if options["theta"] is None else np.cos(options["theta"][:, 0] * i)
     weight = size * np.exp(log_weight)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from linattn.arrays import Array
 from linattn.testing.case import Case, Inputs
 from linattn.testing.compare import assert_same
-from linattn.testing.properties.plan import LONG, Array, Parts, assert_parts, holds, limits, rng_of, twice
+from linattn.testing.properties.plan import LONG, Parts, assert_parts, holds, limits, rng_of, twice
 from linattn.testing.properties.selection import want_state
 from linattn.testing.subject import LETTERS, call, require, subject
 
@@ -61,7 +62,7 @@ def keeps_rows_apart(target: Any, case: Case) -> None:
 
 def _other_rows(x: Inputs, other: Inputs, row: int) -> Any:
     assert x.state is not None and other.state is not None
-    parts = []
+    parts: list[Any] = []
     for mine, theirs in zip(x.state[:2], other.state[:2], strict=True):
         if mine is None or theirs is None:
             parts.append(None)
@@ -110,7 +111,11 @@ def keeps_nan_in_its_sequence(target: Any, case: Case) -> None:
     for name in rng.permutation(["q", "k", "v"])[:2]:
         getattr(sick, name)[row, t] = np.nan
     state = want_state(of, case)
-    got, want, allowed = call(of, sick, return_state=state), call(of, x, return_state=state), twice(limits(of, x))
+    got, want, allowed = (
+        call(of, sick, return_state=state),
+        call(of, x, return_state=state),
+        twice(limits(of, x)),
+    )
     reached = {"o": _reached(x, row, t)[:, :, None, None]}
     sequence = row
     if x.cu_seqlens is not None:

@@ -1,4 +1,4 @@
-"""Memory: strides, guard bands, buffers that nobody wrote, arguments left as they were, the same bits again."""
+"""Memory: strides, guard bands, unwritten buffers, arguments left alone, the same bits again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def reads_any_strides(target: Any, case: Case) -> None:
 
 @holds(sizes=SIZES, layouts=("offset",), fixed={"heads": 2})
 def reads_only_its_inputs(target: Any, case: Case) -> None:
-    """Arguments between bands of NaN, at an odd offset, give what plain ones give: nothing beside them is read."""
+    """Arguments between bands of NaN, at an odd offset, give what plain ones give: nothing beside them is
+    read.
+    """
     _same_as_plain(target, case.replace(layout="offset"))
 
 
@@ -78,7 +80,9 @@ def leaves_its_inputs_alone(target: Any, case: Case) -> None:
 
 @holds(sizes=SIZES, fixed={"heads": 2})
 def writes_every_output(target: Any, case: Case) -> None:
-    """With every fresh buffer full of NaN, outputs, states and gradients are finite: each element is written."""
+    """With every fresh buffer full of NaN, outputs, states and gradients are finite: each element is
+    written.
+    """
     of = subject(target)
     case = require(of, case)
     x = case.inputs()
@@ -120,7 +124,9 @@ def gives_the_same_bits_twice(target: Any, case: Case) -> None:
 
 @holds(sizes=(0, 1, 5, 65), fixed={"heads": 2})
 def returns_the_right_kind(target: Any, case: Case) -> None:
-    """Outputs and gradients have the arguments' kind, dtype, device and shape; states are float32 or wider."""
+    """Outputs and gradients have the arguments' kind, dtype, device and shape; states are float32 or
+    wider.
+    """
     of = subject(target)
     case = require(of, case)
     x = case.inputs()

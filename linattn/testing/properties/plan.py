@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from linattn import reference, tolerance
+from linattn.arrays import Array
 from linattn.testing.case import Case, Inputs
 from linattn.testing.compare import assert_within
 from linattn.testing.subject import LETTERS, Subject, rounding
 
-Array = NDArray[Any]
 Parts = dict[str, Array]
 
 SHORT = 220
-"""Lengths up to here are compared with the quadratic definition and its bound, longer ones with `tolerance.far`."""
+"""Lengths up to here are compared with the quadratic definition and its bound, longer ones with
+`tolerance.far`.
+"""
 
 LONG = (700, 1100, 1777)
 """Lengths that the quadratic reference cannot reach in a test's time."""
@@ -28,7 +29,8 @@ LONG = (700, 1100, 1777)
 class Property:
     """A property and the cases that are worth trying on it.
 
-    axes: the option combinations to which it applies. fixed: fields of the case. sizes: lengths to draw from (empty:
+    axes: the option combinations to which it applies. fixed: fields of the case. sizes: lengths to draw from
+    (empty:
     the usual edges up to `longest`). small: few heads and features, for long calls.
     """
 
@@ -53,7 +55,7 @@ def holds(
 
     def register(check: Callable[[Any, Case], None]) -> Callable[[Any, Case], None]:
         name = check.__name__
-        summary = (check.__doc__ or "").partition("\n")[0]
+        summary = " ".join((check.__doc__ or "").partition("\n\n")[0].split())
         PROPERTIES[name] = Property(name, check, summary, axes or {}, **plan)
         return check
 

@@ -45,7 +45,9 @@ def packs_as_if_separate(target: Any, case: Case) -> None:
 
 @holds({"borders": "lengths"}, sizes=(1, 70, 150, *LONG), fixed={"heads": 1, "batch": 2})
 def cuts_at_lengths(target: Any, case: Case) -> None:
-    """Tokens at and after a row's length do not exist, whatever they hold: outputs 0, the state of the cut row."""
+    """Tokens at and after a row's length do not exist, whatever they hold: outputs 0, the state of the cut
+    row.
+    """
     of = subject(target)
     case = require(of, case.replace(n=min(case.n, of.reach), m=None))
     x = case.inputs()
@@ -95,7 +97,9 @@ def takes_masked_keys_as_zero(target: Any, case: Case) -> None:
         call(of, hidden, return_state=state), call(of, zeros, return_state=state), twice(limits(of, x)), x
     )
     if case.n <= 40 and of.missing(case, "gradients") is None:
-        hidden, zeros = (hidden, zeros) if state else (hidden.replace(dstate=None), zeros.replace(dstate=None))
+        hidden, zeros = (
+            (hidden, zeros) if state else (hidden.replace(dstate=None), zeros.replace(dstate=None))
+        )
         want = gradients(of, zeros)
         want |= {name: np.where(masked, 0.0, want[name]) for name in ("k", "v")}
         compare_gradients(gradients(of, hidden), want, gradient_limits(of, hidden), hidden, 2.0)
@@ -103,7 +107,9 @@ def takes_masked_keys_as_zero(target: Any, case: Case) -> None:
 
 @holds({"decay": ("head", "token")}, sizes=(2, 65, 150, *LONG), fixed={"heads": 1, "rates": (0.0,)})
 def takes_zero_decay_as_none(target: Any, case: Case) -> None:
-    """A log decay of exactly 0, of either sign, is no decay: the future stays unseen, nothing is divided or lost."""
+    """A log decay of exactly 0, of either sign, is no decay: the future stays unseen, nothing is divided or
+    lost.
+    """
     of = subject(target)
     case = require(of, case.replace(n=min(case.n, of.reach), m=None))
     plain = case.replace(decay=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def splits_anywhere(target: Any, case: Case) -> None:
     whole = call(of, x, return_state=True)
     cuts = [0, *sorted(int(c) for c in rng_of(case).integers(0, case.n + 1, 3)), case.n]
     part, outputs, state = {}, [], x.state
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in itertools.pairwise(cuts):
         piece = x.tokens(begin, end).replace(state=state)
         piece = piece.replace(case=piece.case.replace(state=state is not None))
         part = call(of, piece, return_state=True)
@@ -69,7 +70,7 @@ def _start(of: Subject, x: Inputs) -> Natives:
 
 def step(of: Subject, x: Inputs, t: int, given: Natives) -> tuple[Inputs, Natives]:
     """The arguments of one decode step at token t, on the state that `given` holds."""
-    now = {name: given[name] for name in ("kv", "z", "length", "theta") if name in given}
+    now: Natives = {name: given[name] for name in ("kv", "z", "length", "theta") if name in given}
     now |= {name: given[name][:, t] for name in "qkv"}
     if "log_decay" in given:
         g = given["log_decay"]
@@ -115,7 +116,9 @@ def _state_parts(given: Natives) -> Parts:
 
 @holds({"causal": True, "state": True}, longest=80)
 def continues_only_named_rows(target: Any, case: Case) -> None:
-    """A call with slots continues the named rows of a pool, writes their new state there, and changes no other bit."""
+    """A call with slots continues the named rows of a pool, writes their new state there, and changes no
+    other bit.
+    """
     of = subject(target)
     case = require(of, case, "state", "pool")
     x = case.inputs()
@@ -166,7 +169,7 @@ def merges_into_the_whole(target: Any, case: Case) -> None:
     if case.decay == "token":
         assert right.log_decay is not None
         total = arrays.place(right.log_decay.sum(1), of.kind, "float64", of.device).array
-    got = of.merge(x, *results, total)
+    got = of.merge(x, results[0], results[1], total)
     read = got.read_state()
     assert_parts(read, call(of, x, return_state=True), twice(limits(of, x)), x)
     before = np.zeros(case.batch, np.int64) if x.state is None else x.state[2]

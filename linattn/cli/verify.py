@@ -1,0 +1,144 @@
+"""`linattn verify`: prove the backends, or a stranger's kernel, right."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linattn.errors import OptionError
+
+if TYPE_CHECKING:
+    from linattn.testing import Finding, Kernel, Report, Subject
+
+
+def verify(
+    backend: Annotated[list[str] | None, typer.Option(help="Check this backend only (repeatable).")] = None,
+    kernel: Annotated[
+        str | None, typer.Option(help="Check a callable or Kernel: package.module:object.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Only this combination of options: lightning, lrpe, ...")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where the arrays live: cpu, cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Only this dtype.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A third of the combinations, few examples.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every combination of options.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    examples: Annotated[int, typer.Option(min=1, help="Examples for each combination.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+) -> None:
+    """Prove that a backend or a kernel computes what the definition says: forward, gradients, states, memory.
+
+    Without --backend or --kernel, every backend that is usable here is checked. Each property is tried on
+    combinations of options that cover every pair of them; `worst` is the largest error as a share of what is
+    allowed. A failure is printed as a call to paste into Python. Exit status 1 if anything failed.
+    """
+    from linattn.testing import PROPERTIES
+    from linattn.testing.check import check
+
+    if kernel is not None and backend:
+        raise OptionError("give --backend or --kernel, not both")
+    subjects = [_kernel(kernel, device)] if kernel is not None else _backends(backend, device)
+    how: dict[str, Any] = {"variant": variant, "dtype": dtype, "full": everything, "quick": quick}
+    how |= {"examples": examples, "seed": seed}
+    with _progress(len(PROPERTIES) * len(subjects), as_json) as advance:
+        reports = [check(of, progress=advance, **how) for of in subjects]
+    if as_json:
+        _print_json(reports)
+    else:
+        _print_tables(reports)
+    if not all(report.ok for report in reports):
+        raise typer.Exit(1)
+
+
+def _backends(names: list[str] | None, device: str | None) -> list[Subject]:
+    from linattn import registry
+    from linattn.testing import BackendSubject
+
+    for name in names or ():
+        reason = registry.get(name).unavailable()
+        if reason is not None:
+            raise OptionError(f"backend {name!r} cannot run here: {reason}")
+    usable = [name for name, reason in registry.available_backends().items() if reason is None]
+    return [BackendSubject(name, device=device) for name in names or usable]
+
+
+def _kernel(path: str, device: str | None) -> Subject:
+    from linattn import testing
+
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise OptionError(f"--kernel must be package.module:object, got {path!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # a console script does not have the current folder there
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise OptionError(f"--kernel: no module named {module!r} here or among what is installed")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        if part not in dir(found):
+            raise OptionError(f"--kernel: {module} has no {name!r}")
+        found = getattr(found, part)
+    if not isinstance(found, testing.Kernel):
+        if not callable(found):
+            raise OptionError(f"--kernel: {path} is neither a linattn.testing.Kernel nor callable")
+        found = testing.Kernel(found)
+    changes = {} if device is None else {"device": device}
+    wrapped: Kernel = dataclasses.replace(found, name=path, **changes)
+    return wrapped
+
+
+@contextlib.contextmanager
+def _progress(total: int, silent: bool) -> Iterator[Callable[[Finding], None]]:
+    """A bar on a terminal's standard error; nothing where it is piped."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=silent or not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(finding: Finding) -> None:
+            bar.update(task, advance=1, description=finding.property)
+
+        yield advance
+
+
+def _print_json(reports: list[Report]) -> None:
+    import linattn
+    from linattn.cli.output import print_json
+
+    print_json({"environment": linattn.environment(), "reports": [report.as_dict() for report in reports]})
+
+
+def _print_tables(reports: list[Report]) -> None:
+    import linattn
+    from linattn.cli.output import print_lines, print_table
+
+    print_lines(linattn.environment())
+    for report in reports:
+        rows = [_row(finding) for finding in report.findings]
+        typer.echo()
+        print_table(("property", "variants", "examples", "worst", "result"), rows, title=report.subject)
+        for finding in report.failures:
+            typer.echo(f"\n{finding.message}\n  {finding.call}")
+    failed = sum(len(report.failures) for report in reports)
+    held = sum(f.status == "pass" for report in reports for f in report.findings)
+    typer.echo(f"\n{held} held, {failed} failed: {', '.join(report.subject for report in reports)}")
+
+
+def _row(finding: Finding) -> tuple[str, ...]:
+    worst = "" if finding.worst is None else f"{finding.worst:.3f}"
+    if finding.status == "not offered":
+        return finding.property, "", "", "", "; ".join(("not offered", *finding.refused[:1]))
+    return finding.property, str(finding.variants), str(finding.examples), worst, finding.status
