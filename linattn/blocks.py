@@ -8,7 +8,7 @@ from linattn.problem import Problem
 
 # Bytes of scratch that one group of blocks may take: about a core's share of cache on a CPU, and enough
 # work for one launch on a GPU. Memory stays linear in N whatever it is.
-SCRATCH = {"cpu": 8 << 20, "cuda": 256 << 20}
+SCRATCH = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def block_size(problem: Problem) -> int:
 def blocks_per_group(problem: Problem, size: int) -> int:
     """Blocks that are worked on at once, within the scratch limit; at least one."""
     item = 8 if problem.accumulate == "float64" else 4
-    width = 2 * problem.f + 2 * problem.e + 3 * size + (problem.f * problem.e) // size
+    tokens = 2 * problem.d + 3 * problem.f + 4 * problem.e + 3 * size  # q, k, features, values, pairs
+    states = 3 * problem.f * (problem.e + 1) * (2 if problem.reweight else 1)  # rotated in float64
+    width = tokens + states // size
     rows = problem.sequences if not problem.packed else 1
     one = max(1, rows) * problem.heads * size * width * item
     limit = SCRATCH["cuda" if problem.device.startswith("cuda") else "cpu"]

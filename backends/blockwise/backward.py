@@ -108,13 +108,13 @@ def _one_way(
     single = len(way.tiles) == 1  # then the block of the first pass serves the second too
     block = None
     for tile in way.tiles:
-        block = load(xp, way, tile, x, table, strict=strict, keys_only=not single)
+        block = load(xp, way, tile, x, table, strict=strict, keys_only=not single, raw=single)
         seen = carry.through(tile, table, written(xp, block), block.decays.total)
-        before.append([cast(state, problem.accumulate) for state in seen])
+        before.append(seen)
     adjoint = _Adjoint(xp, way, _final_gradient(xp, problem, dstate), width, x.q)
     for tile, states in zip(reversed(way.tiles), reversed(before), strict=True):
         if not single or block is None:
-            block = load(xp, way, tile, x, table, strict=strict)
+            block = load(xp, way, tile, x, table, strict=strict, raw=True)
         _tile(
             xp,
             way,

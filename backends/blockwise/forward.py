@@ -46,8 +46,8 @@ class Inputs:
 class Block:
     """One tile, ready for matrix products."""
 
-    q: Array  # [r g h c d] raw, accumulation dtype
-    k: Array
+    q: Array | None  # [r g h c d] raw, accumulation dtype; only for a backward pass
+    k: Array | None
     keep: Array | None  # [r g 1 c 1] bool, keys that exist and are not masked; None: all
     fq: Array  # [r g h c f] scale * phi(q), expanded by the angles; None if only keys are asked for
     fk: Array  # [r g h c f] phi(k), expanded
@@ -104,14 +104,15 @@ def load(
     strict: bool,
     ones: bool = False,
     keys_only: bool = False,
+    raw: bool = False,
 ) -> Block:
-    """Read a tile whole, or with `keys_only` what the state needs."""
+    """Read a tile whole, or with `keys_only` what the state needs; `raw` keeps q and k as they came."""
     k, keep, fk, v = keys(xp, way, tile, x, table, ones=ones)
     q, fq = (None, None) if keys_only else queries(xp, way, tile, x.q, table)
     parts = [part for part in (fq, fk, v) if part is not None]
     finite = device_name(v) == "cpu" and all(bool(xp.isfinite(part.sum())) for part in parts)
     decays = factors.decays(xp, way, tile, x.log_decay, k, strict=strict, pairs=not keys_only)
-    return Block(q, k, keep, fq, fk, v, finite, decays)
+    return Block(q if raw else None, k if raw else None, keep, fq, fk, v, finite, decays)
 
 
 def selected(xp: Any, factor: Array | None, x: Array, *, finite: bool = False) -> Array:
@@ -185,7 +186,7 @@ class Carry:
             if tile.sequence is not None:
                 self._enter(tile, g)
             before = factors.rotate(xp, table, tile, g, self.now)
-            seen.append(before)
+            seen.append(cast(before, self.way.problem.accumulate))
             decay = None if total is None else (total if total.ndim == 3 else total[:, g])
             self.now = selected(xp, decay, before) + add[:, g]
             if tile.sequence is not None:
@@ -237,9 +238,8 @@ def one_way(
     for tile in way.tiles:
         block = load(xp, way, tile, x, table, strict=strict, ones=ones)
         seen = carry.through(tile, table, written(xp, block), block.decays.total)
-        before = cast(xp.stack(seen, 1), problem.accumulate)
         o, _ = block_sum(xp, block)
-        o += from_state(xp, block, before)
+        o += from_state(xp, block, xp.stack(seen, 1))
         if not raw:
             o = divide(xp, problem, o)
         if tile.valid is not None:
