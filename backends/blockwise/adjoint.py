@@ -36,11 +36,11 @@ def empty_sums(problem: Problem, x: Inputs, spare: int) -> Sums:
     return Sums(sums(x.q), sums(x.k), sums(x.v), decay, theta)
 
 
-def _contracted(xp: Any, tile: Tile, table: factors.Angles | None, dx: Array) -> Array:
+def _contracted(xp: Any, way: Cut, tile: Tile, table: factors.Angles | None, dx: Array) -> Array:
     """From gradients of the expanded features [x cos, x sin] to those of x."""
     if table is None:
         return dx
-    cos, sin = factors.expand_tables(xp, tile, table, dtype_name(dx), dx)
+    cos, sin = factors.expand_tables(xp, way, tile, table, dx)
     d = dx.shape[-1] // 2
     return dx[..., :d] * cos + dx[..., d:] * sin
 
@@ -50,7 +50,11 @@ def write_q(
 ) -> None:
     """Add the gradient of q [b n h d], from that of scale * phi(q) expanded."""
     problem = way.problem
-    dq = _contracted(xp, tile, table, dfq) * problem.scale * features.derivative(xp, problem.feature_map, q)
+    dq = (
+        _contracted(xp, way, tile, table, dfq)
+        * problem.scale
+        * features.derivative(xp, problem.feature_map, q)
+    )
     if tile.valid is not None:
         dq = xp.where(tile.valid[:, :, None, :, None], dq, 0.0)
     way.write(tile, out, dq, add=True)
@@ -69,7 +73,7 @@ def write_kv(
 ) -> None:
     """Add the gradients of k and v, from those of phi(k) expanded and of v with its column of ones."""
     problem = way.problem
-    dk = _contracted(xp, tile, table, dfk) * features.derivative(xp, problem.feature_map, k)
+    dk = _contracted(xp, way, tile, table, dfk) * features.derivative(xp, problem.feature_map, k)
     dv = dv[..., : problem.e]
     if keep is not None:
         dk, dv = xp.where(keep, dk, 0.0), xp.where(keep, dv, 0.0)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from linattn.arrays import Array, cast, dtype_name, zeros_like_kind
+from linattn.arrays import Array, cast, zeros_like_kind
 from linattn.backends.blockwise.tiles import Cut, Tile, on
 from linattn.problem import Problem
 
@@ -68,16 +68,24 @@ def decays(
 
     pairs=False forms only what the state needs.
     """
-    c = tile.group.size
-    position = xp.arange(c, **on(like))
+    shared = cut.problem.decay != "token" and isinstance(tile.counts, int)
+    key = ("decays", tile.group.size, strict, pairs)
+    if shared and key in cut.tables:
+        kept: Decays = cut.tables[key]
+        return kept
+    position = xp.arange(tile.group.size, **on(like))
     lag = position[:, None] - position[None, :]
     seen = lag > 0 if strict else lag >= 0
     acc = cut.problem.accumulate
     if log_decay is None:
-        return Decays(cast(seen, acc) if pairs else None, None, None, None)
-    if cut.problem.decay == "head":
-        return _per_head(xp, tile, cast(log_decay, acc), position, lag, seen, pairs)
-    return _per_token(xp, cut, tile, log_decay, seen, acc, pairs)
+        result = Decays(cast(seen, acc) if pairs else None, None, None, None)
+    elif cut.problem.decay == "head":
+        result = _per_head(xp, tile, cast(log_decay, acc), position, lag, seen, pairs)
+    else:
+        result = _per_token(xp, cut, tile, log_decay, seen, acc, pairs)
+    if shared:
+        cut.tables[key] = result
+    return result
 
 
 def _per_head(
@@ -127,16 +135,23 @@ def from_end(xp: Any, tile: Tile, like: Array) -> Array:
     return xp.clip(tile.counts[..., None] - 1 - position, 0, tile.group.size)
 
 
-def expand(xp: Any, tile: Tile, table: Angles, x: Array) -> Array:
+def expand(xp: Any, cut: Cut, tile: Tile, table: Angles, x: Array) -> Array:
     """Features [r g h c d] times cosine and sine of their angles: [r g h c 2 d]."""
-    cos, sin = expand_tables(xp, tile, table, dtype_name(x), x)
+    cos, sin = expand_tables(xp, cut, tile, table, x)
     return xp.concatenate((x * cos, x * sin), -1)
 
 
-def expand_tables(xp: Any, tile: Tile, table: Angles, acc: str, like: Array) -> tuple[Array, Array]:
+def expand_tables(xp: Any, cut: Cut, tile: Tile, table: Angles, like: Array) -> tuple[Array, Array]:
     """cos and sin for each position of a tile, in the accumulation dtype: [h c d] or [r g h c d]."""
-    cos, sin = table.at(xp, from_end(xp, tile, like))
-    return cast(cos, acc).swapaxes(-3, -2), cast(sin, acc).swapaxes(-3, -2)
+    key = ("angles", tile.counts) if isinstance(tile.counts, int) else None
+    if key is None or key not in cut.tables:
+        both = table.at(xp, from_end(xp, tile, like))
+        cos, sin = (cast(x, cut.problem.accumulate).swapaxes(-3, -2) for x in both)
+        if key is None:
+            return cos, sin
+        cut.tables[key] = cos, sin
+    kept: tuple[Array, Array] = cut.tables[key]
+    return kept
 
 
 def rotate(xp: Any, table: Angles | None, tile: Tile, g: int, state: Array, *, back: bool = False) -> Array:

@@ -62,7 +62,7 @@ def queries(xp: Any, way: Cut, tile: Tile, q: Array, table: factors.Angles | Non
     q = way.read(tile, q, acc)
     fq = features.apply(xp, problem.feature_map, q)
     fq = fq * problem.scale if problem.scale != 1.0 else fq
-    return q, fq if table is None else factors.expand(xp, tile, table, fq)
+    return q, fq if table is None else factors.expand(xp, way, tile, table, fq)
 
 
 def keys(
@@ -83,7 +83,7 @@ def keys(
     if keep is not None:
         fk = xp.where(keep, fk, 0.0)
     if table is not None:
-        fk = factors.expand(xp, tile, table, fk)
+        fk = factors.expand(xp, way, tile, table, fk)
     if ones:
         return k, keep, fk, xp.ones_like(k[..., :1])
     v = way.read(tile, x.v, acc)

@@ -6,7 +6,7 @@ Letters: r rows (batch, or 1 if packed), g blocks of a group, h heads, c positio
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class Cut:
     size: int
     tiles: tuple[Tile, ...]
     empty: Array | None = None  # packed: [s] bool, sequences without any token
+    tables: dict[Any, Any] = field(default_factory=dict)  # factors that blocks of one length share
 
     def read(self, tile: Tile, x: Array, dtype: str) -> Array:
         """x [b n h *] -> [r g h c *], contiguous, in `dtype`; empty positions repeat some token."""
