@@ -51,7 +51,7 @@ class _Function:
 
 @dataclass(frozen=True)
 class Kernel(_Defaults, _Function):
-    """`fn(q, k, v, **named)`, wrapped for `check_kernel`. What is not claimed here is reported as not offered.
+    """`fn(q, k, v, **named)`, wrapped for `check_kernel`. What is not claimed here is not offered.
 
     layout: the order of the axes of q, k, v, o and a per-token decay: "bnhd", or "bhnd" with heads first.
     decay: the unit in which `fn` wants decays: "log" (ln λ, <= 0), "slope" (-ln λ), "factor" (λ), or None.
@@ -59,12 +59,12 @@ class Kernel(_Defaults, _Function):
     names: linattn's keyword -> fn's, for every optional argument that `fn` takes: log_decay (named so by
         default where there is a decay), theta [H, D], max_len, key_mask, lengths, cu_seqlens, initial_state,
         return_state, scale, eps, causal, feature_map, normalize.
-    returns_state: `fn` returns (o, state), always or where `return_state` asks. A state is kv [S, H, F, E], or
-        (kv, z) where the call is normalised: those of `linattn.State`.
+    returns_state: `fn` returns (o, state), always or where `return_state` asks. A state is kv [S, H, F, E],
+        or (kv, z) where the call is normalised: those of `linattn.State`.
     options: what `fn` computes: a value, or a tuple of values, on each of the axes causal, decay ("head",
         "token"), reweight, feature_map, normalize, dtype. What is left out: causal, no feature map, not
         normalised, float32, one decay per head.
-    arguments: passed along with every call. arrays: "torch", "numpy" or "cupy". device: of the arrays.
+    arguments: passed along with every call. arrays: "torch", "numpy" or "cupy". device: where they live.
     name: "module:object" under which this Kernel can be imported, so that a failing call can be pasted.
     block: tokens between two roundings of a carried state, 1 for a recurrence.
     reach: the longest call that is worth its time.
@@ -131,8 +131,6 @@ class Kernel(_Defaults, _Function):
             value = borders if axis == "borders" else getattr(case, axis)
             if axis != "scale" and value not in offered:
                 return f"{axis}={value!r} is not among what it computes, {offered}"
-        if "scale" in self.names and "scale" in needs:
-            return None
         offers = {
             "state": self.returns_state,
             "gradients": callable(self.gradients) or (self.gradients and self.arrays == "torch"),

@@ -11,7 +11,7 @@ from linattn.arrays import Array
 from linattn.errors import UnsupportedError
 from linattn.testing import arrays
 from linattn.testing.case import Case, Inputs
-from linattn.testing.compare import NotOffered
+from linattn.testing.compare import Mismatch, NotOffered, assert_equal
 from linattn.tolerance import Rounding
 
 Natives = dict[str, Any]
@@ -206,6 +206,13 @@ class BackendSubject:
 
         return linattn.State(given["kv"], given.get("z"), given["length"])
 
+    def explain(self, x: Inputs, given: Natives, *, return_state: bool = False) -> Any:
+        """The library's own word on whether the backend takes this call."""
+        import linattn
+
+        keywords = self._all(x, given) | {"return_state": return_state}
+        return linattn.explain(given["q"], given["k"], given["v"], **keywords)
+
     def run(self, x: Inputs, given: Natives, *, return_state: bool = False, slots: Any = None) -> Result:
         import linattn
 
@@ -280,14 +287,19 @@ def autograd(run: Any, given: Natives, do: Any, dstate: tuple[Any, Any] | None) 
 
 @functools.lru_cache(maxsize=4096)
 def _sentence(backend: Any, kind: str, device: str, case: Case, needs: tuple[str, ...]) -> str | None:
+    """Ask before any work is done; where the answer is a refusal, the call must raise that very sentence."""
     probe = BackendSubject(backend, kind, device)
     x = case.inputs()
     given, _ = natives(probe, x)
+    reason: str | None = probe.explain(x, given, return_state="state" in needs).reasons[probe.name]
+    if reason is None:
+        return None
     try:
         probe.run(x, given, return_state="state" in needs)
     except UnsupportedError as error:
-        return str(error.reasons[probe.name])
-    return None
+        assert_equal(f"the refusal of {case!r}", error.reasons.get(probe.name), reason)
+        return reason
+    raise Mismatch(f"{probe.name} says of {case!r} that it {reason}, but runs it")
 
 
 def _refusal(of: BackendSubject, case: Case, needs: tuple[str, ...]) -> str | None:

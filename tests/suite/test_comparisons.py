@@ -107,7 +107,7 @@ def test_far_bound_is_no_tighter_than_the_exact_one(options: dict, state: bool) 
 
 
 def test_the_bound_sees_one_wrong_token() -> None:
-    """The ratio over a whole tensor, as other suites take it, hides a dead head's last token; the bound does not."""
+    """A ratio over the whole tensor hides a dead head's last token; the bound does not."""
     x = testing.Case(n=200, batch=2, heads=3, d=8, e=8, decay="head", seed=1).inputs()
     want, _ = reference.attention(x.q, x.k, x.v, **x.options())
     got = want.copy()
