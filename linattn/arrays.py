@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -84,10 +85,25 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def table(values: np.ndarray, like: Array, dtype: str) -> Array:
-    """A small host table (a decay schedule, angles) as an array beside `like`."""
+    """A small host table (a decay schedule, angles) as an array beside `like`.
+
+    A device gets each table once: a copy from the host would synchronise, and break a graph's capture.
+    """
     kind = kind_of(like)
-    if kind == "torch":
-        torch = sys.modules["torch"]
+    if kind != "torch":
+        values = np.asarray(values, dtype=dtype)
+        return values if kind == "numpy" else namespace("cupy").asarray(values)
+    torch = sys.modules["torch"]
+    watched = torch.compiler.is_compiling() or type(like) not in (torch.Tensor, torch.nn.Parameter)
+    if watched or like.device.type == "cpu" or torch._C._len_torch_dispatch_stack():
         return torch.as_tensor(values, dtype=getattr(torch, dtype), device=like.device)
-    values = np.asarray(values, dtype=dtype)
-    return values if kind == "numpy" else namespace("cupy").asarray(values)
+    values = np.ascontiguousarray(values, dtype=dtype)
+    return _on_device(values.tobytes(), values.shape, dtype, str(like.device))
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(data: bytes, shape: tuple[int, ...], dtype: str, device: str) -> Array:
+    torch = sys.modules["torch"]
+    values = np.frombuffer(data, dtype=dtype).reshape(shape).copy()
+    with torch.inference_mode(False):
+        return torch.from_numpy(values).to(device)

@@ -145,7 +145,7 @@ def _packed(xp: Any, problem: Problem, cu_seqlens: Array, size: int, per_group: 
     span = cu[1:] - cu[:-1]  # [s]
     count = (span + size - 1) // size  # blocks of each sequence
     ends = table.cumsum(count, 0)
-    if problem.sequences == 0:
+    if problem.sequences == 0 or problem.n == 0:
         total = 0
     else:
         total = int(ends[-1]) if on_host else problem.n // size + problem.sequences
