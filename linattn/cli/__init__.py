@@ -70,8 +70,6 @@ def _run(name: str, arguments: list[str]) -> int:
         command.command(name)(_load(name))
         status = command(args=arguments, prog_name=f"linattn {name}", standalone_mode=False)
     except ModuleNotFoundError as error:
-        if error.name == f"linattn.cli.{name}":
-            raise LinattnError(f"`linattn {name}` is not in this version yet") from error
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
