@@ -13,7 +13,7 @@ import numpy as np
 
 from linattn.arrays import Array
 from linattn.backends import Gradients, Saved, blockwise
-from linattn.backends.blockwise.forward import Inputs
+from linattn.backends.blockwise.causal import Inputs
 from linattn.problem import Problem
 from linattn.state import State
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from linattn.arrays import Array, namespace
 from linattn.backends import Gradients, Saved, blockwise
-from linattn.backends.blockwise.forward import Inputs
+from linattn.backends.blockwise.causal import Inputs
 from linattn.problem import Problem
 from linattn.state import State
 

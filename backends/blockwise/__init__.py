@@ -5,8 +5,8 @@ the state. Forward and backward are exact for decays per head and per token, for
 and packed batches.
 """
 
-from linattn.backends.blockwise.backward import backward
 from linattn.backends.blockwise.call import forward
-from linattn.backends.blockwise.decode import decode_step
+from linattn.backends.blockwise.gradients import backward
+from linattn.backends.blockwise.step import decode_step
 
 __all__ = ["backward", "decode_step", "forward"]

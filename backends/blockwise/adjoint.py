@@ -8,7 +8,7 @@ from typing import Any
 from linattn import features
 from linattn.arrays import Array, cast, dtype_name, zeros_like_kind
 from linattn.backends.blockwise import factors
-from linattn.backends.blockwise.forward import Inputs
+from linattn.backends.blockwise.causal import Inputs
 from linattn.backends.blockwise.tiles import Cut, Tile
 from linattn.problem import Problem
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from linattn.arrays import Array, cast, empty_like_kind, namespace, zeros_like_kind
 from linattn.backends.blockwise import twosided
-from linattn.backends.blockwise.forward import Inputs, divide, one_way
+from linattn.backends.blockwise.causal import Inputs, divide, one_way
 from linattn.backends.blockwise.tiles import cut
 from linattn.problem import Problem
 from linattn.state import State

@@ -15,7 +15,7 @@ from linattn.backends.blockwise.adjoint import (
     write_kv,
     write_q,
 )
-from linattn.backends.blockwise.forward import Carry, Inputs, keys, one_way, queries
+from linattn.backends.blockwise.causal import Carry, Inputs, keys, one_way, queries
 from linattn.backends.blockwise.tiles import Cut, Tile, cut
 from linattn.problem import Problem
 

@@ -1,4 +1,4 @@
-"""What runs on a device, where no value may be looked at: the same tensors give the same results without a GPU."""
+"""Device paths, where no value may be looked at: the same tensors give the same results without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import linattn
 from linattn import LRPE, State, slots
-from linattn.backends.blockwise import backward, forward, tiles
+from linattn.backends.blockwise import causal, gradients, tiles
 from linattn.testing import assert_same
 
 
@@ -24,7 +24,7 @@ def both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[Any, 
     """The result with values read on the host, and as if they lay on a device."""
     host = run()
     with monkeypatch.context() as patch:
-        for module in (tiles, forward, backward, slots):
+        for module in (tiles, causal, gradients, slots):
             patch.setattr(module, "device_name", lambda x: "cuda:0")
         return host, run()
 

@@ -19,7 +19,7 @@ from linattn.backends.blockwise.adjoint import (
     write_kv,
     write_q,
 )
-from linattn.backends.blockwise.forward import (
+from linattn.backends.blockwise.causal import (
     Block,
     Carry,
     Inputs,
