@@ -80,7 +80,7 @@ def decays(
     if log_decay is None:
         result = Decays(cast(seen, acc) if pairs else None, None, None, None)
     elif cut.problem.decay == "head":
-        result = _per_head(xp, tile, cast(log_decay, acc), position, lag, seen, pairs)
+        result = _per_head(xp, tile, cast(log_decay, "float64"), acc, position, lag, seen, pairs)
     else:
         result = _per_token(xp, cut, tile, log_decay, seen, acc, pairs)
     if shared:
@@ -89,15 +89,15 @@ def decays(
 
 
 def _per_head(
-    xp: Any, tile: Tile, decay: Array, position: Array, lag: Array, seen: Array, with_pairs: bool
+    xp: Any, tile: Tile, decay: Array, acc: str, position: Array, lag: Array, seen: Array, with_pairs: bool
 ) -> Decays:
     c = tile.group.size
     steps = xp.arange(c + 1, **on(decay))
-    power = xp.exp(_log_power(xp, decay[None, :], steps[:, None]))  # [m h]
+    power = cast(xp.exp(_log_power(xp, decay[None, :], steps[:, None])), acc)  # [m h]
     pairs = None
     if with_pairs:
         lagged = _log_power(xp, decay[:, None, None], xp.where(seen, lag, 0))
-        pairs = xp.where(seen, xp.exp(lagged), 0.0)  # [h c c]
+        pairs = cast(xp.where(seen, xp.exp(lagged), 0.0), acc)  # [h c c]
     to_query = power[1:].swapaxes(0, 1)[..., None]  # [h c 1]
     if isinstance(tile.counts, int):
         to_end = xp.flip(power[: tile.counts], (0,)).swapaxes(0, 1)[..., None]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import linattn
 from linattn import blocks
+from linattn.backends.blockwise import causal
 from linattn.backends.blockwise.tiles import cut
 from linattn.checks import Call, problem_of
 
@@ -52,3 +57,35 @@ def test_a_group_keeps_to_the_scratch_limit(n: int, d: int, decay: str | None) -
     size = blocks.block_size(problem)
     many = blocks.blocks_per_group(problem, size)
     assert many == 1 or many * size * 2 * d * 4 * 4 <= blocks.SCRATCH["cpu"]
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_array_inside_has_the_accumulation_dtype(
+    monkeypatch: pytest.MonkeyPatch, decay: str, padded: bool
+) -> None:
+    """NumPy widens int64 times float32 to float64: twice the work, and other bits on the other branch."""
+    seen: set[str] = set()
+    weigh = causal.block_sum
+
+    def watched(xp: Any, block: causal.Block) -> Any:
+        result = weigh(xp, block)
+        factors = block.decays.pairs, block.decays.to_query, block.decays.to_end, block.decays.total
+        for x in (block.fq, block.fk, block.v, *factors, *result):
+            seen.update([] if x is None else [x.dtype.name])
+        return result
+
+    monkeypatch.setattr(causal, "block_sum", watched)
+    q = np.ones((1, 100, 2, 8), np.float16)
+    linattn.attention(
+        q,
+        q,
+        q,
+        log_decay={"none": None, "head": linattn.decay.alibi(2), "token": np.zeros((1, 100, 2))}[decay],
+        reweight=linattn.LRPE(linattn.LRPE.default_theta(2, 8)),
+        feature_map="elu+1",
+        normalize=True,
+        key_mask=np.ones((1, 100), bool),
+        lengths=np.array([70]) if padded else None,
+    )
+    assert seen == {"float32"}
