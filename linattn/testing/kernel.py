@@ -38,7 +38,7 @@ class _Defaults:
     device: str = "cpu"
     name: str = ""
     block: int = 16
-    reach: int = 3000
+    reach: int = 20000
     gradients: Callable[..., dict[str, Any]] | bool = True
     decode_step: Callable[..., Any] | None = None
     merge_states: Callable[..., Any] | None = None

@@ -151,7 +151,7 @@ class BackendSubject:
         self.name: str = known.name
         self.kind = kind or next((k for k in known.arrays if k != "cupy"), "cupy")
         self.device = device or ("cuda" if self.kind == "cupy" or self.name == "triton" else "cpu")
-        self.reach = 200 if self.name == "reference" else 3000
+        self.reach = 200 if self.name == "reference" else 20000
 
     def expression(self) -> tuple[str, str]:
         usual = BackendSubject(self.backend)

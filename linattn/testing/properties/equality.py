@@ -110,7 +110,7 @@ def follows_the_closed_form(target: Any, case: Case) -> None:
     20 000.
     """
     of = subject(target)
-    n = min(case.n, 8 * of.reach)
+    n = min(case.n, of.reach)
     case = require(of, case.replace(n=n, m=None))
     x = case.inputs()
     value = rng_of(case).integers(1, 9, (case.heads, case.e)).astype(np.float64)
