@@ -1,0 +1,147 @@
+"""`linattn bench`: time and memory, beside the computations that linear attention replaces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from linattn.cli.output import print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from linattn.bench import Case, Figure, Measurement, Results
+
+QUICK = 16  # what --quick divides the lengths by
+SUFFIXES = (".json", ".md", ".png")
+
+
+def bench(
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Only the processor (nothing else is timed yet).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Lengths divided by 16, 3 runs, nothing judged.")
+    ] = False,
+    case: Annotated[list[str] | None, typer.Option(help="Only this case (repeatable).")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed calls per figure; the fastest counts.")] = 7,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Also write .json, .png (time against N), or the tables into a .md (repeatable)."),
+    ] = None,
+) -> None:
+    """Measure time and extra memory, and set them beside softmax attention and the released cosFormer.
+
+    Every figure is measured in a process of its own, with the libraries' default threads: the memory of the
+    first call (the rise of the process's high-water mark above what it holds with the inputs made), then the
+    fastest of 7 calls. Use a machine that does nothing else. What is required is judged at full length; a
+    requirement that is missed does not change the exit status.
+    """
+    from linattn.bench import cases, run
+    from linattn.bench.cases import curves
+
+    outputs = list(out or ())
+    _check(outputs)
+    asked = cases(case or (), divide=QUICK if quick else 1)
+    if any(path.suffix == ".png" for path in outputs):
+        asked.append(curves(divide=QUICK if quick else 1))
+    runs = min(runs, 3) if quick else runs
+    with Bar(asked) as bar:
+        results = run(asked, runs=runs, full=not quick, progress=bar.update)
+    options = ["--cpu"] * cpu + ["--quick"] * quick + [f"--case {name}" for name in case or ()]
+    results.facts["command"] = " ".join(["linattn bench", *options])
+    for path in outputs:
+        _write(results, path)
+    if as_json:
+        print_json(results.as_json())
+    else:
+        _print(results)
+
+
+def _check(outputs: list[Path]) -> None:
+    """Refuse what could not be written, before minutes of measuring."""
+    from linattn.bench.report import check_page
+    from linattn.errors import OptionError
+
+    for path in outputs:
+        if path.suffix not in SUFFIXES:
+            raise OptionError(f"--out must end in {', '.join(SUFFIXES)}; got {path}")
+        if not path.parent.is_dir():
+            raise OptionError(f"--out {path}: there is no folder {path.parent}")
+        if path.suffix == ".md":
+            check_page(path)
+        if path.suffix == ".png":
+            import matplotlib.figure  # noqa: F401  (what is missing is said now)
+
+
+def _write(results: Results, path: Path) -> None:
+    from linattn.bench.report import replace_section, write_text
+
+    if path.suffix == ".json":
+        write_text(path, json.dumps(results.as_json(), indent=2) + "\n")
+    elif path.suffix == ".md":
+        replace_section(path, results)
+    else:
+        from linattn.bench.picture import draw
+
+        draw(results, path)
+
+
+def _print(results: Results) -> None:
+    from linattn.bench.report import (
+        COMPARISON_COLUMNS,
+        FACTS,
+        FIGURE_COLUMNS,
+        comparison_cells,
+        figure_cells,
+        verdict,
+    )
+
+    print_lines({name: results.facts[name] for name in FACTS if name in results.facts})
+    typer.echo()
+    print_table(FIGURE_COLUMNS, [figure_cells(results, figure) for figure in results.measured])
+    typer.echo()
+    print_table(COMPARISON_COLUMNS, [comparison_cells(row) for row in results.rows()])
+    typer.echo(f"\n{verdict(results)}")
+
+
+class Bar:
+    """A progress bar on standard error where that is a terminal, a line for each figure elsewhere."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        self._figures = len({figure for case in cases for figure in case.measured()})
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=self._figures)
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, figure: Figure, found: Measurement | None) -> None:
+        """Tell that a figure is being measured, or what came out."""
+        from linattn.bench.report import seconds, size
+
+        if found is None:
+            self._bar.update(self._task, description=figure.label)
+            return
+        self._bar.advance(self._task)
+        if not self._console.is_terminal:
+            line = f"{figure.label}: {seconds(found.best)}, extra memory {size(found.extra_bytes)}"
+            self._console.print(line, markup=False, soft_wrap=True)
