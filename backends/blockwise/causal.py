@@ -128,18 +128,13 @@ def block_sum(xp: Any, block: Block) -> tuple[Array, Array]:
     scores = block.fq @ block.fk.swapaxes(-1, -2)
     if block.finite:
         scores *= seen
-        return _row_major(scores) @ _row_major(v), scores
+        return scores @ v, scores
     weights = xp.where(seen > 0, scores * seen, 0.0)
     # A value that is not finite may be read only by queries that see its key: 0 * NaN is not 0.
     finite = xp.isfinite(v)
     spoiled = cast(seen > 0, dtype_name(v)) @ cast(~finite, dtype_name(v))
-    out = _row_major(weights) @ _row_major(xp.where(finite, v, 0.0))
+    out = weights @ xp.where(finite, v, 0.0)
     return xp.where(spoiled > 0, float("nan"), out), weights
-
-
-def _row_major(x: Array) -> Array:
-    """x with the strides of a fresh array, axes of length 1 included: they decide how a product is summed."""
-    return x.reshape(-1).reshape(x.shape)
 
 
 def written(xp: Any, block: Block) -> Array:
@@ -149,7 +144,7 @@ def written(xp: Any, block: Block) -> Array:
         keys = selected(xp, block.decays.to_end, keys, finite=block.finite)
         if not block.finite:
             v = xp.where(block.decays.to_end > 0, v, 0.0)
-    return _row_major(keys).swapaxes(-1, -2) @ _row_major(v)
+    return keys.swapaxes(-1, -2) @ v
 
 
 def from_state(xp: Any, block: Block, before: Array) -> Array:
@@ -157,7 +152,7 @@ def from_state(xp: Any, block: Block, before: Array) -> Array:
     factor = block.decays.to_query
     if factor is None:
         return block.fq @ before
-    read = _row_major(block.fq * factor) @ before
+    read = (block.fq * factor) @ before
     if block.finite and bool(xp.isfinite(before.sum())):
         return read
     return xp.where(factor > 0, read, 0.0)  # the same bits, but what is forgotten stays forgotten
