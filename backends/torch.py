@@ -45,6 +45,8 @@ class TorchBackend:
         return None
 
     def unsupported(self, problem: Problem) -> str | None:
+        if problem.batch_invariant and problem.packed and problem.device != "cpu":
+            return "batch_invariant with cu_seqlens needs the lengths on the host; pad, and give lengths"
         return None
 
     def forward(

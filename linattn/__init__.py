@@ -1,5 +1,8 @@
 """Linear attention: one specification, and implementations proven equal to it."""
 
+import importlib
+from typing import Any
+
 from linattn import decay, errors
 from linattn.api import attention, cosformer_attention, lightning_attention
 from linattn.decode import decode_step
@@ -28,3 +31,12 @@ __all__ = [
     "merge_states",
     "use_backend",
 ]
+
+_LAZY = ("backends", "models", "nn", "reference", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    """Subpackages on first use, so that `import linattn` stays light."""
+    if name in _LAZY:
+        return importlib.import_module(f"linattn.{name}")
+    raise AttributeError(f"module 'linattn' has no attribute {name!r}")

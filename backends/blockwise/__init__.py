@@ -5,8 +5,7 @@ the state. Forward and backward are exact for decays per head and per token, for
 and packed batches.
 """
 
-from linattn.backends.blockwise.call import forward
-from linattn.backends.blockwise.gradients import backward
+from linattn.backends.blockwise.rows import backward, forward
 from linattn.backends.blockwise.step import decode_step
 
 __all__ = ["backward", "decode_step", "forward"]
