@@ -304,8 +304,9 @@ def scales_q_in_place(honest, x, given):
 @lie("run", alone="writes_every_output")
 def fresh_memory_shows(honest, x, given):
     r = honest(x, given)
-    fresh = np.empty(2**20, np.float32)  # so large that it comes as zeros, unless somebody fills it
-    r.o += np.asarray(fresh[-1] * 0, r.o.dtype)
+    # memory that somebody used before may hold any number, but not NaN in every element of every size
+    spoiled = all(np.isnan(np.empty(size)).all() for size in (3, 77, 4099, 2**18))
+    r.o += np.asarray(np.nan if spoiled else 0, r.o.dtype)
     return r
 
 
