@@ -15,9 +15,12 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def kind_of(x: object) -> str | None:
-    """Return "numpy", "torch" or "cupy", or None for anything else (lists, scalars, other libraries)."""
+    """Return "numpy", "torch" or "cupy", or None for anything else (lists, scalars, other libraries).
+
+    A masked array is something else: its mask would be ignored.
+    """
     if isinstance(x, np.ndarray):
-        return "numpy"
+        return None if isinstance(x, np.ma.MaskedArray) else "numpy"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return "torch"

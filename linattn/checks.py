@@ -123,6 +123,8 @@ def _check_arrays(call: Call) -> None:
             raise ArgumentTypeError(
                 f"{name} must be a NumPy, torch or CuPy array, got {type(x).__module__}.{type(x).__name__}"
             )
+        if kind_of(x) == "torch" and str(x.layout) != "torch.strided":
+            raise ArgumentTypeError(f"{name} must be a dense tensor, its layout is {x.layout}")
     q, k, v = call.q, call.k, call.v
     kinds = [kind_of(x) for x in (q, k, v)]
     if len(set(kinds)) > 1:

@@ -133,6 +133,17 @@ def test_arrays_of_two_kinds() -> None:
         linattn.attention(*[torch.from_numpy(x)] * 3, key_mask=np.ones((1, 2), bool))
 
 
+def test_arrays_whose_values_are_not_all_there() -> None:
+    x = np.ones((1, 2, 1, 2), np.float32)
+    with pytest.raises(errors.ArgumentTypeError, match=r"q must be .*, got numpy\.ma"):
+        linattn.attention(np.ma.masked_less(x, 2), x, x)
+    t = torch.from_numpy(x)
+    with pytest.raises(
+        errors.ArgumentTypeError, match=r"k must be a dense tensor, its layout is torch\.sparse_coo"
+    ):
+        linattn.attention(t, t.to_sparse(), t)
+
+
 def test_arrays_on_two_devices() -> None:
     x = torch.ones(1, 2, 1, 2)
     with pytest.raises(errors.DeviceError, match="got cpu, meta, cpu"):
