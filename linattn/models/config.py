@@ -85,12 +85,12 @@ class TransNormerConfig:
 # tiny is what two CPU cores can teach in two minutes; small wants an hour or a GPU.
 PRESETS = {
     "tiny": TransNormerConfig(
-        embed_dim=128,
-        hidden_dim=128,
+        embed_dim=96,
+        hidden_dim=96,
         num_heads=4,
-        num_layers=4,
-        glu_dim=384,
-        linear_use_lrpe_list=(1, 0, 0, 0),
+        num_layers=3,
+        glu_dim=192,
+        linear_use_lrpe_list=(1, 0, 0),
     ),
     "small": TransNormerConfig(
         embed_dim=512,

@@ -57,7 +57,9 @@ def weights_of_first_layer(model: TransNormerLM, text: bytes, head: int) -> dict
 
 
 def draw(model: TransNormerLM, text: bytes, path: Path, *, head: int | None = None) -> None:
-    """Write a PNG of the four rules on the first bytes of a text; `head` is one that forgets neither fast nor slowly unless given.
+    """Write a PNG of the four rules on the first bytes of a text.
+
+    head: counted from 0; unless given, one that forgets neither fast nor slowly.
 
     Raises DataError when the text is empty, LinattnError when the file cannot be written.
     """

@@ -62,7 +62,7 @@ class Settings:
 
 # What each model preset is trained with unless told otherwise.
 SETTINGS = {
-    "tiny": Settings(batch=16, seq_len=128, lr=5e-3, warmup=20),
+    "tiny": Settings(batch=16, seq_len=128, lr=2e-2, warmup=30),
     "small": Settings(batch=32, seq_len=512, lr=1e-3, warmup=200),
 }
 
