@@ -87,7 +87,6 @@ class Sequence:
         self.lag = abs(lag)
         seen = lag >= 0 if causal else np.ones((n, m), bool)
         heads = q.shape[1]
-        self.per_token = log_decay is not None and log_decay.ndim == 2
         g = np.zeros((n, heads)) if log_decay is None else np.broadcast_to(log_decay, (n, heads))
         if causal:
             to, total = _sums(g)  # ln Λ from before the first token to i: [h n]; between tokens: [h n n]
@@ -115,7 +114,7 @@ class Sequence:
         """
         u_out = self.rounding.u_out if u_out is None else u_out
         weight = np.where(seen, scale * np.exp(log_weight), 0.0)
-        finite = self.rounding.exponent(np.where(weight > 0, -log_weight, 0.0), lag, self.per_token)
+        finite = np.where(weight > 0, -log_weight, 0.0)
         factor = self.rounding.factor(self.terms, lag / self.rounding.update_every + 1, finite, u_out)
         flushed = np.where(seen & (log_weight < 0), scale * self.rounding.flushed, 0.0)
         return weight, weight * factor + flushed

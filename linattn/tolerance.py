@@ -32,9 +32,6 @@ UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "tf32": 2.0**-11, "float16": 2
 SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 NORMAL = {"float64": 2.0**-1022, "float32": 2.0**-126}
 
-LARGEST_BLOCK = 64
-"""Tokens over which an algorithm adds per-token decays up before it multiplies."""
-
 UPDATE_EVERY = 16
 """Tokens between two roundings of a state that an algorithm over blocks carries; a decode step rounds every
 token.
@@ -85,11 +82,6 @@ class Rounding:
         if self.operands is not None:
             return UNIT[self.operands]
         return UNIT["tf32"] if self.precision == "tf32" and self.dtype == "float32" else 0.0
-
-    @staticmethod
-    def exponent(log_weight: Any, lag: Any, per_token: bool) -> Any:
-        """|ln Λ| as the bound counts it: a sum of per-token decays inside a block has an error of its own."""
-        return log_weight * np.sqrt(np.clip(lag, 1, LARGEST_BLOCK)) if per_token else log_weight
 
     def factor(self, terms: float, updates: Any, log_weight: Any, u_out: float) -> Any:
         """SLACK · (u_acc · (√terms + updates + |ln Λ|) + u_in) + u_out."""
@@ -227,7 +219,7 @@ def far(
     state = kv * rounding.factor(terms, updates, 0.0, rounding.u_acc) + rounding.wide_subnormal
     if log_decay is not None:
         slow_o, slow_kv = absolute(log_decay / 2)
-        loss = SLACK * rounding.u_acc * rounding.exponent(1.0, LARGEST_BLOCK, log_decay.ndim == 3)
+        loss = SLACK * rounding.u_acc
         # the weight of a pair may have been flushed to zero, however large the rest of the pair is
         error = error + loss * slow_o + rounding.flushed * absolute(0.0 * _finite(log_decay))[0]
         state = state + loss * slow_kv

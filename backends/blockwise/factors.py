@@ -107,24 +107,33 @@ def _per_head(
     return Decays(pairs, to_query, to_end, power[tile.counts][..., None, None])
 
 
+# ln of a factor that is 0 in the dtype, and the grid on which sums of a block's decays down to it are exact.
+FIXED_POINT = {"float32": (-128.0, 2.0**10), "float64": (-800.0, 2.0**22)}
+
+
 def _per_token(
     xp: Any, cut: Cut, tile: Tile, log_decay: Array, seen: Array, acc: str, with_pairs: bool
 ) -> Decays:
-    """Sums of log decays are formed directly from each key on, never as a difference of two long ones."""
+    """Sums of log decays between any two positions of a block, with one rounding however many there are.
+
+    A decay is split into a multiple of a power of two, whose sums and their differences are exact, and a rest so
+    small that its rounding does not show. Below the smallest number a factor is 0, so -inf needs no sum of its own.
+    """
     step = cut.read(tile, log_decay[..., None], acc)[..., 0]  # [r g h c]
     if tile.valid is not None:
         step = xp.where(tile.valid[:, :, None], step, 0.0)
+    lowest, grid = FIXED_POINT[acc]
+    step = xp.clip(step, lowest, 0.0)
+    coarse = xp.round(step * grid) / grid
+    coarse, fine = xp.cumsum(coarse, -1), xp.cumsum(step - coarse, -1)
+
     pairs = None
     if with_pairs:
-        position = xp.arange(tile.group.size, **on(step))
-        after = position[:, None] > position[None, :]
-        sums = xp.cumsum(xp.where(after, step[..., None], 0.0), -2)  # [r g h i j]: over j < t <= i
-        pairs = xp.where(seen, xp.exp(sums), 0.0)
-    from_start = xp.cumsum(step, -1)
-    after_key = xp.flip(xp.cumsum(xp.flip(step[..., 1:], (-1,)), -1), (-1,))  # [.. c - 1]: over t > j
-    to_end = xp.exp(xp.concatenate((after_key, xp.zeros_like(step[..., :1])), -1))
-    total = xp.exp(from_start[..., -1])[..., None, None]
-    return Decays(pairs, xp.exp(from_start)[..., None], to_end[..., None], total)
+        between = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+        pairs = xp.exp(xp.where(seen, between, lowest))  # [r g h i j]; `lowest` gives 0
+    to_query = xp.exp(coarse + fine)[..., None]
+    to_end = xp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))[..., None]
+    return Decays(pairs, to_query, to_end, to_query[..., -1:, :])
 
 
 def from_end(xp: Any, tile: Tile, like: Array) -> Array:

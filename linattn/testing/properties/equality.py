@@ -146,6 +146,5 @@ def _factor(of: Subject, case: Case, i: Array, log_weight: Array) -> Array:
     round_ = rounding(of, case)
     u_out = tolerance.UNIT[case.dtype]
     finite = np.where(np.isfinite(log_weight), -log_weight, 0.0)
-    finite = round_.exponent(finite, i, case.decay == "token")
     factor: Array = round_.factor(case.n + case.d + case.e, i / round_.update_every + 1, finite, u_out)
     return factor
