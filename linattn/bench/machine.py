@@ -47,7 +47,9 @@ def _memory() -> str:
 def _load() -> str:
     if not hasattr(os, "getloadavg"):
         return "unknown"
-    return f"{os.getloadavg()[0]:.2f} processes on average in the minute before"
+    load = os.getloadavg()[0]
+    warning = "; too busy for times that can be trusted" if load > _cores() / 2 else ""
+    return f"{load:.2f} processes on average in the minute before{warning}"
 
 
 def commit(package: Path = Path(linattn.__file__).parent) -> str:

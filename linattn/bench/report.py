@@ -84,7 +84,7 @@ def verdict(results: Results) -> str:
     unmet = results.unmet()
     if not unmet:
         return f"All {len(judged)} requirements are met."
-    names = ", ".join(f"{row.case} ({row.comparison.quantity})" for row in unmet)
+    names = ", ".join(f"{row.case} ({row.comparison.quantity}, N={row.comparison.ours.n})" for row in unmet)
     return f"{len(judged) - len(unmet)} of {len(judged)} requirements are met; not met: {names}."
 
 
@@ -95,7 +95,7 @@ def markdown(results: Results) -> str:
     comparisons = _table(COMPARISON_COLUMNS, [comparison_cells(row) for row in results.rows()])
     figures = _table(FIGURE_COLUMNS, [figure_cells(results, figure) for figure in results.measured])
     return "\n\n".join(
-        ["\n".join(facts), verdict(results), "## Compared", comparisons, "## Every figure", figures]
+        ["\n".join(facts), verdict(results), "### Compared", comparisons, "### Every figure", figures]
     )
 
 
@@ -113,8 +113,10 @@ def check_page(path: Path) -> None:
         raise OptionError(f"{path} has no place for the figures: it needs the lines {BEGIN} and {END}")
 
 
-def replace_section(path: Path, results: Results) -> None:
+def replace_section(path: Path, results: Results, picture: Path | None = None) -> None:
     """Write the section between its two marks in a Markdown page, or a page of its own where there is none.
+
+    picture: a file beside the page that the section shows first.
 
     Raises OptionError where a page has no marks, LinattnError when it cannot be written.
     """
@@ -123,7 +125,12 @@ def replace_section(path: Path, results: Results) -> None:
     if path.exists():
         text = path.read_text()
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    write_text(path, f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}")
+    shown = (
+        ""
+        if picture is None
+        else f"![Time and extra memory against the number of tokens]({picture.name})\n\n"
+    )
+    write_text(path, f"{before}{BEGIN}\n\n{shown}{markdown(results)}\n\n{END}{after}")
 
 
 def write_text(path: Path, text: str) -> None:

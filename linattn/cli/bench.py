@@ -53,8 +53,10 @@ def bench(
         results = run(asked, runs=runs, full=not quick, progress=bar.update)
     options = ["--cpu"] * cpu + ["--quick"] * quick + [f"--case {name}" for name in case or ()]
     results.facts["command"] = " ".join(["linattn bench", *options])
+    pictures = [path for path in outputs if path.suffix == ".png"]
     for path in outputs:
-        _write(results, path)
+        beside = [picture for picture in pictures if picture.parent == path.parent]
+        _write(results, path, beside[0] if beside else None)
     if as_json:
         print_json(results.as_json())
     else:
@@ -77,13 +79,13 @@ def _check(outputs: list[Path]) -> None:
             import matplotlib.figure  # noqa: F401  (what is missing is said now)
 
 
-def _write(results: Results, path: Path) -> None:
+def _write(results: Results, path: Path, picture: Path | None) -> None:
     from linattn.bench.report import replace_section, write_text
 
     if path.suffix == ".json":
         write_text(path, json.dumps(results.as_json(), indent=2) + "\n")
     elif path.suffix == ".md":
-        replace_section(path, results)
+        replace_section(path, results, picture)
     else:
         from linattn.bench.picture import draw
 

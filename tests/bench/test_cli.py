@@ -58,6 +58,7 @@ def test_page_and_picture(instant, tmp_path):
     result = bench("--cpu", "--case", "softmax", "--out", page, "--out", picture)
     assert result.exit_code == 0, result.output
     assert "| softmax | time |" in page.read_text()
+    assert "](picture.png)\n" in page.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {figure.n for figure, _ in instant} >= {512, 65536}
 

@@ -78,7 +78,7 @@ def test_a_speedup_is_the_peer_s_time_over_ours():
         ["softmax"], of=lambda f: Measurement((10.0 if f.implementation == "softmax" else 0.5,), None, 2)
     )
     assert [(row.ratio, row.met) for row in slow_peer.rows()] == [(20, True), (20, False)]
-    assert verdict(slow_peer) == "1 of 2 requirements are met; not met: softmax (time)."
+    assert verdict(slow_peer) == "1 of 2 requirements are met; not met: softmax (time, N=32768)."
 
 
 def test_the_fastest_run_counts():
