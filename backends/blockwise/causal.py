@@ -236,16 +236,33 @@ def one_way(
     table = factors.angles(xp, problem, x.theta, way.size, x.q)
     carry = Carry(xp, way, initial(xp, problem, x.state, ones=ones), width, x.q)
     for tile in way.tiles:
-        block = load(xp, way, tile, x, table, strict=strict, ones=ones)
-        seen = carry.through(tile, table, written(xp, block), block.decays.total)
-        o, _ = block_sum(xp, block)
-        o += from_state(xp, block, xp.stack(seen, 1))
+        o = _one_tile(xp, way, tile, x, table, carry, strict=strict, ones=ones)
         if not raw:
             o = divide(xp, problem, o)
         if tile.valid is not None:
             o = xp.where(tile.valid[:, :, None, :, None], o, 0.0)
         way.write(tile, out, o, add=add)
+        del o  # before the next tile's arrays are made
     return carry.final
+
+
+def _one_tile(
+    xp: Any,
+    way: Cut,
+    tile: Tile,
+    x: Inputs,
+    table: factors.Angles | None,
+    carry: Carry,
+    *,
+    strict: bool,
+    ones: bool,
+) -> Array:
+    """The sums of one tile's queries [r g h c w]; moves `carry` past it."""
+    block = load(xp, way, tile, x, table, strict=strict, ones=ones)
+    seen = carry.through(tile, table, written(xp, block), block.decays.total)
+    o, _ = block_sum(xp, block)
+    o += from_state(xp, block, xp.stack(seen, 1))
+    return o
 
 
 def divide(xp: Any, problem: Problem, sums: Array) -> Array:

@@ -116,8 +116,9 @@ def _per_token(
 ) -> Decays:
     """Sums of log decays between any two positions of a block, with one rounding however many there are.
 
-    A decay is split into a multiple of a power of two, whose sums and their differences are exact, and a rest so
-    small that its rounding does not show. Below the smallest number a factor is 0, so -inf needs no sum of its own.
+    A decay is split into a multiple of a power of two, whose sums and their differences are exact, and a
+    rest so small that its rounding does not show. Below the smallest number a factor is 0, so -inf needs no
+    sum of its own.
     """
     step = cut.read(tile, log_decay[..., None], acc)[..., 0]  # [r g h c]
     if tile.valid is not None:
