@@ -94,13 +94,13 @@ def _train(out: Path, seconds: float, seed: int) -> tuple[TransNormerLM, Text]:
     settings = dataclasses.replace(SETTINGS["tiny"], seed=seed)
     trainer = Trainer(PRESETS["tiny"], text, settings, out=out, seconds=seconds)
     report = Report(trainer)
-    baselines = report.run(evaluations=12)
+    baselines = report.run(evaluations=10)
     bits = report.held_out[-1][1]
     beaten = [name for name, baseline in baselines.items() if bits < baseline]
     typer.echo(
         f"{bits:.3f} bits per byte of text that it never saw"
         + (f": less than {' and '.join(beaten)} need{'s' if len(beaten) == 1 else ''}" if beaten else "")
-        + ". The compressors start from nothing; the model has read other files before."
+        + ".\nThe compressors start from nothing; the model has read other files before."
     )
     return trainer.model, text
 

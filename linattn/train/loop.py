@@ -88,8 +88,8 @@ class Progress:
 class Trainer:
     """One run: a model, its optimizer and its place in the data.
 
-    out: the run's folder; None saves nothing. seconds: end after this time rather than after settings.steps,
-    with the learning rate following the clock; such a run cannot be continued.
+    out: the run's folder; None saves nothing. seconds: learn for this time (measuring and saving not counted)
+    rather than for settings.steps, with the learning rate following the clock; such a run cannot be continued.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Trainer:
             raise OptionError(
                 f"{self.out} holds later checkpoints of an earlier run: resume it, or choose another folder"
             )
-        began, first = time.monotonic(), self.step
+        began, first = time.monotonic(), self.step  # `began` moves on while nothing is learned
         fraction = 0.0
         while (fraction < 1.0) if self.seconds is not None else (self.step < self.settings.steps):
             before = fraction if self.seconds is not None else self.step / self.settings.steps
@@ -195,9 +195,11 @@ class Trainer:
             done = fraction >= 1.0
             measure = done or math.floor(fraction * evaluations) > math.floor(before * evaluations)
             rate = (self.step - first) * self.settings.batch * self.settings.seq_len / max(elapsed, 1e-9)
+            paused = time.monotonic()
             held_out = bits_per_byte(self.model, self.judged, self.device) if measure else None
             due = self.out is not None and (done or (save_every > 0 and self.step % save_every == 0))
             saved = self.save() if due else None
+            began += time.monotonic() - paused
             steps = self.settings.steps if self.seconds is None else None
             yield Progress(self.step, steps, fraction, train_bits, held_out, rate, saved)
 
