@@ -89,7 +89,7 @@ class Trainer:
     """One run: a model, its optimizer and its place in the data.
 
     out: the run's folder; None saves nothing. seconds: learn for this time (measuring and saving not counted)
-    rather than for settings.steps, with the learning rate following the clock; such a run cannot be continued.
+    rather than for settings.steps, the learning rate following the clock; such a run cannot be continued.
     """
 
     def __init__(
