@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import venv
 import zipfile
 from importlib.metadata import distribution
@@ -57,8 +56,7 @@ def built(tmp_path_factory):
     python(sys.executable, *build, folder / "wheel", "--wheel", folder / "tree", cwd=folder)
     python(sys.executable, *build, folder / "sdist", "--sdist", folder / "tree", cwd=folder)
     (archive,) = (folder / "sdist").iterdir()
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder / "unpacked", filter="data")
+    python(sys.executable, "-m", "tarfile", "-e", archive, folder / "unpacked", cwd=folder)
     (source,) = (folder / "unpacked").iterdir()
     shutil.copytree(source, folder / "source")  # the build below leaves its own files in the other copy
     python(sys.executable, *build, folder / "again", "--wheel", source, cwd=folder)
