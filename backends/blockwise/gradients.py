@@ -206,17 +206,20 @@ def _tile(
     problem, decays = way.problem, block.decays
     if tile.valid is not None:
         do = xp.where(tile.valid[:, :, None, :, None], do, 0.0)
-    scaled = selected(xp, decays.to_query, do)  # do, as it reaches the state
+    finite = block.finite and bool(xp.isfinite(do.sum()))
+    scaled = selected(xp, decays.to_query, do, finite=finite)  # do, as it reaches the state
     read = block.fq.swapaxes(-1, -2) @ scaled  # [r g h f w]
     after_list, rotated = adjoint.back(tile, table, read, decays.total)
     after = cast(xp.stack(after_list, 1), problem.accumulate)
     _, weights = block_sum(xp, block)
     pairs = do @ block.v.swapaxes(-1, -2)  # [.. i j] do_i . v_j
-    dscores = selected(xp, decays.pairs, pairs)
+    dscores = selected(xp, decays.pairs, pairs, finite=finite)
     dv_far = block.fk @ after
     dk_far = block.v @ after.swapaxes(-1, -2)
     if decays.to_end is not None:
-        dv_far, dk_far = selected(xp, decays.to_end, dv_far), selected(xp, decays.to_end, dk_far)
+        finite = finite and bool(xp.isfinite(after.sum()))
+        dv_far = selected(xp, decays.to_end, dv_far, finite=finite)
+        dk_far = selected(xp, decays.to_end, dk_far, finite=finite)
     dq = dscores @ block.fk + scaled @ before.swapaxes(-1, -2)
     dk = dscores.swapaxes(-1, -2) @ block.fq + dk_far
     dv = weights.swapaxes(-1, -2) @ do + dv_far
