@@ -20,18 +20,18 @@ BUILTIN = (
 
 @dataclass(frozen=True)
 class Saved:
-    """What a backward pass gets back: the inputs of `forward`, and its output."""
+    """The arrays of a call as backends take them; a backward pass gets them back, with the output."""
 
     q: Array
     k: Array
     v: Array
-    log_decay: Array | None
-    theta: Array | None
-    key_mask: Array | None
-    lengths: Array | None
-    cu_seqlens: Array | None
-    state: State | None
-    o: Array | None  # needed only with normalize
+    log_decay: Array | None = None
+    theta: Array | None = None
+    key_mask: Array | None = None
+    lengths: Array | None = None
+    cu_seqlens: Array | None = None
+    state: State | None = None
+    o: Array | None = None  # only for a backward pass, and only with normalize
     want_log_decay: bool = True  # False: its gradient may be left out
     want_theta: bool = True
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from linattn.arrays import Array
 from linattn.backends import Gradients, Saved, blockwise
-from linattn.backends.blockwise.causal import Inputs
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -46,7 +45,7 @@ def _state_heads(state: State | None, h: slice) -> State | None:
     return replace(state, kv=state.kv[:, h], z=None if state.z is None else state.z[:, h])
 
 
-def _heads(x: Inputs, h: slice) -> Inputs:
+def _heads(x: Saved, h: slice) -> Saved:
     return replace(
         x,
         q=x.q[:, :, h],
@@ -90,7 +89,7 @@ class NumpyBackend:
         cu_seqlens: Array | None,
         state: State | None,
     ) -> tuple[Array, State | None]:
-        whole = Inputs(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
+        whole = Saved(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
         o = np.empty((problem.batch, problem.n, problem.heads, problem.e), dtype=problem.dtype)
 
         def work(part: Problem, h: slice) -> State | None:
@@ -101,7 +100,7 @@ class NumpyBackend:
         return o, _join(states) if states else None
 
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
-        whole = Inputs.of(saved)
+        whole = saved
 
         def work(part: Problem, h: slice) -> Gradients:
             o = None if saved.o is None else saved.o[:, :, h]

@@ -9,7 +9,6 @@ from typing import Any
 
 from linattn.arrays import Array, namespace
 from linattn.backends import Gradients, Saved, blockwise
-from linattn.backends.blockwise.causal import Inputs
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -64,13 +63,13 @@ class TorchBackend:
     ) -> tuple[Array, State | None]:
         torch = namespace("torch")
         with torch.no_grad(), _float32_is_float32(problem):
-            inputs = Inputs(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
+            inputs = Saved(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
             return blockwise.forward(problem, inputs)
 
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
         torch = namespace("torch")
         with torch.no_grad(), _float32_is_float32(problem):
-            return blockwise.backward(problem, Inputs.of(saved), saved.o, do, dstate)
+            return blockwise.backward(problem, saved, saved.o, do, dstate)
 
     def decode_step(
         self,

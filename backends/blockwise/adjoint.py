@@ -7,8 +7,8 @@ from typing import Any
 
 from linattn import features
 from linattn.arrays import Array, cast, dtype_name, zeros_like_kind
+from linattn.backends import Saved
 from linattn.backends.blockwise import factors
-from linattn.backends.blockwise.causal import Inputs
 from linattn.backends.blockwise.tiles import Cut, Tile
 from linattn.problem import Problem
 
@@ -24,7 +24,7 @@ class Sums:
     theta: Array | None  # [h d] or [1 1] float64
 
 
-def empty_sums(problem: Problem, x: Inputs, spare: int) -> Sums:
+def empty_sums(problem: Problem, x: Saved, spare: int) -> Sums:
     def sums(a: Array) -> Array:
         return zeros_like_kind(a, (a.shape[0], a.shape[1] + spare, *a.shape[2:]), problem.accumulate)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from linattn.arrays import Array, cast, empty_like_kind, namespace, zeros_like_kind
+from linattn.backends import Saved
 from linattn.backends.blockwise import twosided
-from linattn.backends.blockwise.causal import Inputs, divide, one_way
+from linattn.backends.blockwise.causal import divide, one_way
 from linattn.backends.blockwise.tiles import cut
 from linattn.problem import Problem
 from linattn.state import State
 
 
-def forward(problem: Problem, x: Inputs, out: Array | None = None) -> tuple[Array, State | None]:
+def forward(problem: Problem, x: Saved, out: Array | None = None) -> tuple[Array, State | None]:
     """The whole call: o [b n h e] in q's dtype (into `out` if given), and the final state if the problem asks
     for it.
     """
@@ -36,7 +37,7 @@ def forward(problem: Problem, x: Inputs, out: Array | None = None) -> tuple[Arra
     return o, final_state(problem, x, final) if problem.return_state else None
 
 
-def final_state(problem: Problem, x: Inputs, final: Array) -> State:
+def final_state(problem: Problem, x: Saved, final: Array) -> State:
     """The state after the call, apart again; its length counts masked tokens, not padding."""
     final = cast(final, problem.accumulate)
     if problem.normalize:
@@ -50,7 +51,7 @@ def final_state(problem: Problem, x: Inputs, final: Array) -> State:
     return State(kv, z, length, problem.feature_map, problem.reweight, problem.d)
 
 
-def call_lengths(problem: Problem, x: Inputs) -> Array:
+def call_lengths(problem: Problem, x: Saved) -> Array:
     """Tokens of each sequence in this call: [s] int64."""
     if x.cu_seqlens is not None:
         cu = cast(x.cu_seqlens, "int64")

@@ -19,30 +19,6 @@ from linattn.state import State
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The arrays of a call, as the backend protocol passes them."""
-
-    q: Array
-    k: Array
-    v: Array
-    log_decay: Array | None = None
-    theta: Array | None = None
-    key_mask: Array | None = None
-    lengths: Array | None = None
-    cu_seqlens: Array | None = None
-    state: State | None = None
-    want_log_decay: bool = True
-    want_theta: bool = True
-
-    @staticmethod
-    def of(saved: Saved) -> Inputs:
-        """The inputs that a backward pass gets back."""
-        s = saved
-        arrays = s.q, s.k, s.v, s.log_decay, s.theta, s.key_mask, s.lengths, s.cu_seqlens, s.state
-        return Inputs(*arrays, s.want_log_decay, s.want_theta)
-
-
-@dataclass(frozen=True)
 class Block:
     """One tile, ready for matrix products."""
 
@@ -66,7 +42,7 @@ def queries(xp: Any, way: Cut, tile: Tile, q: Array, table: factors.Angles | Non
 
 
 def keys(
-    xp: Any, way: Cut, tile: Tile, x: Inputs, table: factors.Angles | None, *, ones: bool = False
+    xp: Any, way: Cut, tile: Tile, x: Saved, table: factors.Angles | None, *, ones: bool = False
 ) -> tuple[Array, Array | None, Array, Array]:
     """Read a tile of k and v: k raw, which keys count, phi(k) expanded, and v with its column of ones.
 
@@ -98,7 +74,7 @@ def load(
     xp: Any,
     way: Cut,
     tile: Tile,
-    x: Inputs,
+    x: Saved,
     table: factors.Angles | None,
     *,
     strict: bool,
@@ -219,7 +195,7 @@ def initial(xp: Any, problem: Problem, state: State | None, *, ones: bool) -> Ar
 def one_way(
     xp: Any,
     way: Cut,
-    x: Inputs,
+    x: Saved,
     out: Array,
     *,
     strict: bool = False,
@@ -250,7 +226,7 @@ def _one_tile(
     xp: Any,
     way: Cut,
     tile: Tile,
-    x: Inputs,
+    x: Saved,
     table: factors.Angles | None,
     carry: Carry,
     *,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from linattn.arrays import Array, cast, device_name, namespace, zeros_like_kind
-from linattn.backends import Gradients
+from linattn.backends import Gradients, Saved
 from linattn.backends.blockwise import factors, twosided
 from linattn.backends.blockwise.adjoint import (
     Sums,
@@ -22,7 +22,6 @@ from linattn.backends.blockwise.adjoint import (
 from linattn.backends.blockwise.causal import (
     Block,
     Carry,
-    Inputs,
     block_sum,
     initial,
     load,
@@ -35,7 +34,7 @@ from linattn.problem import Problem
 from linattn.state import State
 
 
-def backward(problem: Problem, x: Inputs, o: Array | None, do: Array, dstate: State | None) -> Gradients:
+def backward(problem: Problem, x: Saved, o: Array | None, do: Array, dstate: State | None) -> Gradients:
     """Gradients of every input, from those of o and of the returned state (None stands for zeros)."""
     xp = namespace(problem.kind)
     whole, n, m = problem, problem.n, problem.m
@@ -75,7 +74,7 @@ def backward(problem: Problem, x: Inputs, o: Array | None, do: Array, dstate: St
     )
 
 
-def _with_denominator(xp: Any, problem: Problem, x: Inputs, o: Array | None, do: Array) -> Array:
+def _with_denominator(xp: Any, problem: Problem, x: Saved, o: Array | None, do: Array) -> Array:
     """The gradient of the sums: with z = max(den, eps), dnum = do / z and dden = -(do . o) / z where den >
     eps.
     """
@@ -97,7 +96,7 @@ def _with_denominator(xp: Any, problem: Problem, x: Inputs, o: Array | None, do:
 
 
 def _one_way(
-    xp: Any, way: Cut, x: Inputs, do: Array, dstate: State | None, sums: Sums, *, strict: bool
+    xp: Any, way: Cut, x: Saved, do: Array, dstate: State | None, sums: Sums, *, strict: bool
 ) -> Array:
     """Add one direction's gradients to `sums`; return that of the initial state [s h f w]."""
     problem = way.problem

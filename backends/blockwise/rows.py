@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from linattn.arrays import Array, empty_like_kind, namespace, to_numpy, zeros_like_kind
-from linattn.backends import Gradients
+from linattn.backends import Gradients, Saved
 from linattn.backends.blockwise import call, gradients
-from linattn.backends.blockwise.causal import Inputs
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -23,10 +22,10 @@ class Row:
     rows: slice  # of the batch axis
     tokens: slice  # of the N axis
     problem: Problem
-    inputs: Inputs
+    inputs: Saved
 
 
-def rows(problem: Problem, x: Inputs) -> Iterator[Row]:
+def rows(problem: Problem, x: Saved) -> Iterator[Row]:
     """Cut a call into its rows; packed sequences are read on the host."""
     alone = replace(problem, batch=1, sequences=1, packed=False, batch_invariant=False)
     if problem.packed:
@@ -39,7 +38,7 @@ def rows(problem: Problem, x: Inputs) -> Iterator[Row]:
         yield _row(b, slice(b, b + 1), slice(None), alone, x)
 
 
-def _row(number: int, rows: slice, tokens: slice, problem: Problem, x: Inputs) -> Row:
+def _row(number: int, rows: slice, tokens: slice, problem: Problem, x: Saved) -> Row:
     def part(a: Array | None) -> Array | None:
         return None if a is None else a[rows, tokens]
 
@@ -61,7 +60,7 @@ def _state(state: State | None, number: int) -> State | None:
     return None if state is None else state.select([number])
 
 
-def forward(problem: Problem, x: Inputs, out: Array | None = None) -> tuple[Array, State | None]:
+def forward(problem: Problem, x: Saved, out: Array | None = None) -> tuple[Array, State | None]:
     """`call.forward`, row by row."""
     if not problem.batch_invariant:
         return call.forward(problem, x, out)
@@ -86,7 +85,7 @@ def _joined(xp: Any, states: list[State]) -> State:
     return replace(states[0], kv=kv, z=z, length=xp.concatenate([state.length for state in states], 0))
 
 
-def backward(problem: Problem, x: Inputs, o: Array | None, do: Array, dstate: State | None) -> Gradients:
+def backward(problem: Problem, x: Saved, o: Array | None, do: Array, dstate: State | None) -> Gradients:
     """`gradients.backward`, row by row; what rows share is summed in their order."""
     if not problem.batch_invariant or problem.sequences == 0:
         return gradients.backward(problem, x, o, do, dstate)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from linattn.arrays import Array, cast, dtype_name, zeros_like_kind
+from linattn.backends import Saved
 from linattn.backends.blockwise import factors
 from linattn.backends.blockwise.adjoint import (
     Sums,
@@ -15,14 +16,12 @@ from linattn.backends.blockwise.adjoint import (
     write_kv,
     write_q,
 )
-from linattn.backends.blockwise.causal import Carry, Inputs, keys, one_way, queries
+from linattn.backends.blockwise.causal import Carry, keys, one_way, queries
 from linattn.backends.blockwise.tiles import Cut, Tile, cut
 from linattn.problem import Problem
 
 
-def same_length(
-    xp: Any, problem: Problem, x: Inputs, do: Array | None = None
-) -> tuple[Problem, Inputs, Array]:
+def same_length(xp: Any, problem: Problem, x: Saved, do: Array | None = None) -> tuple[Problem, Saved, Array]:
     """A cross call on one axis: the shorter of q and (k, v) padded, padded keys masked."""
     n = max(problem.n, problem.m)
     if problem.n == problem.m:
@@ -42,7 +41,7 @@ def same_length(
     return replace(problem, n=n, m=n, key_mask=mask is not None), x, do
 
 
-def _from_both_sides(xp: Any, problem: Problem, x: Inputs, *, ones: bool = False) -> Array:
+def _from_both_sides(xp: Any, problem: Problem, x: Saved, *, ones: bool = False) -> Array:
     """The sums of a call that is not causal, [b n h w]: everything up to a token, and everything after it."""
     ways = [cut(xp, problem, x.lengths, x.cu_seqlens, reverse=reverse) for reverse in (False, True)]
     spare = max(way.spare() for way in ways)
@@ -54,12 +53,12 @@ def _from_both_sides(xp: Any, problem: Problem, x: Inputs, *, ones: bool = False
     return sums[:, : problem.n]
 
 
-def key_cut(xp: Any, problem: Problem, x: Inputs) -> Cut:
+def key_cut(xp: Any, problem: Problem, x: Saved) -> Cut:
     """The blocks of k and v, which may be more or fewer than those of q."""
     return cut(xp, replace(problem, n=problem.m), x.lengths, x.cu_seqlens)
 
 
-def total(xp: Any, way: Cut, x: Inputs, table: factors.Angles | None, *, ones: bool = False) -> Array:
+def total(xp: Any, way: Cut, x: Saved, table: factors.Angles | None, *, ones: bool = False) -> Array:
     """The sum over every key, [s h f w], in the frame of the last one."""
     width = 1 if ones else way.problem.e + int(way.problem.normalize)
     carry = Carry(xp, way, None, width, x.k)
@@ -83,7 +82,7 @@ def seen_from(xp: Any, table: factors.Angles | None, tile: Tile, moves: Array, s
     return factors.turned(xp, xp.cos(angle)[..., None], xp.sin(angle)[..., None], state)
 
 
-def sums(xp: Any, problem: Problem, x: Inputs, *, ones: bool = False) -> Array:
+def sums(xp: Any, problem: Problem, x: Saved, *, ones: bool = False) -> Array:
     """The sums of a call that is not causal, with all their columns, not yet divided: [b n h w]."""
     if problem.decay is not None:
         same, padded, _ = same_length(xp, problem, x)
@@ -105,7 +104,7 @@ def sums(xp: Any, problem: Problem, x: Inputs, *, ones: bool = False) -> Array:
     return out[:, : problem.n]
 
 
-def gradients(xp: Any, problem: Problem, x: Inputs, do: Array) -> Sums:
+def gradients(xp: Any, problem: Problem, x: Saved, do: Array) -> Sums:
     """Gradients of a call that is not causal and has no decay: one state forwards, one adjoint state back."""
     way, key_way = cut(xp, problem, x.lengths, x.cu_seqlens), key_cut(xp, problem, x)
     out = empty_sums(problem, x, max(way.spare(), key_way.spare()))
