@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,23 +14,59 @@ from linattn.problem import Problem
 from linattn.state import State
 
 
+class _MatmulSetting:
+    """A process-wide setting of torch's matrix products, held at what running calls need.
+
+    Calls that need the same value share it; one that needs another waits; the last one puts the user's back.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.users = 0
+        self.value = self.before = ""
+
+    @contextlib.contextmanager
+    def held(self, setting: Any, value: str) -> Iterator[None]:
+        with self.changed:
+            while self.users and self.value != value:
+                self.changed.wait()
+            if not self.users:
+                self.before, self.value = setting.fp32_precision, value
+                if self.before != value:
+                    setting.fp32_precision = value
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.users -= 1
+                if not self.users:
+                    if self.before != value:
+                        setting.fp32_precision = self.before
+                    self.changed.notify_all()
+
+
+_SETTINGS = {"cpu": _MatmulSetting(), "cuda": _MatmulSetting()}
+
+
 @contextlib.contextmanager
-def _float32_is_float32(problem: Problem) -> Iterator[None]:
-    """Keep a process-wide setting from rounding float32 operands, unless the call asks for tf32."""
-    matmul: Any = namespace("torch").backends
-    settings = [matmul.cuda.matmul, matmul.mkldnn.matmul]
-    wanted = "tf32" if problem.precision == "tf32" else "ieee"
-    before = [setting.fp32_precision for setting in settings]
-    if problem.dtype == "float64" or before == [wanted, "ieee"]:
+def _arithmetic(problem: Problem) -> Iterator[None]:
+    """No gradients, no autocast, and float32 products in float32 unless the call asks for tf32.
+
+    Autocast has lowered q, k and v before they come here; sums and states stay in the accumulation dtype.
+    """
+    torch = namespace("torch")
+    where = problem.device.partition(":")[0]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(where):
+            stack.enter_context(torch.autocast(where, enabled=False))
+        if problem.accumulate == "float32" and where in _SETTINGS:
+            cuda = where == "cuda"
+            setting = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul
+            value = "tf32" if cuda and problem.precision == "tf32" else "ieee"
+            stack.enter_context(_SETTINGS[where].held(setting, value))
         yield
-        return
-    try:
-        settings[0].fp32_precision = wanted
-        settings[1].fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
 
 
 class TorchBackend:
@@ -61,14 +98,12 @@ class TorchBackend:
         cu_seqlens: Array | None,
         state: State | None,
     ) -> tuple[Array, State | None]:
-        torch = namespace("torch")
-        with torch.no_grad(), _float32_is_float32(problem):
+        with _arithmetic(problem):
             inputs = Saved(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
             return blockwise.forward(problem, inputs)
 
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
-        torch = namespace("torch")
-        with torch.no_grad(), _float32_is_float32(problem):
+        with _arithmetic(problem):
             return blockwise.backward(problem, saved, saved.o, do, dstate)
 
     def decode_step(
@@ -82,8 +117,7 @@ class TorchBackend:
         state: State,
         slots: Array | None,
     ) -> Array:
-        torch = namespace("torch")
-        with torch.no_grad(), _float32_is_float32(problem):
+        with _arithmetic(problem):
             return blockwise.decode_step(problem, q, k, v, log_decay, theta, state, slots)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from linattn import registry, route
 from linattn.arrays import kind_of
@@ -14,6 +11,7 @@ from linattn.checks import Call, problem_of
 from linattn.errors import ArgumentTypeError
 from linattn.registry import BackendLike
 from linattn.reweight import Cosine
+from linattn.signatures import known_keywords, unknown
 from linattn.state import Reweight, State
 from linattn.values import check_values
 
@@ -21,41 +19,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
     from linattn.arrays import Array
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def known_keywords(fn: Callable[P, R]) -> Callable[P, R]:
-    """Refuse keywords that do not exist, and missing arguments, with linattn's own error."""
-    parameters = inspect.signature(fn).parameters
-    names = list(parameters)
-    needed = [
-        name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-    @functools.wraps(fn)
-    def wrapper(*args: P.args, **keywords: P.kwargs) -> R:
-        if not open_ended:
-            for name in keywords:
-                if name not in names:
-                    raise ArgumentTypeError(_unknown(fn.__name__, name, names))
-        if len(args) > len(needed) or any(name in keywords for name in needed[: len(args)]):
-            raise ArgumentTypeError(
-                f"{fn.__name__} takes {', '.join(needed)} by position and the rest by keyword"
-            )
-        for name in needed[len(args) :]:
-            if name not in keywords:
-                raise ArgumentTypeError(f"{fn.__name__} needs {', '.join(needed)}; {name} is missing")
-        return fn(*args, **keywords)
-
-    return wrapper
-
-
-def _unknown(function: str, name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, 1)
-    return f"{function} has no keyword {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 @known_keywords
@@ -175,7 +138,7 @@ def _refuse_fixed(function: str, keywords: dict[str, Any], fixed: tuple[str, ...
         if name in fixed:
             raise ArgumentTypeError(f"{function} fixes {name}; use linattn.attention to choose it")
         if name not in _ATTENTION:
-            raise ArgumentTypeError(_unknown(function, name, list(_ATTENTION)))
+            raise ArgumentTypeError(unknown(function, name, list(_ATTENTION)))
 
 
 _ATTENTION = tuple(inspect.signature(attention).parameters)

@@ -97,6 +97,8 @@ def table(values: np.ndarray, like: Array, dtype: str) -> Array:
         values = np.asarray(values, dtype=dtype)
         return values if kind == "numpy" else namespace("cupy").asarray(values)
     torch = sys.modules["torch"]
+    if not torch.compiler.is_compiling():
+        values = np.array(values, dtype=dtype)  # a copy: later changes of the table are not this call's
     watched = torch.compiler.is_compiling() or type(like) not in (torch.Tensor, torch.nn.Parameter)
     if watched or like.device.type == "cpu" or torch._C._len_torch_dispatch_stack():
         return torch.as_tensor(values, dtype=getattr(torch, dtype), device=like.device)

@@ -14,7 +14,7 @@ from linattn.errors import GradientError, OptionError
 from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
-from linattn.state import State
+from linattn.state import State, check_recorded, reweight_name
 from linattn.values import check_values
 
 Tensor = torch.Tensor
@@ -40,7 +40,7 @@ def wants_grad(call: Call) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
-def _lowered(call: Call) -> Call:
+def lowered(call: Call) -> Call:
     """Under autocast, q, k and v in its dtype, as torch's own attention has it."""
     where = call.q.device.type
     if not torch.amp.is_autocast_available(where) or not torch.is_autocast_enabled(where):
@@ -55,7 +55,10 @@ def _lowered(call: Call) -> Call:
 
 def _refuse_transforms(call: Call) -> None:
     """torch.func and forward mode would need rules of their own; without them, no silent wrong answer."""
-    tensors = [x for x in (call.q, call.k, call.v) if isinstance(x, Tensor)]
+    state = call.initial_state
+    parts = (state.kv, state.z) if isinstance(state, State) else ()
+    given = (call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask, *parts)
+    tensors = [x for x in given if isinstance(x, Tensor)]
     if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
         raise GradientError(
             "torch.func transforms (vmap, grad, jvp) are not offered: attention has a batch axis of its own, "
@@ -63,7 +66,7 @@ def _refuse_transforms(call: Call) -> None:
         )
     if torch.autograd.forward_ad._current_level >= 0:
         for x in tensors:
-            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            if x.is_floating_point() and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
                 raise GradientError(
                     "forward-mode derivatives are not offered; use reverse mode (backward, vjp)"
                 )
@@ -79,8 +82,9 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
     """`attention` for torch tensors: checked here unless a compiler is tracing, then through the op if
     needed.
     """
-    call = _lowered(call)
+    call = lowered(call)
     if torch.compiler.is_compiling():  # `use_backend` is read when the op runs: compilers cannot trace it
+        _check_while_tracing(call)
         key = registry.key_of(backend)
         if call.slots is not None and call.initial_state is not None:
             return _with_slots(call, key)
@@ -95,6 +99,20 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
     if call.slots is None and (needs_grad or not _plain(call)):
         return _through_op(call, registry.key_of(chosen))
     return route.forward(problem, chosen, call)
+
+
+def _check_while_tracing(call: Call) -> None:
+    """What the op cannot see: facts that a state has recorded, and the None of `Cosine()`."""
+    state = call.initial_state
+    unfixed = isinstance(call.reweight, Cosine) and call.reweight.max_len is None
+    if unfixed and (state is not None or call.return_state or call.cu_seqlens is not None):
+        raise OptionError(
+            "Cosine() takes max_len from the length of the call, so it cannot be used with a state or "
+            "cu_seqlens: outputs would depend on how the text was cut. Give Cosine(max_len)."
+        )
+    if state is not None:
+        name = reweight_name(call.reweight)
+        check_recorded(state, "initial_state", call.feature_map, name, call.q.shape[3])
 
 
 def _with_slots(call: Call, key: str) -> tuple[Tensor, State | None]:
@@ -344,19 +362,21 @@ def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
 
 def decode(call: Call, state: State, check: bool, backend: BackendLike) -> Tensor:
     """`decode_step` for torch tensors; q, k, v with an axis of one token."""
-    call = _lowered(call)
+    call = lowered(call)
     if wants_grad(call):
         raise GradientError(
             "decode_step changes the state in place, so no gradient passes through it: use torch.no_grad(), "
             "or attention with initial_state and return_state"
         )
     if torch.compiler.is_compiling():
+        _check_while_tracing(call)
         return _decode_through_op(call, state, registry.key_of(backend))
     _refuse_transforms(call)
     if not _plain(call):
         return _decode_through_op(call, state, registry.key_of(backend))
     problem = problem_of(call)
     check_values(call, device_too=check)
+    route.check_writable(state, "state")
     chosen = registry.choose(problem, registry.requested(backend))
     return route.decode(problem, chosen, call, state)  # type: ignore[no-any-return]
 

@@ -22,7 +22,7 @@ from linattn.errors import (
 from linattn.features import FEATURE_MAPS
 from linattn.problem import Problem
 from linattn.reweight import LRPE, Cosine
-from linattn.state import Reweight, State, check_parts, check_recorded, reweight_name
+from linattn.state import Reweight, State, check_dense, check_parts, check_recorded, reweight_name
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,13 @@ def _flag(name: str, value: object) -> None:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueRangeError(f"{name} must be finite, got {value!r}")
-    return float(value)
+    return number
 
 
 def _choice(name: str, value: object, known: tuple[str, ...], before: str = "one of ") -> None:
@@ -123,8 +127,7 @@ def _check_arrays(call: Call) -> None:
             raise ArgumentTypeError(
                 f"{name} must be a NumPy, torch or CuPy array, got {type(x).__module__}.{type(x).__name__}"
             )
-        if kind_of(x) == "torch" and str(x.layout) != "torch.strided":
-            raise ArgumentTypeError(f"{name} must be a dense tensor, its layout is {x.layout}")
+        check_dense(name, x)
     q, k, v = call.q, call.k, call.v
     kinds = [kind_of(x) for x in (q, k, v)]
     if len(set(kinds)) > 1:
@@ -169,6 +172,7 @@ def _beside(call: Call, name: str, x: Any, dtypes: tuple[str, ...], *, tables: b
     """An auxiliary array: the kind and device of q (or a NumPy table), and one of these dtypes."""
     if kind_of(x) is None:
         raise ArgumentTypeError(f"{name} must be an array, got {type(x).__name__}")
+    check_dense(name, x)
     if not (tables and isinstance(x, np.ndarray)):
         if kind_of(x) != kind_of(call.q):
             raise ArgumentTypeError(f"{name} must be a {kind_of(call.q)} array as q is, got {kind_of(x)}")
@@ -179,6 +183,7 @@ def _beside(call: Call, name: str, x: Any, dtypes: tuple[str, ...], *, tables: b
 
 
 WIDE = ("float32", "float64")
+SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022}  # the smallest normal numbers
 INTEGERS = ("int64", "int32")
 
 
@@ -287,6 +292,11 @@ def problem_of(call: Call, *, needs_grad: bool = False) -> Problem:
             raise OptionError(
                 "slots writes states in place, for inference: use torch.no_grad(), or initial_state alone"
             )
+    smallest = SMALLEST[accumulate_dtype(dtype_name(call.q))]
+    if call.normalize and call.eps < smallest:
+        raise ValueRangeError(
+            f"eps must be at least {smallest:.3g} for {dtype_name(call.q)}, got {call.eps!r}"
+        )
     b, n, h, d = call.q.shape
     longest = max(n, call.k.shape[1])
     if isinstance(call.reweight, Cosine) and call.cu_seqlens is None and call.lengths is None:

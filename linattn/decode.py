@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from linattn import registry, route
-from linattn.api import known_keywords
 from linattn.arrays import Array, kind_of
 from linattn.checks import Call, problem_of
 from linattn.errors import ArgumentTypeError, ShapeError
 from linattn.registry import BackendLike
+from linattn.signatures import known_keywords
 from linattn.state import Reweight, State
 from linattn.values import check_values
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Union
 
 from linattn.errors import ArgumentTypeError, UnknownBackendError, UnsupportedError
@@ -15,8 +15,11 @@ from linattn.problem import Problem
 
 if TYPE_CHECKING:
     from linattn.backends import Backend
+    from linattn.state import State
 
 BackendLike = Union[str, Sequence[str], "Backend"]
+
+SEPARATOR = "\n"  # between names in a key; no name has a line break
 
 _chosen: ContextVar[str | tuple[str, ...]] = ContextVar("linattn backend", default="auto")
 _objects: dict[
@@ -31,9 +34,51 @@ def known() -> dict[str, Backend]:
     """
     from linattn.backends import BUILTIN
 
-    found = [importlib.import_module(path).backend for path in BUILTIN]
-    found += [entry.load() for entry in entry_points(group="linattn.backends")]
-    return {backend.name: backend for backend in found}
+    found: dict[str, Backend] = {}
+    for path in BUILTIN:
+        backend = importlib.import_module(path).backend
+        found[backend.name] = backend
+    for entry in entry_points(group="linattn.backends"):
+        backend = _loaded(entry)
+        if backend.name in found:
+            backend = Unusable(
+                f"{entry.name} ({entry.value})", f"its name, {backend.name!r}, is taken already"
+            )
+        found[backend.name] = backend
+    return found
+
+
+def _loaded(entry: EntryPoint) -> Backend:
+    """A plugin's backend, or one that says why there is none: a bad plugin must not stop the rest."""
+    from linattn.backends import Backend
+
+    try:
+        backend = entry.load()
+    except (ImportError, AttributeError) as error:
+        return Unusable(entry.name, f"its entry point {entry.value} cannot be loaded: {error}")
+    if not isinstance(backend, Backend):
+        return Unusable(
+            entry.name, f"its entry point {entry.value} is no Backend but {type(backend).__name__}"
+        )
+    return backend
+
+
+class Unusable:
+    """Stands in for a plugin that cannot be loaded: listed, never chosen."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name, self.why = name, why
+        self.arrays: Mapping[str, bool] = {"numpy": False, "torch": False, "cupy": False}
+
+    def unavailable(self) -> str | None:
+        return self.why
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return self.why
+
+    def forward(self, problem: Problem, *arrays: object) -> tuple[object, State | None]:
+        """Never reached: `choose` asks `unavailable` first."""
+        raise UnsupportedError(problem, {self.name: self.why})
 
 
 def available_backends() -> dict[str, str | None]:
@@ -59,7 +104,7 @@ def key_of(backend: BackendLike) -> str:
     if isinstance(backend, Sequence):
         if not backend or not all(isinstance(name, str) for name in backend):
             raise ArgumentTypeError(f"backend must name at least one backend, got {backend!r}")
-        return ",".join(backend)
+        return SEPARATOR.join(backend)
     from linattn.backends import Backend
 
     if not isinstance(backend, Backend):
@@ -77,7 +122,7 @@ def names_of(key: str, kind: str) -> list[str]:
     """The candidates of a choice, in order; for "auto" those that take this kind of array unasked."""
     if key == "auto":
         return [name for name, backend in known().items() if backend.arrays.get(kind, False)]
-    return key.split(",")
+    return key.split(SEPARATOR)
 
 
 def requested(backend: BackendLike) -> str:
@@ -114,7 +159,7 @@ def use_backend(backend: str | Sequence[str]) -> Iterator[None]:
     """Calls inside that leave `backend` at "auto" use this one. Raises UnknownBackendError at once."""
     key = key_of(backend)
     if key != "auto":
-        for name in key.split(","):
+        for name in key.split(SEPARATOR):
             get(name)
     token = _chosen.set(key)
     try:

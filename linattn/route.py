@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from linattn.arrays import Array, cast, kind_of, table
+from linattn.arrays import Array, cast, kind_of, namespace, table
 from linattn.backends import Backend, Decoding, Differentiable, Gradients, Saved
 from linattn.checks import Call
 from linattn.errors import StateError
@@ -96,3 +96,13 @@ def check_writable(state: State, name: str) -> None:
     for part, x in parts.items():
         if isinstance(x, np.ndarray) and not x.flags.writeable:
             raise StateError(f"{name}.{part} must be writable: it is changed in place")
+        if kind_of(x) == "torch":
+            torch = namespace("torch")
+            if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+                raise StateError(
+                    f"{name}.{part} is expanded: its rows share memory, and it is changed in place"
+                )
+            if x.is_inference() and not torch.is_inference_mode_enabled():
+                raise StateError(
+                    f"{name}.{part} was made in inference mode and cannot be changed outside of it"
+                )

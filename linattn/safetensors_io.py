@@ -34,9 +34,9 @@ def save(
     if kinds == {"torch"}:
         from safetensors.torch import save as serialise
 
-        data = serialise(
-            {name: x.detach().contiguous().cpu() for name, x in tensors.items()}, dict(facts or {})
-        )
+        # copies: safetensors takes no two tensors that share their storage
+        own = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+        data = serialise(own, dict(facts or {}))
     elif kinds <= {"numpy"}:
         import numpy as np
         from safetensors.numpy import save as serialise_numpy

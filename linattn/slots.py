@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from linattn.arrays import Array, cast, device_name, kind_of, namespace
+from linattn.arrays import Array, cast, device_name, dtype_name, kind_of, namespace, zeros_like_kind
 from linattn.state import State
 
 
@@ -31,6 +31,8 @@ class Slots:
         """The named rows, in order; zeros for padding."""
 
         def rows(x: Array) -> Array:
+            if x.shape[0] == 0:  # a pool without rows serves padding only
+                return zeros_like_kind(x, (self.real.shape[0], *x.shape[1:]), dtype_name(x))
             real = self.real.reshape(-1, *(1,) * (x.ndim - 1))
             return self.xp.where(real, x[self.index], 0)
 

@@ -29,7 +29,9 @@ from linattn.errors import (
     StateError,
     ValueRangeError,
 )
+from linattn.features import FEATURE_MAPS
 from linattn.reweight import LRPE, Cosine
+from linattn.signatures import known_keywords
 
 Reweight = Cosine | LRPE | None
 
@@ -69,8 +71,21 @@ class State:
         """Return the state of `sequences` sequences before their first token, on the device of the array
         `like`.
 
-        Its dtype is float64 if `like` is float64, else float32.
+        Its dtype is float64 if `like` is float64, else float32. Raises ArgumentTypeError, OptionError or
+        ValueRangeError for what no call could have.
         """
+        if kind_of(like) is None:
+            raise ArgumentTypeError(f"State.zeros: like must be an array, got {type(like).__name__}")
+        for name, size in (("sequences", sequences), ("heads", heads), ("d", d), ("e", e)):
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+                raise ArgumentTypeError(f"State.zeros: {name} must be an int, got {size!r}")
+            if size < (0 if name == "sequences" else 1):
+                raise ValueRangeError(f"State.zeros: {name} must be positive, got {size}")
+        if reweight is not None and not isinstance(reweight, (Cosine, LRPE)):
+            raise ArgumentTypeError(f"State.zeros: reweight must be a Cosine or an LRPE, got {reweight!r}")
+        if feature_map is not None and feature_map not in FEATURE_MAPS:
+            known = ", ".join(FEATURE_MAPS)
+            raise OptionError(f"State.zeros: feature_map must be one of {known}, got {feature_map!r}")
         dtype = "float64" if dtype_name(like) == "float64" else "float32"
         f = d if reweight is None else 2 * d
         z = zeros_like_kind(like, (sequences, heads, f), dtype) if normalize else None
@@ -101,12 +116,24 @@ class State:
         return self._map(lambda x: x.to(device=device))
 
     def select(self, rows: Any) -> State:
-        """The states of `rows` ([R] integers, repeats allowed: a beam's reordering), as a new State."""
-        if kind_of(self.kv) == "torch":
+        """The states of `rows` ([R] integers, repeats allowed: a beam's reordering), as a new State.
+
+        Raises ShapeError, DtypeError or ValueRangeError for anything else (values on the host).
+        """
+        kind = kind_of(self.kv) or "numpy"
+        index = rows if kind_of(rows) == kind else np.asarray(rows)
+        if isinstance(index, np.ndarray) and index.shape == (0,):
+            index = index.astype(np.int64)  # an empty list has no dtype of its own
+        if index.ndim != 1:
+            raise ShapeError(f"State.select: rows must have shape [R], got {tuple(index.shape)}")
+        if "int" not in dtype_name(index):
+            raise DtypeError(f"State.select: rows must be integers, got {dtype_name(index)}")
+        if device_name(index) == "cpu" and bool(((index < 0) | (index >= self.kv.shape[0])).any()):
+            raise ValueRangeError(f"State.select: rows must lie in 0 … {self.kv.shape[0] - 1}")
+        if kind == "torch":
             torch = namespace("torch")
-            index = torch.as_tensor(rows, device=self.kv.device, dtype=torch.int64)
+            index = torch.as_tensor(index, device=self.kv.device, dtype=torch.int64)
             return self._map(lambda x: x.index_select(0, index))
-        index = namespace(kind_of(self.kv) or "numpy").asarray(rows)
         return self._map(lambda x: x[index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -124,14 +151,24 @@ class State:
         missing = {"kv", "length"} - tensors.keys()
         if missing:
             raise StateError(f"{path} is not a saved State: it has no tensor {', '.join(sorted(missing))}")
-        d = None if facts.get("d") is None else int(facts["d"])
+        d = facts.get("d")
+        if d is not None and not d.isdecimal():
+            raise StateError(f"{path} is not a saved State: its d is {d!r}")
         parts = tensors["kv"], tensors.get("z"), tensors["length"]
-        return State(*parts, facts.get("feature_map"), facts.get("reweight"), d)
+        state = State(*parts, facts.get("feature_map"), facts.get("reweight"), None if d is None else int(d))
+        check_parts(state, str(path))
+        return state
 
 
 def reweight_name(reweight: Reweight) -> str | None:
     """The name under which a state records its reweighting."""
     return None if reweight is None else "cosine" if isinstance(reweight, Cosine) else "lrpe"
+
+
+def check_dense(name: str, x: Array) -> None:
+    """Refuse sparse and nested tensors: their values do not lie where a stride says."""
+    if kind_of(x) == "torch" and (str(x.layout) != "torch.strided" or x.is_nested):
+        raise ArgumentTypeError(f"{name} must be a dense tensor, its layout is {x.layout}")
 
 
 def check_parts(state: State, name: str) -> None:
@@ -142,6 +179,8 @@ def check_parts(state: State, name: str) -> None:
     kinds = {part: kind_of(x) for part, x in parts.items()}
     if None in kinds.values() or len(set(kinds.values())) > 1:
         raise ArgumentTypeError(f"{name}: kv, z and length must be arrays of one kind, got {kinds}")
+    for part, x in parts.items():
+        check_dense(f"{name}.{part}", x)
     if state.kv.ndim != 4:
         raise ShapeError(f"{name}: kv must have shape [S, H, F, E], got {tuple(state.kv.shape)}")
     if state.z is not None and tuple(state.z.shape) != tuple(state.kv.shape[:3]):
@@ -157,6 +196,12 @@ def check_parts(state: State, name: str) -> None:
             raise DtypeError(f"{name}: {part} must be float32 or float64, got {dtype_name(parts[part])}")
     if len({device_name(x) for x in parts.values()}) > 1:
         raise DeviceError(f"{name}: kv, z and length must be on one device")
+
+
+def check_lengths(state: State, name: str) -> None:
+    """Refuse a state that claims to have seen fewer than no tokens; read on the host only."""
+    if device_name(state.length) == "cpu" and bool((state.length < 0).any()):
+        raise ValueRangeError(f"{name}.length must be >= 0, it counts tokens")
 
 
 def check_recorded(state: State, name: str, feature_map: str | None, reweight: str | None, d: int) -> None:
@@ -181,6 +226,7 @@ def _angle(reweight: Reweight, state: State) -> Array | float:
         return math.pi / (2 * reweight.max_len)
     assert isinstance(reweight, LRPE)
     theta = reweight.theta
+    _check_table("theta", theta, state)
     half = state.kv.shape[2] // 2
     if tuple(theta.shape) != (state.kv.shape[1], half):
         raise ShapeError(
@@ -190,6 +236,7 @@ def _angle(reweight: Reweight, state: State) -> Array | float:
     return theta[:, :, None]
 
 
+@known_keywords
 def merge_states(
     left: State,
     right: State,
@@ -208,6 +255,11 @@ def merge_states(
     """
     check_parts(left, "left")
     check_parts(right, "right")
+    if reweight is not None and not isinstance(reweight, (Cosine, LRPE)):
+        wanted = "None, linattn.Cosine or linattn.LRPE"
+        raise ArgumentTypeError(f"reweight must be {wanted}, got {type(reweight).__name__}")
+    check_lengths(left, "left")
+    check_lengths(right, "right")
     if tuple(left.kv.shape) != tuple(right.kv.shape) or (left.z is None) != (right.z is None):
         raise StateError(
             "left and right must hold the same sequences of one problem, got kv "
@@ -230,8 +282,7 @@ def merge_states(
         feature_map = left.feature_map if left.d is not None else right.feature_map
         if state.d is not None and d is not None:
             check_recorded(state, side, feature_map, name, d)
-    kind = kind_of(left.kv) or "numpy"
-    xp = namespace(kind)
+    xp = namespace(kind_of(left.kv) or "numpy")
     length = cast(right.length, "float64")  # [s]
     total = _total_log_decay(xp, left, log_decay, total_log_decay, length)
 
@@ -243,7 +294,6 @@ def merge_states(
             if x.ndim == 3 and not isinstance(theta, float):
                 theta = theta[:, :, 0]
             angle = theta * length.reshape(-1, 1, *rank)
-            angle = angle if not isinstance(theta, float) else xp.asarray(angle)
             c, s = xp.cos(angle), xp.sin(angle)
             half = x.shape[2] // 2
             cosine, sine = wide[:, :, :half], wide[:, :, half:]
@@ -266,6 +316,20 @@ def merge_states(
     return State(kv, z, new_length, known.feature_map, known.reweight or name, known.d)
 
 
+def _check_table(name: str, x: Array, state: State) -> None:
+    """A decay or angle table: floating point, and a NumPy table or an array beside the state."""
+    if kind_of(x) is None:
+        raise ArgumentTypeError(f"{name} must be an array, got {type(x).__name__}")
+    check_dense(name, x)
+    if not isinstance(x, np.ndarray):
+        if kind_of(x) != kind_of(state.kv):
+            raise ArgumentTypeError(f"{name} must be a {kind_of(state.kv)} array as kv is, got {kind_of(x)}")
+        if device_name(x) != device_name(state.kv):
+            raise DeviceError(f"{name} must be on {device_name(state.kv)} as kv is, got {device_name(x)}")
+    if dtype_name(x) not in ("float32", "float64"):
+        raise DtypeError(f"{name} must be float32 or float64, got {dtype_name(x)}")
+
+
 def _total_log_decay(
     xp: Any, left: State, log_decay: Array | None, total_log_decay: Array | None, length: Array
 ) -> Array | None:
@@ -277,8 +341,7 @@ def _total_log_decay(
         return None
     name = "log_decay" if total_log_decay is None else "total_log_decay"
     shape = left.kv.shape[1:2] if total_log_decay is None else left.kv.shape[:2]
-    if kind_of(given) is None:
-        raise ArgumentTypeError(f"{name} must be an array, got {type(given).__name__}")
+    _check_table(name, given, left)
     if tuple(given.shape) != tuple(shape):
         raise ShapeError(f"{name} must have shape {tuple(shape)}, got {tuple(given.shape)}")
     given = table(given, left.kv, "float64") if isinstance(given, np.ndarray) else cast(given, "float64")

@@ -10,6 +10,7 @@ from linattn.arrays import Array, device_name, to_numpy
 from linattn.checks import Call
 from linattn.errors import ArgumentTypeError, ValueRangeError
 from linattn.reweight import Cosine
+from linattn.state import check_lengths
 
 Reader = Callable[[Array | None], np.ndarray | None]
 
@@ -41,6 +42,8 @@ def check_values(call: Call, *, device_too: bool) -> None:
         if cu[0] != 0 or cu[-1] != n or (np.diff(cu) < 0).any():
             raise ValueRangeError(f"cu_seqlens must rise from 0 to N = {n}, got {_short(cu)}")
         spans = np.diff(cu)
+    if call.initial_state is not None:
+        check_lengths(call.initial_state, "initial_state")
     slots = readable(call.slots)
     if slots is not None and call.initial_state is not None:
         check_slots(slots, call.initial_state.kv.shape[0])

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linattn import registry, route
-from linattn.api import known_keywords
 from linattn.arrays import Array, dtype_name, kind_of, zeros_like_kind
 from linattn.checks import Call, problem_of
 from linattn.errors import ArgumentTypeError, DtypeError, ShapeError, StateError
 from linattn.problem import Problem
 from linattn.registry import BackendLike
-from linattn.state import State, check_parts
+from linattn.signatures import known_keywords
+from linattn.state import State, check_dense, check_parts
 from linattn.values import check_values
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ def _call(q: Array, k: Array, v: Array, keywords: dict[str, Any]) -> tuple[Call,
     for name in keywords:
         if name not in known:
             raise ArgumentTypeError(f"attention has no keyword {name!r}")
-    return Call(q, k, v, **keywords), check, backend
+    call = Call(q, k, v, **keywords)
+    if kind_of(q) == "torch":
+        from linattn import autograd
+
+        call = autograd.lowered(call)
+    return call, check, backend
 
 
 @known_keywords
@@ -72,6 +77,7 @@ def _check_gradients(problem: Problem, o: Array, do: Array, dstate: State | None
         raise ArgumentTypeError(
             f"do must be a {problem.kind} array as o is, got {kind_of(do) or type(do).__name__}"
         )
+    check_dense("do", do)
     if tuple(do.shape) != tuple(o.shape):
         raise ShapeError(f"do must have o's shape {tuple(o.shape)}, got {tuple(do.shape)}")
     if not dtype_name(do).startswith(("float", "bfloat")):
@@ -81,6 +87,10 @@ def _check_gradients(problem: Problem, o: Array, do: Array, dstate: State | None
     if not problem.return_state:
         raise StateError("dstate is the gradient of a returned state, but the call had return_state=False")
     check_parts(dstate, "dstate")
+    if kind_of(dstate.kv) != problem.kind:
+        raise ArgumentTypeError(f"dstate must hold {problem.kind} arrays, got {kind_of(dstate.kv)}")
+    if dtype_name(dstate.kv) != problem.accumulate:
+        raise DtypeError(f"dstate must be {problem.accumulate}, got {dtype_name(dstate.kv)}")
     shape = (problem.sequences, problem.heads, problem.f, problem.e)
     if tuple(dstate.kv.shape) != shape or (dstate.z is None) == problem.normalize:
         raise StateError(

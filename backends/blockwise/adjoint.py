@@ -36,6 +36,21 @@ def empty_sums(problem: Problem, x: Saved, spare: int) -> Sums:
     return Sums(sums(x.q), sums(x.k), sums(x.v), decay, theta)
 
 
+def times(xp: Any, a: Array, b: Array, finite: bool) -> Array:
+    """a @ b; where they may not be finite, a factor of 0 drops the other one, NaN included."""
+    if finite:
+        return a @ b
+    dtype = dtype_name(a)
+    good_a, good_b = xp.isfinite(a), xp.isfinite(b)
+    spoiled = cast(~good_a, dtype) @ cast(b != 0, dtype) + cast(a != 0, dtype) @ cast(~good_b, dtype)
+    return xp.where(spoiled > 0, float("nan"), xp.where(good_a, a, 0.0) @ xp.where(good_b, b, 0.0))
+
+
+def times_each(xp: Any, a: Array, b: Array, finite: bool) -> Array:
+    """a * b, elementwise, by the same rule."""
+    return a * b if finite else xp.where((a == 0) | (b == 0), 0.0, a * b)
+
+
 def _contracted(xp: Any, way: Cut, tile: Tile, table: factors.Angles | None, dx: Array) -> Array:
     """From gradients of the expanded features [x cos, x sin] to those of x."""
     if table is None:

@@ -36,6 +36,8 @@ def queries(xp: Any, way: Cut, tile: Tile, q: Array, table: factors.Angles | Non
     """Read a tile of q; return it raw, and as scale * phi(q) expanded by the angles."""
     problem, acc = way.problem, way.problem.accumulate
     q = way.read(tile, q, acc)
+    if tile.valid is not None:
+        q = xp.where(tile.valid[:, :, None, :, None], q, 0.0)
     fq = features.apply(xp, problem.feature_map, q)
     fq = fq * problem.scale if problem.scale != 1.0 else fq
     return q, fq if table is None else factors.expand(xp, way, tile, table, fq)
@@ -102,7 +104,7 @@ def block_sum(xp: Any, block: Block) -> tuple[Array, Array]:
     """The sum over pairs inside each block [.. c w], and the weights [.. c c]."""
     seen, v = block.decays.pairs, block.v
     scores = block.fq @ block.fk.swapaxes(-1, -2)
-    if block.finite:
+    if block.finite and bool(xp.isfinite(scores.sum())):  # finite operands may have an infinite product
         scores *= seen
         return scores @ v, scores
     weights = xp.where(seen > 0, scores * seen, 0.0)

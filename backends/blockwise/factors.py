@@ -80,7 +80,8 @@ def decays(
     if log_decay is None:
         result = Decays(cast(seen, acc) if pairs else None, None, None, None)
     elif cut.problem.decay == "head":
-        result = _per_head(xp, tile, cast(log_decay, "float64"), acc, position, lag, seen, pairs)
+        wide = cut.problem.reweight is not None  # then the state is carried in float64
+        result = _per_head(xp, tile, cast(log_decay, "float64"), acc, wide, seen, pairs)
     else:
         result = _per_token(xp, cut, tile, log_decay, seen, acc, pairs)
     if shared:
@@ -89,11 +90,15 @@ def decays(
 
 
 def _per_head(
-    xp: Any, tile: Tile, decay: Array, acc: str, position: Array, lag: Array, seen: Array, with_pairs: bool
+    xp: Any, tile: Tile, decay: Array, acc: str, wide: bool, seen: Array, with_pairs: bool
 ) -> Decays:
     c = tile.group.size
+    position = xp.arange(c, **on(decay))
+    lag = position[:, None] - position[None, :]
     steps = xp.arange(c + 1, **on(decay))
-    power = cast(xp.exp(_log_power(xp, decay[None, :], steps[:, None])), acc)  # [m h]
+    exact = xp.exp(_log_power(xp, decay[None, :], steps[:, None]))  # [m h], float64
+    power = cast(exact, acc)
+    whole = exact if wide else power
     pairs = None
     if with_pairs:
         lagged = _log_power(xp, decay[:, None, None], xp.where(seen, lag, 0))
@@ -101,10 +106,10 @@ def _per_head(
     to_query = power[1:].swapaxes(0, 1)[..., None]  # [h c 1]
     if isinstance(tile.counts, int):
         to_end = xp.flip(power[: tile.counts], (0,)).swapaxes(0, 1)[..., None]
-        return Decays(pairs, to_query, to_end, power[tile.counts][:, None, None])
+        return Decays(pairs, to_query, to_end, whole[tile.counts][:, None, None])
     rest = xp.clip(tile.counts[..., None] - 1 - position, 0, c)  # [r g c]
     to_end = power[rest].swapaxes(-1, -2)[..., None]  # [r g h c 1]
-    return Decays(pairs, to_query, to_end, power[tile.counts][..., None, None])
+    return Decays(pairs, to_query, to_end, whole[tile.counts][..., None, None])
 
 
 # ln of a factor that is 0 in the dtype, and the grid on which sums of a block's decays down to it are exact.

@@ -14,6 +14,8 @@ from linattn.backends.blockwise import factors, twosided
 from linattn.backends.blockwise.adjoint import (
     Sums,
     empty_sums,
+    times,
+    times_each,
     turning_features,
     turning_states,
     write_kv,
@@ -82,16 +84,20 @@ def _with_denominator(xp: Any, problem: Problem, x: Saved, o: Array | None, do: 
     if not problem.normalize:
         return do
     assert o is not None
+    narrow = problem.dtype != problem.accumulate  # then o is rounded, and do . o may cancel: form it again
+    ones = not narrow
     if problem.causal:
         way = cut(xp, problem, x.lengths, x.cu_seqlens)
-        shape = (problem.batch, problem.n + way.spare(), problem.heads, 1)
-        den = zeros_like_kind(x.q, shape, problem.accumulate)
-        one_way(xp, way, x, den, ones=True, raw=True)
+        width = problem.e + 1 if narrow else 1
+        shape = (problem.batch, problem.n + way.spare(), problem.heads, width)
+        whole = zeros_like_kind(x.q, shape, problem.accumulate)
+        one_way(xp, way, x, whole, ones=ones, raw=True)
     else:
-        den = twosided.sums(xp, problem, x, ones=True)
-    den = den[:, : problem.n]
+        whole = twosided.sums(xp, problem, x, ones=ones)
+    den = whole[:, : problem.n, :, -1:]
     z = xp.where(den <= problem.eps, problem.eps, den)
-    dden = xp.where(den > problem.eps, -(do * cast(o, problem.accumulate)).sum(-1)[..., None] / z, 0.0)
+    o = whole[:, : problem.n, :, :-1] / z if narrow else cast(o, problem.accumulate)
+    dden = xp.where(den > problem.eps, -(do * o).sum(-1)[..., None] / z, 0.0)
     return xp.concatenate((do / z, dden), -1)
 
 
@@ -182,7 +188,7 @@ class _Adjoint:
         if device_name(tile.first) == "cpu":
             if bool(tile.first[g]):
                 self.begin[row] = self.now
-                self.now = self.now * 0.0
+                self.now = self.xp.zeros_like(self.now)
         else:
             self.begin[row] = self.xp.where(tile.first[g], self.now, self.begin[row])
             self.now = self.xp.where(tile.first[g], 0.0, self.now)
@@ -205,29 +211,27 @@ def _tile(
     problem, decays = way.problem, block.decays
     if tile.valid is not None:
         do = xp.where(tile.valid[:, :, None, :, None], do, 0.0)
-    finite = block.finite and bool(xp.isfinite(do.sum()))
+    finite = block.finite and bool(xp.isfinite(do.sum())) and bool(xp.isfinite(before.sum()))
     scaled = selected(xp, decays.to_query, do, finite=finite)  # do, as it reaches the state
-    read = block.fq.swapaxes(-1, -2) @ scaled  # [r g h f w]
+    read = times(xp, block.fq.swapaxes(-1, -2), scaled, finite)  # [r g h f w]
     after_list, rotated = adjoint.back(tile, table, read, decays.total)
     after = cast(xp.stack(after_list, 1), problem.accumulate)
+    finite = finite and bool(xp.isfinite(after.sum()))
     _, weights = block_sum(xp, block)
-    pairs = do @ block.v.swapaxes(-1, -2)  # [.. i j] do_i . v_j
+    pairs = times(xp, do, block.v.swapaxes(-1, -2), finite)  # [.. i j] do_i . v_j
     dscores = selected(xp, decays.pairs, pairs, finite=finite)
-    dv_far = block.fk @ after
-    dk_far = block.v @ after.swapaxes(-1, -2)
-    if decays.to_end is not None:
-        finite = finite and bool(xp.isfinite(after.sum()))
-        dv_far = selected(xp, decays.to_end, dv_far, finite=finite)
-        dk_far = selected(xp, decays.to_end, dk_far, finite=finite)
-    dq = dscores @ block.fk + scaled @ before.swapaxes(-1, -2)
-    dk = dscores.swapaxes(-1, -2) @ block.fq + dk_far
-    dv = weights.swapaxes(-1, -2) @ do + dv_far
+    dv_far = selected(xp, decays.to_end, times(xp, block.fk, after, finite), finite=finite)
+    dk_far = selected(xp, decays.to_end, times(xp, block.v, after.swapaxes(-1, -2), finite), finite=finite)
+    dq = times(xp, dscores, block.fk, finite) + times(xp, scaled, before.swapaxes(-1, -2), finite)
+    dk = times(xp, dscores.swapaxes(-1, -2), block.fq, finite) + dk_far
+    dv = times(xp, weights.swapaxes(-1, -2), do, finite) + dv_far
     if sums.decay is not None:
         far = selected(xp, decays.total, before)  # what of the state before outlives the block
-        spanning = (far * after).sum(-1).sum(-1)[..., None]
-        late = (scaled * (block.fq @ before)).sum(-1)  # [.. c] from the state to each query
-        early = (block.v * dv_far).sum(-1)  # [.. c] from each key past the block
-        inside = _spanning(xp, weights * pairs)
+        spanning = times_each(xp, far, after, finite).sum(-1).sum(-1)[..., None]
+        seen = times(xp, block.fq, before, finite)
+        late = times_each(xp, scaled, seen, finite).sum(-1)  # [.. c] from the state to each query
+        early = times_each(xp, block.v, dv_far, finite).sum(-1)  # [.. c] from each key past the block
+        inside = _spanning(xp, times_each(xp, weights, pairs, finite))
         ddecay = inside + xp.flip(xp.cumsum(xp.flip(late, (-1,)), -1), (-1,)) + _before(xp, early) + spanning
         if tile.valid is not None:
             ddecay = xp.where(tile.valid[:, :, None], ddecay, 0.0)
@@ -246,7 +250,7 @@ def _tile(
 def _before(xp: Any, x: Array) -> Array:
     """Sums over earlier positions, this one left out."""
     sums = xp.cumsum(x, -1)
-    return xp.concatenate((x[..., :1] * 0.0, sums[..., :-1]), -1)
+    return xp.concatenate((xp.zeros_like(x[..., :1]), sums[..., :-1]), -1)
 
 
 def _spanning(xp: Any, pairs: Array) -> Array:

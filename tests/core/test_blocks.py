@@ -70,7 +70,7 @@ def test_every_array_inside_has_the_accumulation_dtype(
 
     def watched(xp: Any, block: causal.Block) -> Any:
         result = weigh(xp, block)
-        factors = block.decays.pairs, block.decays.to_query, block.decays.to_end, block.decays.total
+        factors = block.decays.pairs, block.decays.to_query, block.decays.to_end
         for x in (block.fq, block.fk, block.v, *factors, *result):
             seen.update([] if x is None else [x.dtype.name])
         return result
