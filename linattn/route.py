@@ -98,7 +98,9 @@ def check_writable(state: State, name: str) -> None:
             raise StateError(f"{name}.{part} must be writable: it is changed in place")
         if kind_of(x) == "torch":
             torch = namespace("torch")
-            if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+            if x.numel() and any(
+                step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)
+            ):
                 raise StateError(
                     f"{name}.{part} is expanded: its rows share memory, and it is changed in place"
                 )

@@ -250,3 +250,69 @@ def test_vjp_refuses_gradients_of_another_call() -> None:
         vjp(torch.from_numpy(x))
     with pytest.raises(errors.StateError, match="return_state=False"):
         vjp(x, State.zeros(x, 1, 1, 2, 2))
+
+
+Q = np.ones((1, 2, 1, 2), np.float32)
+ONE = State(np.ones((1, 1, 2, 2), np.float32), None, np.zeros(1, np.int64))
+
+# the sentence: what raises it
+OTHERS: dict[str, tuple[type[Exception], Any]] = {
+    "scale must be finite": (errors.ValueRangeError, lambda: linattn.attention(Q, Q, Q, scale=10**400)),
+    "eps must be at least 1.18e-38 for float32": (errors.ValueRangeError, lambda: linattn.attention(Q, Q, Q, normalize=True, eps=1e-50)),
+    "max_len must be at least 1 and below": (errors.ValueRangeError, lambda: Cosine(10**30)),
+    "max_len must be an int": (errors.ArgumentTypeError, lambda: Cosine(np.array([8, 9]))),  # type: ignore[arg-type]
+    "merge_states has no keyword 'foo'": (errors.ArgumentTypeError, lambda: linattn.merge_states(ONE, ONE, foo=1)),
+    "merge_states needs left, right; right is missing": (errors.ArgumentTypeError, lambda: linattn.merge_states(ONE)),
+    "reweight must be None, linattn.Cosine or linattn.LRPE, got int": (errors.ArgumentTypeError, lambda: linattn.merge_states(ONE, ONE, reweight=5)),
+    "log_decay must be float32 or float64, got int64": (errors.DtypeError, lambda: linattn.merge_states(ONE, ONE, log_decay=np.array([-1]))),
+    "log_decay must be a numpy array as kv is": (errors.ArgumentTypeError, lambda: linattn.merge_states(ONE, ONE, log_decay=torch.zeros(1))),
+    "right.length must be >= 0": (errors.ValueRangeError, lambda: linattn.merge_states(ONE, State(ONE.kv, None, np.array([-3])))),
+    "initial_state.length must be >= 0": (errors.ValueRangeError, lambda: linattn.attention(Q, Q, Q, initial_state=State(ONE.kv, None, np.array([-3])))),
+    "rows must lie in 0": (errors.ValueRangeError, lambda: ONE.select([1])),
+    "rows must be integers, got float64": (errors.DtypeError, lambda: ONE.select([0.7])),
+    "rows must be integers, got bool": (errors.DtypeError, lambda: ONE.select([True])),
+    r"rows must have shape \[R\]": (errors.ShapeError, lambda: ONE.select([[0]])),
+    "reweight must be a Cosine or an LRPE": (errors.ArgumentTypeError, lambda: State.zeros(Q, 1, 1, 2, 2, reweight="cosine")),  # type: ignore[arg-type]
+    "feature_map must be one of relu": (errors.OptionError, lambda: State.zeros(Q, 1, 1, 2, 2, feature_map="gelu")),
+    "heads must be positive, got -1": (errors.ValueRangeError, lambda: State.zeros(Q, 1, -1, 2, 2)),
+    "d must be an int, got 2.5": (errors.ArgumentTypeError, lambda: State.zeros(Q, 1, 1, 2.5, 2)),  # type: ignore[arg-type]
+    "sizes must be ints": (errors.ArgumentTypeError, lambda: LRPE.default_theta(2.5, 3)),  # type: ignore[arg-type]
+    "must be a whole number of at least 1": (errors.ValueRangeError, lambda: linattn.decay.alibi(0)),
+    "layer must be a whole number from 0": (errors.ValueRangeError, lambda: linattn.decay.transnormer(4, 5, 3)),
+    "no backend named 'numpy,torch'": (errors.UnknownBackendError, lambda: linattn.attention(Q, Q, Q, backend="numpy,torch")),
+    "log_decay must be a dense tensor": (errors.ArgumentTypeError, lambda: linattn.attention(*[torch.from_numpy(Q)] * 3, log_decay=torch.zeros(1).to_sparse())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_refused_elsewhere_with_a_sentence(words: str) -> None:
+    error, call = OTHERS[words]
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_states_that_cannot_change_in_place() -> None:
+    q = torch.ones(2, 1, 2)
+    expanded = State(torch.zeros(1, 1, 2, 2).expand(2, 1, 2, 2), None, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(errors.StateError, match=r"state\.kv is expanded"):
+        linattn.decode_step(q, q, q, expanded)
+    with torch.inference_mode():
+        made = State.zeros(q, 2, 1, 2, 2)
+    with pytest.raises(errors.StateError, match=r"state\.kv was made in inference mode"):
+        linattn.decode_step(q, q, q, made)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_pool_without_rows_serves_padding(kind: str) -> None:
+    q = make(kind, 1, 2, 1, 2)
+    pool = State(make(kind, 0, 1, 2, 2), None, whole(kind, []))
+    assert not linattn.attention(q, q, q, initial_state=pool, slots=whole(kind, [-1])).any()
+    assert not linattn.decode_step(q[:, 0], q[:, 0], q[:, 0], pool, slots=whole(kind, [-1])).any()
+
+
+def test_the_gradient_of_a_state_is_checked() -> None:
+    _, vjp = linattn.attention_vjp(Q, Q, Q, return_state=True)
+    with pytest.raises(errors.ArgumentTypeError, match="dstate must hold numpy arrays, got torch"):
+        vjp(Q, State(torch.ones(1, 1, 2, 2), None, torch.zeros(1, dtype=torch.int64)))
+    with pytest.raises(errors.DtypeError, match="dstate must be float32, got float64"):
+        vjp(Q, State(np.ones((1, 1, 2, 2)), None, np.zeros(1, np.int64)))

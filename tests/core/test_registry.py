@@ -154,3 +154,41 @@ def test_environment_names_versions_and_backends() -> None:
     assert facts["numpy"] == np.__version__
     assert facts["torch"].startswith(torch.__version__.split("+")[0])
     assert facts["backends"].split(", ")[:3] == ["torch", "numpy", "reference"]
+
+
+class Entry:
+    """An installed entry point, as importlib.metadata gives them."""
+
+    def __init__(self, name: str, found: Any) -> None:
+        self.name, self.value, self.found = name, f"{name}_package:backend", found
+
+    def load(self) -> Any:
+        if isinstance(self.found, ImportError):
+            raise self.found
+        return self.found
+
+
+class Namesake(Plugin):
+    name = "numpy"
+
+
+def test_a_bad_plugin_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins = [
+        Entry("broken", ImportError("no module named 'gone'")),
+        Entry("odd", 3),
+        Entry("same", Namesake()),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: plugins)
+    found = registry.known.__wrapped__()
+    monkeypatch.setattr(registry, "known", lambda: found)
+    assert registry.get("numpy") is found["numpy"]
+    assert not isinstance(found["numpy"], Namesake)
+    assert np.array_equal(linattn.attention(X, X, X), linattn.attention(X, X, X, backend="numpy"))
+    reasons = linattn.available_backends()
+    assert (
+        reasons["broken"] == "its entry point broken_package:backend cannot be loaded: no module named 'gone'"
+    )
+    assert reasons["odd"] == "its entry point odd_package:backend is no Backend but int"
+    assert reasons["same (same_package:backend)"] == "its name, 'numpy', is taken already"
+    with pytest.raises(errors.UnsupportedError, match="cannot be loaded"):
+        linattn.attention(X, X, X, backend="broken")

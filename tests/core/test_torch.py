@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import linattn
-from linattn import LRPE, Cosine, State, errors
+from linattn import LRPE, Cosine, State, errors, tolerance
 
 B, N, H, D, E = 2, 37, 2, 3, 5
 Tensor = torch.Tensor
@@ -223,3 +226,118 @@ def test_a_process_wide_setting_does_not_round_float32(x: dict[str, Tensor]) -> 
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(got, want)
+
+
+def test_autocast_lowers_the_inputs_and_not_the_sums() -> None:
+    """The state is float32 whatever the inputs are, inside autocast as outside of it."""
+    q, k, v = (torch.randn(2, 200, 2, 16, dtype=torch.bfloat16) for _ in range(3))
+    want, memory = linattn.attention(q, k, v, return_state=True)
+    steps = memory.clone()
+    step = linattn.decode_step(q[:, 0], k[:, 0], v[:, 0], steps)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, state = linattn.attention(q.float(), k.float(), v.float(), return_state=True)
+        leaf = q.float().requires_grad_()
+        recorded = linattn.attention(leaf, k.float(), v.float())
+        again = memory.clone()
+        stepped = linattn.decode_step(q[:, 0].float(), k[:, 0].float(), v[:, 0].float(), again)
+        assert linattn.explain(q.float(), k.float(), v.float()).problem.dtype == "bfloat16"
+    for a, b in ((got, want), (recorded, want), (state.kv, memory.kv), (stepped, step), (again.kv, steps.kv)):
+        assert torch.equal(a, b)
+
+
+def test_calls_that_need_other_settings_wait_and_leave_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    from linattn.backends.torch import _MatmulSetting
+
+    class Global:
+        fp32_precision = "users"
+
+    place, held, order = Global(), _MatmulSetting(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with held.held(place, "ieee"):
+            order.append(("first", place.fp32_precision))
+            inside.set()
+            leave.wait(10)
+
+    def second() -> None:
+        with held.held(place, "tf32"):
+            order.append(("second", place.fp32_precision))
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(10)
+    with held.held(place, "ieee"):  # the same value: no waiting
+        threads[1].start()
+        order.append(("third", place.fp32_precision))
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == [("first", "ieee"), ("third", "ieee"), ("second", "tf32")]
+    assert place.fp32_precision == "users"
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        (
+            "takes max_len from the length",
+            lambda q, s: linattn.attention(q, q, q, reweight=Cosine(), return_state=True),
+        ),
+        (
+            "its feature_map is 'relu'",
+            lambda q, s: linattn.attention(q, q, q, feature_map="silu", initial_state=s),
+        ),
+        (
+            "its feature_map is 'relu'",
+            lambda q, s: linattn.decode_step(q[:, 0], q[:, 0], q[:, 0], s, feature_map="silu"),
+        ),
+    ],
+)
+def test_compiled_calls_refuse_what_eager_ones_refuse(words: str, call: Callable[..., Any]) -> None:
+    q = torch.randn(1, 8, 2, 4)
+    _, state = linattn.attention(q, q, q, feature_map="relu", return_state=True)
+    with pytest.raises(Exception, match=words), torch.no_grad():  # compilers wrap errors in their own
+        torch.compile(call, fullgraph=True, backend="aot_eager")(q, state)
+
+
+def test_the_released_angles_keep_their_gradient() -> None:
+    angles = torch.nn.Parameter(torch.rand(2, 1, 4))
+    with torch.no_grad():
+        reweight = LRPE(angles)
+    q = torch.rand(1, 8, 2, 4)
+    linattn.attention(q, q, q, reweight=copy.deepcopy(reweight))
+    linattn.attention(q, q, q, reweight=reweight).sum().backward()
+    assert angles.grad is not None and angles.grad.shape == (2, 1, 4)
+
+
+def test_a_table_may_be_a_view_and_may_change_after_the_call() -> None:
+    q = torch.randn(1, 8, 2, 4)
+    table = np.array([-0.1, -0.2], np.float32)
+    leaf = q.clone().requires_grad_()
+    o = linattn.attention(leaf, q, q, log_decay=table)
+    (before,) = torch.autograd.grad(o.sum(), leaf, retain_graph=True)
+    table[:] = -3
+    (after,) = torch.autograd.grad(o.sum(), leaf)
+    assert torch.equal(before, after)
+    backwards = linattn.decay.alibi(2)[::-1]
+    assert torch.equal(
+        linattn.attention(q, q, q, log_decay=backwards),
+        linattn.attention(q, q, q, log_decay=backwards.copy()),
+    )
+    table.flags.writeable = False
+    linattn.attention(q, q, q, log_decay=table)
+
+
+def test_narrow_gradients_do_not_feel_the_rounded_output() -> None:
+    """do · o cancels when values share a large mean; formed from a bfloat16 o it is several percent off."""
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(1, 128, 1, 16).bfloat16() for _ in range(4))
+    v = v + 10
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaf = q.to(dtype).requires_grad_()
+        o = linattn.cosformer_attention(leaf, k.to(dtype), v.to(dtype), causal=True)
+        grads.append(torch.autograd.grad(o, leaf, do.to(dtype))[0].double())
+    error = (grads[0] - grads[1]).norm() / grads[1].norm()
+    assert error < 4 * tolerance.UNIT["bfloat16"]
