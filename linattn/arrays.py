@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import Any
 
@@ -75,6 +76,11 @@ def zeros_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if kind_of(x) == "torch":
         return x.new_zeros(shape, dtype=getattr(sys.modules["torch"], dtype))
     return namespace(kind_of(x) or "numpy").zeros(shape, dtype=dtype)
+
+
+def all_finite(x: Array) -> bool:
+    """Whether a host array holds no NaN and no infinity; a sum that overflows counts as one."""
+    return math.isfinite(float(x.sum()))
 
 
 def to_numpy(x: Array) -> np.ndarray:

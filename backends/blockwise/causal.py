@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linattn import features
-from linattn.arrays import Array, cast, device_name, dtype_name
+from linattn.arrays import Array, all_finite, cast, device_name, dtype_name
 from linattn.backends import Saved
 from linattn.backends.blockwise import factors
 from linattn.backends.blockwise.tiles import Cut, Tile
@@ -88,7 +88,7 @@ def load(
     k, keep, fk, v = keys(xp, way, tile, x, table, ones=ones)
     q, fq = (None, None) if keys_only else queries(xp, way, tile, x.q, table)
     parts = [part for part in (fq, fk, v) if part is not None]
-    finite = device_name(v) == "cpu" and all(bool(xp.isfinite(part.sum())) for part in parts)
+    finite = device_name(v) == "cpu" and all(all_finite(part) for part in parts)
     decays = factors.decays(xp, way, tile, x.log_decay, k, strict=strict, pairs=not keys_only)
     return Block(q if raw else None, k if raw else None, keep, fq, fk, v, finite, decays)
 
@@ -104,7 +104,7 @@ def block_sum(xp: Any, block: Block) -> tuple[Array, Array]:
     """The sum over pairs inside each block [.. c w], and the weights [.. c c]."""
     seen, v = block.decays.pairs, block.v
     scores = block.fq @ block.fk.swapaxes(-1, -2)
-    if block.finite and bool(xp.isfinite(scores.sum())):  # finite operands may have an infinite product
+    if block.finite and all_finite(scores):  # finite operands may have an infinite product
         scores *= seen
         return scores @ v, scores
     weights = xp.where(seen > 0, scores * seen, 0.0)
@@ -131,7 +131,7 @@ def from_state(xp: Any, block: Block, before: Array) -> Array:
     if factor is None:
         return block.fq @ before
     read = (block.fq * factor) @ before
-    if block.finite and bool(xp.isfinite(before.sum())):
+    if block.finite and all_finite(before):
         return read
     return xp.where(factor > 0, read, 0.0)  # the same bits, but what is forgotten stays forgotten
 

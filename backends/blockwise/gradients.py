@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from linattn.arrays import Array, cast, device_name, namespace, zeros_like_kind
+from linattn.arrays import Array, all_finite, cast, device_name, namespace, zeros_like_kind
 from linattn.backends import Gradients, Saved
 from linattn.backends.blockwise import factors, twosided
 from linattn.backends.blockwise.adjoint import (
@@ -211,12 +211,12 @@ def _tile(
     problem, decays = way.problem, block.decays
     if tile.valid is not None:
         do = xp.where(tile.valid[:, :, None, :, None], do, 0.0)
-    finite = block.finite and bool(xp.isfinite(do.sum())) and bool(xp.isfinite(before.sum()))
+    finite = block.finite and all_finite(do) and all_finite(before)
     scaled = selected(xp, decays.to_query, do, finite=finite)  # do, as it reaches the state
     read = times(xp, block.fq.swapaxes(-1, -2), scaled, finite)  # [r g h f w]
     after_list, rotated = adjoint.back(tile, table, read, decays.total)
     after = cast(xp.stack(after_list, 1), problem.accumulate)
-    finite = finite and bool(xp.isfinite(after.sum()))
+    finite = finite and all_finite(after)
     _, weights = block_sum(xp, block)
     pairs = times(xp, do, block.v.swapaxes(-1, -2), finite)  # [.. i j] do_i . v_j
     dscores = selected(xp, decays.pairs, pairs, finite=finite)
