@@ -128,12 +128,13 @@ def written(xp: Any, block: Block) -> Array:
 def from_state(xp: Any, block: Block, before: Array) -> Array:
     """What each query reads of the state before its block: [.. c w]."""
     factor = block.decays.to_query
+    read = block.fq @ before
     if factor is None:
-        return block.fq @ before
-    read = (block.fq * factor) @ before
-    if block.finite and all_finite(before):
         return read
-    return xp.where(factor > 0, read, 0.0)  # the same bits, but what is forgotten stays forgotten
+    if block.finite and all_finite(before):
+        read *= factor
+        return read
+    return xp.where(factor > 0, read * factor, 0.0)  # the same bits, but what is forgotten stays forgotten
 
 
 class Carry:
