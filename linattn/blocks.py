@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from linattn.problem import Problem
 
-# Bytes of scratch that one group of blocks may take: about a core's share of cache on a CPU, and enough
-# work for one launch on a GPU. Memory stays linear in N whatever it is.
-SCRATCH = {"cpu": 4 << 20, "cuda": 256 << 20}
+# Bytes of scratch that one group of blocks may take, at least and at most: about a core's share of cache on a
+# CPU, and enough work for one launch on a GPU. Between them it is as large as the output, so that memory stays a
+# small multiple of what the caller asked for.
+SCRATCH = {"cpu": (4 << 20, 16 << 20), "cuda": (256 << 20, 256 << 20)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ def blocks_per_group(problem: Problem, size: int) -> int:
     width = tokens + states // size
     rows = problem.sequences if not problem.packed else 1
     one = max(1, rows) * problem.heads * size * width * item
-    limit = SCRATCH["cuda" if problem.device.startswith("cuda") else "cpu"]
+    least, most = SCRATCH["cuda" if problem.device.startswith("cuda") else "cpu"]
+    output = problem.batch * problem.n * problem.heads * problem.e * item
+    limit = min(max(output, least), most)
     return max(1, limit // one)
 
 

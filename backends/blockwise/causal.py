@@ -6,7 +6,7 @@ Letters: r rows, g blocks of a group, h heads, c positions of a block, f state f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from linattn import features
@@ -28,7 +28,7 @@ class Block:
     fq: Array  # [r g h c f] scale * phi(q), expanded by the angles; None if only keys are asked for
     fk: Array  # [r g h c f] phi(k), expanded
     v: Array  # [r g h c w]
-    finite: bool  # known to hold no NaN and no infinity (on the host; a device is not asked)
+    finite: bool  # taken to hold no NaN and no infinity, until a result says otherwise; never on a device
     decays: factors.Decays
 
 
@@ -87,10 +87,9 @@ def load(
     """Read a tile whole, or with `keys_only` what the state needs; `raw` keeps q and k as they came."""
     k, keep, fk, v = keys(xp, way, tile, x, table, ones=ones)
     q, fq = (None, None) if keys_only else queries(xp, way, tile, x.q, table)
-    parts = [part for part in (fq, fk, v) if part is not None]
-    finite = device_name(v) == "cpu" and all(all_finite(part) for part in parts)
+    on_host = device_name(v) == "cpu"
     decays = factors.decays(xp, way, tile, x.log_decay, k, strict=strict, pairs=not keys_only)
-    return Block(q if raw else None, k if raw else None, keep, fq, fk, v, finite, decays)
+    return Block(q if raw else None, k if raw else None, keep, fq, fk, v, on_host, decays)
 
 
 def selected(xp: Any, factor: Array | None, x: Array, *, finite: bool = False) -> Array:
@@ -104,7 +103,7 @@ def block_sum(xp: Any, block: Block) -> tuple[Array, Array]:
     """The sum over pairs inside each block [.. c w], and the weights [.. c c]."""
     seen, v = block.decays.pairs, block.v
     scores = block.fq @ block.fk.swapaxes(-1, -2)
-    if block.finite and all_finite(scores):  # finite operands may have an infinite product
+    if block.finite:
         scores *= seen
         return scores @ v, scores
     weights = xp.where(seen > 0, scores * seen, 0.0)
@@ -125,13 +124,26 @@ def written(xp: Any, block: Block) -> Array:
     return keys.swapaxes(-1, -2) @ v
 
 
+def checked_sums(xp: Any, block: Block) -> tuple[Block, Array, Array, Array]:
+    """The block as it is, what it adds to the state, its inner sums and its weights.
+
+    Products first, as if everything were finite: a NaN or an infinity, also of an overflow, shows in them,
+    and they are formed again with care. Rows without any get the same bits either way.
+    """
+    add, (o, weights) = written(xp, block), block_sum(xp, block)
+    if block.finite and not (all_finite(add) and all_finite(o)):
+        block = replace(block, finite=False)
+        add, (o, weights) = written(xp, block), block_sum(xp, block)
+    return block, add, o, weights
+
+
 def from_state(xp: Any, block: Block, before: Array) -> Array:
     """What each query reads of the state before its block: [.. c w]."""
     factor = block.decays.to_query
     read = block.fq @ before
     if factor is None:
         return read
-    if block.finite and all_finite(before):
+    if device_name(read) == "cpu" and all_finite(read):
         read *= factor
         return read
     return xp.where(factor > 0, read * factor, 0.0)  # the same bits, but what is forgotten stays forgotten
@@ -238,9 +250,8 @@ def _one_tile(
 ) -> Array:
     """The sums of one tile's queries [r g h c w]; moves `carry` past it."""
     block = load(xp, way, tile, x, table, strict=strict, ones=ones)
-    seen = carry.through(tile, table, written(xp, block), block.decays.total)
-    o, _ = block_sum(xp, block)
-    o += from_state(xp, block, xp.stack(seen, 1))
+    block, add, o, _ = checked_sums(xp, block)
+    o += from_state(xp, block, xp.stack(carry.through(tile, table, add, block.decays.total), 1))
     return o
 
 

@@ -6,6 +6,7 @@ Gradients of decays are sums over the pairs that span a token, so nothing cancel
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from linattn.arrays import Array, all_finite, cast, device_name, namespace, zeros_like_kind
@@ -24,7 +25,7 @@ from linattn.backends.blockwise.adjoint import (
 from linattn.backends.blockwise.causal import (
     Block,
     Carry,
-    block_sum,
+    checked_sums,
     initial,
     load,
     one_way,
@@ -114,7 +115,10 @@ def _one_way(
     block = None
     for tile in way.tiles:
         block = load(xp, way, tile, x, table, strict=strict, keys_only=not single, raw=single)
-        seen = carry.through(tile, table, written(xp, block), block.decays.total)
+        add = written(xp, block)
+        if block.finite and not all_finite(add):
+            add = written(xp, replace(block, finite=False))
+        seen = carry.through(tile, table, add, block.decays.total)
         before.append(seen)
     adjoint = _Adjoint(xp, way, _final_gradient(xp, problem, dstate), width, x.q)
     for tile, states in zip(reversed(way.tiles), reversed(before), strict=True):
@@ -211,13 +215,14 @@ def _tile(
     problem, decays = way.problem, block.decays
     if tile.valid is not None:
         do = xp.where(tile.valid[:, :, None, :, None], do, 0.0)
-    finite = block.finite and all_finite(do) and all_finite(before)
+    block, _, _, weights = checked_sums(xp, block)
+    parts = (block.fq, block.fk, block.v, weights, do, before)
+    finite = block.finite and all(all_finite(part) for part in parts)
     scaled = selected(xp, decays.to_query, do, finite=finite)  # do, as it reaches the state
     read = times(xp, block.fq.swapaxes(-1, -2), scaled, finite)  # [r g h f w]
     after_list, rotated = adjoint.back(tile, table, read, decays.total)
     after = cast(xp.stack(after_list, 1), problem.accumulate)
     finite = finite and all_finite(after)
-    _, weights = block_sum(xp, block)
     pairs = times(xp, do, block.v.swapaxes(-1, -2), finite)  # [.. i j] do_i . v_j
     dscores = selected(xp, decays.pairs, pairs, finite=finite)
     dv_far = selected(xp, decays.to_end, times(xp, block.fk, after, finite), finite=finite)
