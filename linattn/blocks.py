@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from linattn.problem import Problem
 
-# Bytes of scratch that one group of blocks may take, at least and at most: about a core's share of cache on a
-# CPU, and enough work for one launch on a GPU. Between them it is as large as the output, so that memory stays a
-# small multiple of what the caller asked for.
+# Bytes of scratch that one group of blocks may take, at least and at most: about a core's share of cache on
+# a CPU, and enough work for one launch on a GPU. Between them it is as large as the output, so that memory
+# stays a small multiple of what the caller asked for.
 SCRATCH = {"cpu": (4 << 20, 16 << 20), "cuda": (256 << 20, 256 << 20)}
 
 
