@@ -251,7 +251,9 @@ def _one_tile(
     """The sums of one tile's queries [r g h c w]; moves `carry` past it."""
     block = load(xp, way, tile, x, table, strict=strict, ones=ones)
     block, add, o, _ = checked_sums(xp, block)
-    o += from_state(xp, block, xp.stack(carry.through(tile, table, add, block.decays.total), 1))
+    seen = carry.through(tile, table, add, block.decays.total)
+    del add
+    o += from_state(xp, block, seen[0][:, None] if len(seen) == 1 else xp.stack(seen, 1))
     return o
 
 

@@ -182,7 +182,10 @@ def turned(xp: Any, cos: Array, sin: Array, state: Array) -> Array:
     """A state's cosine and sine parts [.. f w], turned by an angle."""
     half = state.shape[-2] // 2
     cosine, sine = state[..., :half, :], state[..., half:, :]
-    return xp.concatenate((cos * cosine - sin * sine, sin * cosine + cos * sine), -2)
+    first, second = cos * cosine, sin * cosine
+    first -= sin * sine
+    second += cos * sine
+    return xp.concatenate((first, second), -2)
 
 
 def zeros(like: Array, problem: Problem, rows: int, width: int, dtype: str) -> Array:
