@@ -1,0 +1,105 @@
+"""torch tensors on CUDA, by fused Triton kernels: one product for every pass, options as compile-time flags."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+from linattn.arrays import Array
+from linattn.backends import Gradients, Saved
+from linattn.problem import Problem
+from linattn.state import State
+
+WIDEST = 256
+OLDEST = (8, 0)
+
+
+class TritonBackend:
+    """Forward, backward and decode in Triton.
+
+    interpreted: take CPU tensors, for kernels that Triton's interpreter runs; a check of their logic.
+    """
+
+    name = "triton"
+    arrays = {"torch": True}  # noqa: RUF012 (a constant)
+
+    def __init__(self, *, interpreted: bool = False) -> None:
+        self.interpreted = interpreted
+
+    def unavailable(self) -> str | None:
+        for package in ("torch", "triton"):
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed: pip install 'linattn[triton]'"
+        if self.interpreted:
+            return None
+        torch = _torch()
+        if not torch.cuda.is_available():
+            return "no CUDA device: torch.cuda.is_available() is False"
+        return None
+
+    def unsupported(self, problem: Problem) -> str | None:
+        on_gpu = problem.device.startswith("cuda")
+        if self.interpreted:
+            if on_gpu:
+                return "interpreted kernels take CPU tensors"
+            if problem.dtype == "bfloat16":
+                return "Triton's interpreter computes bfloat16 wrongly"
+        elif not on_gpu:
+            return f"takes CUDA tensors, got {problem.device}"
+        if problem.dtype == "float64":
+            return "has no float64: its matrix products are float32 or narrower"
+        if problem.d > WIDEST or problem.e > WIDEST:
+            return f"takes D and E up to {WIDEST}, got {problem.d} and {problem.e}"
+        if on_gpu and (capability := _torch().cuda.get_device_capability(problem.device)) < OLDEST:
+            return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, {problem.device} has {capability[0]}.{capability[1]}"
+        return None
+
+    def forward(
+        self,
+        problem: Problem,
+        q: Array,
+        k: Array,
+        v: Array,
+        log_decay: Array | None,
+        theta: Array | None,
+        key_mask: Array | None,
+        lengths: Array | None,
+        cu_seqlens: Array | None,
+        state: State | None,
+    ) -> tuple[Array, State | None]:
+        from linattn.backends.triton import launch
+
+        inputs = Saved(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
+        with launch.on(problem):
+            return launch.forward(problem, inputs)
+
+    def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
+        from linattn.backends.triton import backward, launch
+
+        with launch.on(problem):
+            return backward.backward(problem, saved, do, dstate)
+
+    def decode_step(
+        self,
+        problem: Problem,
+        q: Array,
+        k: Array,
+        v: Array,
+        log_decay: Array | None,
+        theta: Array | None,
+        state: State,
+        slots: Array | None,
+    ) -> Array:
+        from linattn.backends.triton import decode, launch
+
+        with launch.on(problem):
+            return decode.decode_step(problem, q, k, v, log_decay, theta, state, slots)
+
+
+def _torch() -> Any:
+    return sys.modules.get("torch") or importlib.import_module("torch")
+
+
+backend = TritonBackend()

@@ -1,0 +1,225 @@
+"""Pieces that every kernel shares: feature maps, angles at any position, narrow operands."""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+# Letters: n rows (tokens), d key features, e value features; upper case is a size, lower case the index
+# vector along it; a trailing [n d] is the shape of the block on that line.
+
+
+@triton.jit
+def feature(x, FEATURE: tl.constexpr):
+    """phi(x), float32."""
+    if FEATURE == "relu":
+        x = tl.where(x <= 0, 0.0, x)  # a NaN stays one
+    elif FEATURE == "silu":
+        x = x * tl.sigmoid(x)
+    elif FEATURE == "elu+1":
+        x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+    return x
+
+
+@triton.jit
+def feature_slope(x, FEATURE: tl.constexpr):
+    """phi'(x), float32; relu's is 0 at 0."""
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if FEATURE == "relu":
+        slope = tl.where(x > 0, 1.0, 0.0)
+    elif FEATURE == "silu":
+        s = tl.sigmoid(x)
+        slope = s * (1 + x * (1 - s))
+    elif FEATURE == "elu+1":
+        slope = tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+    return slope
+
+
+@triton.jit
+def turns_of(theta):
+    """Angles as whole turns, float64, between -0.5 and 0.5: a multiple of them is exact to 2^-53 per turn."""
+    turns = theta.to(tl.float64) * 0.15915494309189535
+    return turns - tl.floor(turns + 0.5)
+
+
+@triton.jit
+def fixed(turns):
+    """Turns as 32-bit fixed point, modulo one turn."""
+    return ((turns - tl.floor(turns)) * 4294967296.0).to(tl.int64).to(tl.uint32)
+
+
+@triton.jit
+def cos_sin(phase, FAST: tl.constexpr):
+    """Cosine and sine of fixed-point turns. FAST: to 2^-20, for operands that have fewer bits than that."""
+    x = phase.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    if FAST:
+        cos, sin = libdevice.fast_cosf(x), libdevice.fast_sinf(x)
+    else:
+        cos, sin = tl.cos(x), tl.sin(x)
+    return cos, sin
+
+
+@triton.jit
+def phases(turns, begin, n):
+    """Phases at positions begin + n: exact at `begin` (float64), then steps of 32-bit fixed point: [n d]."""
+    return fixed(turns * begin)[None, :] + n[:, None].to(tl.uint32) * fixed(turns)[None, :]
+
+
+@triton.jit
+def operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """A block as an operand of a matrix product, rounded to nearest: tensor cores would truncate to tf32."""
+    if PRECISION == "tf32" and tl.float32 == OPERAND:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        special = (bits & 0x7F800000) == 0x7F800000  # infinities and NaN stay what they are
+        x = tl.where(special, bits, (bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x.to(OPERAND)
+
+
+@triton.jit
+def power(g2, m):
+    """2^(g2 m) for m >= 0, where 0 steps of an infinite decay are 1."""
+    return tl.where(m > 0, tl.exp2(tl.where(m > 0, m, 1) * g2), 1.0)
+
+
+@triton.jit
+def sums_within(g):
+    """Sums of log decays up to each token of a block, exact however deep its resets are: coarse + fine.
+
+    A decay is a multiple of 2^-10, whose sums and differences are exact, and a rest whose rounding does not
+    show. Below e^-128 a float32 factor is 0, so -inf needs no sum of its own.
+    """
+    g = tl.maximum(g, -128.0)
+    coarse = tl.floor(g * 1024 + 0.5) * 0.0009765625
+    return tl.cumsum(coarse, 0), tl.cumsum(g - coarse, 0), tl.sum(coarse, 0), tl.sum(g - coarse, 0)
+
+
+@triton.jit
+def sequence_of(unit, borders_ptr, S, N, M, segments, SEGMENT, BORDERS: tl.constexpr, SPLIT: tl.constexpr):
+    """Which sequence and which of its segments a program works on, and where the sequence lies.
+
+    BORDERS: 0 none, 1 lengths [S], 2 cu_seqlens [S + 1]. Segments of packed sequences have room from slot
+    begin // SEGMENT + s on: a sequence never needs more of them than lie before the next one's.
+    Returns (batch row, sequence, segment, begin, n, m): tokens of queries and of keys.
+    """
+    s = unit
+    segment = unit * 0
+    row = unit
+    begin = unit * 0
+    n = begin + N
+    m = begin + M
+    if BORDERS == 2:
+        if SPLIT:
+            s = unit * 0
+            high = s + S - 1
+            while s < high:
+                middle = (s + high + 1) // 2
+                start = tl.minimum(tl.maximum(tl.load(borders_ptr + middle).to(tl.int64), 0), N)
+                below = start // SEGMENT + middle <= unit
+                s = tl.where(below, middle, s)
+                high = tl.where(below, high, middle - 1)
+        begin = tl.minimum(tl.maximum(tl.load(borders_ptr + s).to(tl.int64), 0), N)
+        end = tl.minimum(tl.maximum(tl.load(borders_ptr + s + 1).to(tl.int64), begin), N)
+        n = end - begin
+        m = n
+        row = unit * 0
+        if SPLIT:
+            segment = unit - (begin // SEGMENT + s)
+    else:
+        if SPLIT:
+            s = unit // segments
+            segment = unit % segments
+            row = s
+        if BORDERS == 1:
+            n = tl.minimum(tl.maximum(tl.load(borders_ptr + s).to(tl.int64), 0), N)
+            m = n
+    return row, s, segment, begin, n, m
+
+
+@triton.jit
+def across(turns, span):
+    """cos and sin of `span` times an angle, from float64: from one end of a sequence to the other."""
+    angle = turns * span
+    angle = (angle - tl.floor(angle)) * 6.283185307179586
+    return tl.cos(angle).to(tl.float32), tl.sin(angle).to(tl.float32)
+
+
+@triton.jit
+def tile(ptr, rows, columns, stride_n, stride_d, inside):
+    """Read [n d]; what is outside is 0 and never touched."""
+    at = rows[:, None].to(tl.int64) * stride_n + columns[None, :].to(tl.int64) * stride_d
+    return tl.load(ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def mapped(x, inside, FEATURE: tl.constexpr):
+    """phi of a block; what is outside stays 0, where phi(0) may not be."""
+    if FEATURE != "none":
+        x = feature(x.to(tl.float32), FEATURE)
+        if FEATURE == "elu+1":
+            x = tl.where(inside, x, 0.0)
+    return x
+
+
+@triton.jit
+def dot(a, b, sum_, PRECISION: tl.constexpr):
+    """sum_ + a @ b, summed in float32."""
+    return tl.dot(a, b, sum_, input_precision=PRECISION)
+
+
+@triton.jit
+def decays(
+    g_ptr, g2, stride_n, t, left, r, inside,
+    C: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Factors of a block: between tokens [j i], from state to query, from key to state, whole, and its ln.
+
+    DECAY: 0 none, 1 per head, 2 per token. The block holds min(C, left) tokens.
+    """
+    lag = r[None, :] - r[:, None]  # [j i]: i - j
+    if REVERSE:
+        lag = -lag
+    seen = lag > 0 if STRICT else lag >= 0
+    pairs = tl.where(seen, 1.0, 0.0)
+    near = tl.full([C], 1.0, tl.float32)
+    far = tl.full([C], 1.0, tl.float32)
+    whole = 1.0
+    total = 0.0
+    if DECAY == 1:
+        count = tl.minimum(left, C).to(tl.int32)
+        if PAIRS:
+            pairs = tl.where(seen, power(g2, tl.where(seen, lag, 0)), 0.0)
+        near = power(g2, r + 1)
+        far = power(g2, tl.maximum(count - 1 - r, 0))
+        whole = power(g2, count)
+    elif DECAY == 2:
+        g = tl.load(g_ptr + (t + r).to(tl.int64) * stride_n, mask=inside, other=0.0).to(tl.float32)
+        coarse, fine, coarse_end, fine_end = sums_within(g)
+        if PAIRS:
+            between = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
+            if REVERSE:
+                between = -between
+            pairs = tl.where(seen, tl.exp(tl.where(seen, between, 0.0)), 0.0)
+        near = tl.exp(coarse + fine)
+        far = tl.exp((coarse_end - coarse) + (fine_end - fine))
+        total = coarse_end + fine_end
+        whole = tl.exp(total)
+    if REVERSE:
+        near, far = far, near
+    return pairs, near, far, whole, total
+
+
+@triton.jit
+def turned(cosine, sine, cos, sin):
+    """Between a state's own frame and the frame of its other end; its own inverse."""
+    return cos * cosine + sin * sine, sin * cosine - cos * sine
+
+
+@triton.jit
+def kept(state, whole):
+    """A state times a decay; a decay of 0 forgets it, whatever it holds."""
+    return tl.where(whole > 0, state * whole, 0.0)
+
+
+@triton.jit
+def start_of(ptr, x, SIZE: tl.constexpr, has_start):
+    """A vector of a state that may not be there: float32, or zeros."""
+    return tl.load(ptr + x, mask=(x < SIZE) & (has_start != 0), other=0.0).to(tl.float32)

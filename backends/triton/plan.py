@@ -1,0 +1,72 @@
+"""What a launch looks like: block shapes from sizes and dtype, segments from the room on the GPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from linattn.problem import Problem
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One configuration of `product`: C tokens a block, a slice of value features, and how it is compiled."""
+
+    c: int
+    block_e: int
+    warps: int
+    stages: int
+
+
+def padded(size: int) -> int:
+    """The power of two that a block of `size` features takes; matrix products need 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=4096)
+def blocks(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
+    """The shipped configuration: contracted features d, value features e, one state or two (angles)."""
+    wide, slices = padded(d), padded(e)
+    if operand == "bfloat16":
+        if wide <= 64:
+            if two:
+                return Blocks(64, min(slices, 64), 4, 2)
+            return Blocks(64, min(slices, 64), 4, 4)
+        if wide <= 128:
+            if two:
+                return Blocks(32, min(slices, 64), 4, 2)
+            return Blocks(32, min(slices, 64), 4, 4)
+        return Blocks(32, min(slices, 32), 4, 2)
+    if wide <= 64:
+        return Blocks(32, min(slices, 32), 4, 1)
+    return Blocks(16, min(slices, 32 if wide <= 128 else 16), 4, 1)
+
+
+GRAIN = 128
+"""Segments are multiples of this many tokens."""
+
+LEAST_SEGMENT = 512
+"""Tokens below which a segment is not worth the state that it costs."""
+
+FULL = 2
+"""Programs for each multiprocessor with which it is busy."""
+
+
+@functools.lru_cache(maxsize=4096)
+def segments(programs: int, length: int, multiprocessors: int) -> tuple[int, int]:
+    """How many segments a sequence is cut into, and how long each is (a multiple of GRAIN).
+
+    programs: what runs side by side without any cut.
+    """
+    room = FULL * multiprocessors // max(programs, 1)
+    count = min(room, length // LEAST_SEGMENT)
+    if count <= 1:
+        return 1, max(length, 1)
+    size = -(-length // count)
+    size = -(-size // GRAIN) * GRAIN
+    return -(-length // size), size
+
+
+def length_of(problem: Problem) -> int:
+    """The longest way through a sequence."""
+    return max(problem.n, problem.m)
