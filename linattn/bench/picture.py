@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from linattn.bench.cases import Figure
 from linattn.bench.results import Results
@@ -25,7 +26,6 @@ def draw(results: Results, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import FuncFormatter
 
     canvas = Canvas(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(canvas)
@@ -42,21 +42,36 @@ def draw(results: Results, path: Path) -> None:
             )
             if points:
                 axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axis.tick_params(axis="x", labelrotation=45)
-        axis.set_xlabel("tokens N")
-        axis.set_title(title, loc="left")
-        axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
-        axis.spines[["top", "right"]].set_visible(False)
+        length_axes(axis, title)
     panels[0].legend(frameon=False)
     canvas.suptitle(
         f"Causal attention, B=1 H=8 D=64 float32, on {results.facts.get('cores', '?')} cores of "
         f"{results.facts.get('processor', 'a processor')}",
         fontsize=12,
     )
+    save(canvas, path)
+
+
+def length_axes(axis: Any, title: str) -> None:
+    """Logarithmic axes, the number of tokens across."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.tick_params(axis="x", labelrotation=45)
+    axis.set_xlabel("tokens N")
+    axis.set_title(title, loc="left")
+    axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save(canvas: Any, path: Path) -> None:
+    """Write a figure as a PNG.
+
+    Raises LinattnError when that fails.
+    """
     try:
         canvas.savefig(path, dpi=DPI, metadata={"Software": None})
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from linattn.bench.cases import Figure, Quantity
@@ -9,6 +10,7 @@ from linattn.bench.results import Results, Row
 from linattn.errors import LinattnError, OptionError
 
 BEGIN, END = "<!-- bench: `linattn bench --out` writes from here -->", "<!-- end of bench -->"
+MARKS = (BEGIN, END)
 COMPARISON_COLUMNS = ("case", "quantity", "ours", "peer", "ratio", "required", "met?")
 FIGURE_COLUMNS = ("figure", "time", "per token", "slowest of the runs", "extra memory", "per token")
 TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
@@ -92,25 +94,28 @@ def markdown(results: Results) -> str:
     """The section of a page that `replace_section` writes: facts, comparisons, figures."""
     facts = [f"- {name}: {results.facts[name]}" for name in FACTS if name in results.facts]
     facts.append(f"- timed calls per figure: {results.runs}, the fastest counts")
-    comparisons = _table(COMPARISON_COLUMNS, [comparison_cells(row) for row in results.rows()])
-    figures = _table(FIGURE_COLUMNS, [figure_cells(results, figure) for figure in results.measured])
+    comparisons = table(COMPARISON_COLUMNS, [comparison_cells(row) for row in results.rows()])
+    figures = table(FIGURE_COLUMNS, [figure_cells(results, figure) for figure in results.measured])
     return "\n\n".join(
         ["\n".join(facts), verdict(results), "### Compared", comparisons, "### Every figure", figures]
     )
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines: list[Sequence[str]] = [columns, ("---",) * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def check_page(path: Path) -> None:
+def check_page(path: Path, marks: tuple[str, str] = MARKS) -> None:
     """Refuse a page that has no place for the section, before anything is measured.
 
     Raises OptionError.
     """
-    if path.exists() and not all(mark in path.read_text().splitlines() for mark in (BEGIN, END)):
-        raise OptionError(f"{path} has no place for the figures: it needs the lines {BEGIN} and {END}")
+    if path.exists() and not all(mark in path.read_text().splitlines() for mark in marks):
+        raise OptionError(
+            f"{path} has no place for the figures: it needs the lines {marks[0]} and {marks[1]}"
+        )
 
 
 def replace_section(path: Path, results: Results, picture: Path | None = None) -> None:
@@ -120,17 +125,25 @@ def replace_section(path: Path, results: Results, picture: Path | None = None) -
 
     Raises OptionError where a page has no marks, LinattnError when it cannot be written.
     """
-    check_page(path)
-    before, after = ("# Benchmarks\n\n", "\n")
-    if path.exists():
-        text = path.read_text()
-        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     shown = (
         ""
         if picture is None
         else f"![Time and extra memory against the number of tokens]({picture.name})\n\n"
     )
-    write_text(path, f"{before}{BEGIN}\n\n{shown}{markdown(results)}\n\n{END}{after}")
+    section_of(path, MARKS, shown + markdown(results))
+
+
+def section_of(path: Path, marks: tuple[str, str], text: str) -> None:
+    """Write a text between two marks in a Markdown page, or a page of its own where there is none.
+
+    Raises OptionError where a page has no marks, LinattnError when it cannot be written.
+    """
+    check_page(path, marks)
+    before, after = ("# Benchmarks\n\n", "\n")
+    if path.exists():
+        page = path.read_text()
+        before, after = page.partition(marks[0])[0], page.partition(marks[1])[2]
+    write_text(path, f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}")
 
 
 def write_text(path: Path, text: str) -> None:

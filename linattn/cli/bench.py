@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from linattn.cli.bench_gpu import bench_gpu
 from linattn.cli.output import print_json, print_lines, print_table
+from linattn.errors import OptionError
 
 if TYPE_CHECKING:
     from linattn.bench import Case, Figure, Measurement, Results
@@ -19,15 +21,19 @@ SUFFIXES = (".json", ".md", ".png")
 
 
 def bench(
-    cpu: Annotated[
-        bool, typer.Option("--cpu", help="Only the processor (nothing else is timed yet).")
-    ] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="The processor; the default.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="A CUDA device, beside flash-linear-attention.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Lengths divided by 16, 3 runs, nothing judged.")
+        bool, typer.Option("--quick", help="Lengths divided by 16, few runs, nothing judged.")
     ] = False,
     case: Annotated[list[str] | None, typer.Option(help="Only this case (repeatable).")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Timed calls per figure; the fastest counts.")] = 7,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Processor: timed calls per figure; the fastest counts.")
+    ] = 7,
+    peer_seconds: Annotated[
+        float, typer.Option(min=0, help="GPU: what the peers may take in all; 0 leaves them out.")
+    ] = 150.0,
     out: Annotated[
         list[Path] | None,
         typer.Option(help="Also write .json, .png (time against N), or the tables into a .md (repeatable)."),
@@ -35,16 +41,23 @@ def bench(
 ) -> None:
     """Measure time and extra memory, and set them beside softmax attention and the released cosFormer.
 
-    Every figure is measured in a process of its own, with the libraries' default threads: the memory of the
-    first call (the rise of the process's high-water mark above what it holds with the inputs made), then the
-    fastest of 7 calls. Use a machine that does nothing else. What is required is judged at full length; a
+    On the processor, every figure is measured in a process of its own, with the libraries' default threads:
+    the memory of the first call (the rise of the process's high-water mark above what it holds with the
+    inputs made), then the fastest of 7 calls. On a GPU, everything is measured in one process, by device
+    events: medians with a cold cache, beside the time that moving the bytes takes and beside every peer that
+    is installed. Use a machine that does nothing else. What is required is judged at full length; a
     requirement that is missed does not change the exit status.
     """
     from linattn.bench import cases, run
     from linattn.bench.cases import curves
 
     outputs = list(out or ())
-    _check(outputs)
+    _check(outputs, gpu=gpu)
+    if gpu:
+        if cpu:
+            raise OptionError("give --cpu or --gpu, not both")
+        bench_gpu(case or (), outputs, as_json=as_json, quick=quick, peer_seconds=peer_seconds)
+        return
     asked = cases(case or (), divide=QUICK if quick else 1)
     if any(path.suffix == ".png" for path in outputs):
         asked.append(curves(divide=QUICK if quick else 1))
@@ -63,10 +76,10 @@ def bench(
         _print(results)
 
 
-def _check(outputs: list[Path]) -> None:
+def _check(outputs: list[Path], *, gpu: bool) -> None:
     """Refuse what could not be written, before minutes of measuring."""
-    from linattn.bench.report import check_page
-    from linattn.errors import OptionError
+    from linattn.bench.gpu_report import MARKS as GPU_MARKS
+    from linattn.bench.report import MARKS, check_page
 
     for path in outputs:
         if path.suffix not in SUFFIXES:
@@ -74,7 +87,7 @@ def _check(outputs: list[Path]) -> None:
         if not path.parent.is_dir():
             raise OptionError(f"--out {path}: there is no folder {path.parent}")
         if path.suffix == ".md":
-            check_page(path)
+            check_page(path, GPU_MARKS if gpu else MARKS)
         if path.suffix == ".png":
             import matplotlib.figure  # noqa: F401  (what is missing is said now)
 

@@ -79,3 +79,68 @@ def test_refusals_come_before_the_work(arguments, sentence, instant, tmp_path, m
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert not instant
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A CUDA device that is not there: small cases by the torch backend, and a clock that is made up."""
+    import torch
+
+    from linattn.bench import gpu_cases, gpu_machine, gpu_measure, gpu_runner
+    from tests.bench.clock import SMALL, Clock
+
+    def bench_on_cpu(meter, *, full, **_):
+        return gpu_runner.Bench.__wrapped__(meter, device="cpu", backend="torch", peer_seconds=0, full=full)
+
+    bench_on_cpu.__wrapped__ = gpu_runner.Bench
+    monkeypatch.setattr(gpu_cases, "ALL", (*SMALL[:2], SMALL[-1]))
+    monkeypatch.setattr(gpu_cases, "curves", lambda free, quick: SMALL[:2])
+    monkeypatch.setattr(gpu_measure, "check_device", lambda: None)
+    monkeypatch.setattr(gpu_measure, "Cuda", lambda *_: Clock())
+    monkeypatch.setattr(gpu_machine, "gpu_machine", lambda: {"GPU": "A Device, old"})
+    monkeypatch.setattr(gpu_runner, "Bench", bench_on_cpu)
+    monkeypatch.setattr(gpu_runner, "MEMORY_CASE", SMALL[3])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**10, 10**10))
+
+
+def test_a_gpu_from_end_to_end(device, tmp_path):
+    page, picture, data = (tmp_path / name for name in ("page.md", "picture.png", "data.json"))
+    result = bench("--gpu", "--out", page, "--out", picture, "--out", data)
+    assert result.exit_code == 0, result.output
+    assert "4 of 6 requirements are met; not met: forward-backward 2 2 70 16, " in result.stdout
+    assert len(result.stderr.splitlines()) == 3 + 4 + 1
+    assert "command: linattn bench --gpu\n" in page.read_text()
+    assert "](picture.png)\n" in page.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(data.read_text())["facts"]["GPU"] == "A Device, old"
+
+
+def test_a_gpu_s_chosen_cases_as_json(device):
+    result = bench("--gpu", "--case", "decode", "--case", "host", "--quick", "--json", "--peer-seconds", 7)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    command = "linattn bench --gpu --quick --case decode --case host --peer-seconds 7"
+    assert found["facts"]["command"] == command
+    assert [row["kind"] for row in found["rows"]] == ["decode"]
+    assert all(row["met"] is None for row in found["rows"] + found["costs"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--cpu",), "give --cpu or --gpu, not both"),
+        (("--case", "numpy-torch"), "no case named 'numpy-torch' on a GPU"),
+        ((), "`linattn bench --gpu` needs a CUDA GPU: torch.cuda.is_available() is False"),
+    ],
+)
+def test_a_gpu_is_refused_in_one_sentence(arguments, sentence, monkeypatch):
+    import torch
+
+    from linattn.bench import gpu_machine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_machine.importlib.util, "find_spec", lambda name: name)
+    result = bench("--gpu", *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,151 @@
+"""Clocks of a GPU: medians of device time with a cold cache, host time, memory, copy bandwidth."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any, Protocol
+
+from linattn.bench.gpu_work import Outputs, Work
+from linattn.errors import LinattnError
+
+GIB = 2**30
+CALLS, ROUNDS = 200, 5  # of a tiny shape, for the time on the host
+
+
+class Meter(Protocol):
+    """What the runner asks of a clock."""
+
+    def gigabytes_per_second(self) -> float:
+        """Of a large copy on the device, bytes read and bytes written both counted."""
+
+    def first(self, work: Work) -> tuple[float, Outputs]:
+        """Seconds of a call from the host's side, and what it returned."""
+
+    def once(self, work: Work) -> float:
+        """Milliseconds of one call after one that is not timed."""
+
+    def milliseconds(self, work: Work) -> float:
+        """The median over many calls, the L2 cache flushed before each."""
+
+    def replayed(self, work: Work) -> float | None:
+        """The same in a CUDA graph; None where the call cannot be captured."""
+
+    def host_microseconds(self, work: Work) -> float:
+        """From Python to the launch, per call."""
+
+    def peak_bytes(self, work: Work) -> int:
+        """The most memory that a call holds beyond what was held before."""
+
+
+class Cuda:
+    """The current CUDA device. rep: milliseconds over which a median is taken, at least."""
+
+    def __init__(self, rep: float = 40.0) -> None:
+        import torch
+
+        self.torch: Any = torch
+        self.rep = rep
+
+    def gigabytes_per_second(self) -> float:
+        free, _ = self.torch.cuda.mem_get_info()
+        size = min(2 * GIB, free // 4)
+        source = self.torch.empty(size, dtype=self.torch.uint8, device="cuda").random_()
+        target = self.torch.empty_like(source)
+        taken = self.milliseconds(lambda: (target.copy_(source),))
+        return float(2 * size / taken / 1e6)
+
+    def first(self, work: Work) -> tuple[float, Outputs]:
+        self.torch.cuda.synchronize()
+        start = time.perf_counter()
+        outputs = work()
+        self.torch.cuda.synchronize()
+        return time.perf_counter() - start, outputs
+
+    def once(self, work: Work) -> float:
+        work()
+        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        self.torch.cuda.synchronize()
+        return float(start.elapsed_time(end))
+
+    def milliseconds(self, work: Work) -> float:
+        from triton.testing import do_bench
+
+        rep = min(max(self.rep, 12 * self.once(work)), 6 * self.rep)
+        return float(do_bench(work, warmup=self.rep / 4, rep=rep, return_mode="median"))
+
+    def replayed(self, work: Work) -> float | None:
+        torch = self.torch
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    work()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                outputs = work()
+            taken = self.milliseconds(lambda: (graph.replay(),))
+        except failures():  # what a capture forbids
+            torch.cuda.synchronize()
+            return None
+        del outputs
+        return taken
+
+    def host_microseconds(self, work: Work) -> float:
+        for _ in range(10):
+            work()
+        rounds = []
+        for _ in range(ROUNDS):
+            self.torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                work()
+            rounds.append(time.perf_counter() - start)
+        self.torch.cuda.synchronize()
+        return statistics.median(rounds) / CALLS * 1e6
+
+    def peak_bytes(self, work: Work) -> int:
+        cuda = self.torch.cuda
+        work()  # compilation and tuning leave buffers of their own
+        cuda.synchronize()
+        cuda.empty_cache()
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
+        outputs = work()
+        cuda.synchronize()
+        del outputs
+        return int(cuda.max_memory_allocated() - before)
+
+
+def check_device() -> None:
+    """Refuse, in one sentence, a machine on which nothing can be measured.
+
+    Raises LinattnError.
+    """
+    from linattn import registry
+    from linattn.bench.gpu_machine import missing
+
+    reason = missing() or registry.get("triton").unavailable()
+    if reason is not None:
+        raise LinattnError(f"`linattn bench --gpu` needs a CUDA GPU: {reason}")
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a computation may raise that must not end the run: what torch, Triton and packages raise."""
+    expected = (ImportError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
+    try:
+        from triton.runtime.errors import TritonError
+    except ImportError:
+        return (*expected, LinattnError, OSError)
+    return (*expected, LinattnError, OSError, TritonError)
+
+
+def sentence(error: Exception) -> str:
+    """The first line of an error, with its class."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {text[:200]}"
