@@ -57,11 +57,11 @@ def namespace(kind: str) -> Any:
 
 def cast(x: Array, dtype: str) -> Array:
     """`x` in another dtype, or `x` itself when it has that dtype already."""
-    if dtype_name(x) == dtype:
-        return x
-    if kind_of(x) == "torch":
-        return x.to(getattr(sys.modules["torch"], dtype))
-    return x.astype(dtype)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        wanted = getattr(torch, dtype)
+        return x if x.dtype == wanted else x.to(wanted)
+    return x if dtype_name(x) == dtype else x.astype(dtype)
 
 
 def empty_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:

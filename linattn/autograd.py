@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from linattn import registry, route
-from linattn.arrays import accumulate_dtype, dtype_name, table
+from linattn import eager, registry, route
+from linattn.arrays import accumulate_dtype, dtype_name
 from linattn.checks import Call, problem_of, sequences_of
 from linattn.errors import GradientError, OptionError
+from linattn.prepared import prepared
 from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
@@ -55,6 +56,8 @@ def lowered(call: Call) -> Call:
 
 def _refuse_transforms(call: Call) -> None:
     """torch.func and forward mode would need rules of their own; without them, no silent wrong answer."""
+    if torch._C._functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0:
+        return
     state = call.initial_state
     parts = (state.kv, state.z) if isinstance(state, State) else ()
     given = (call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask, *parts)
@@ -92,12 +95,14 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
     key = registry.requested(backend)
     _refuse_transforms(call)
     needs_grad = wants_grad(call)
-    problem = problem_of(call, needs_grad=needs_grad)
-    if _plain(call):
+    problem, chosen, on_host = prepared(call, key, needs_grad)
+    plain = _plain(call)
+    if plain and (on_host or check is not False):
         check_values(call, device_too=check)
-    chosen = registry.choose(problem, key)
-    if call.slots is None and (needs_grad or not _plain(call)):
+    if not plain and call.slots is None:
         return _through_op(call, registry.key_of(chosen))
+    if needs_grad and call.slots is None:
+        return eager.differentiable(problem, chosen, call)
     return route.forward(problem, chosen, call)
 
 
@@ -130,18 +135,11 @@ def _with_slots(call: Call, key: str) -> tuple[Tensor, State | None]:
 
 def _through_op(call: Call, key: str) -> tuple[Tensor, State | None]:
     state = call.initial_state
-    acc = accumulate_dtype(dtype_name(call.q))
-    decay = call.log_decay
-    if decay is not None and not isinstance(decay, Tensor):
-        decay = table(decay, call.q, acc)
-    theta = call.reweight.theta if isinstance(call.reweight, LRPE) else None
-    if theta is not None and not isinstance(theta, Tensor):
-        theta = table(theta, call.q, acc)
+    decay, theta = eager.tables_of(call)
     kv, z, length = (None, None, None) if state is None else (state.kv, state.z, state.length)
     o, new_kv, new_z = torch.ops.linattn.attention(
         call.q, call.k, call.v, decay, theta, call.key_mask, call.lengths, call.cu_seqlens, kv, z,
-        call.max_len, call.feature_map or "", call.normalize, call.eps, call.causal, call.scale,
-        call.return_state, call.precision, call.batch_invariant, key,
+        *eager.options_of(call, key),
     )  # fmt: skip
     if not call.return_state:
         return o, None
@@ -255,7 +253,7 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
     )
     if do is None:
         do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
-    grads = route.backward(problem, chosen, saved, do, _dstate(problem, call, dkv, dz))
+    grads = route.backward(problem, chosen, saved, do, eager.dstate_of(problem, call.q, dkv, dz))
 
     def like(grad: Optional, x: Optional) -> Tensor:
         return _nothing(problem, call.q) if grad is None or x is None else grad.to(x.dtype).contiguous()
@@ -270,19 +268,6 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
         like(grads.kv, None if state is None else state.kv),
         like(grads.z, None if state is None else state.z),
     )
-
-
-def _dstate(problem: Problem, call: Call, dkv: Optional, dz: Optional) -> State | None:
-    """The gradient of the returned state, with zeros for a part that nothing depends on."""
-    if dkv is None and dz is None:
-        return None
-    acc = getattr(torch, problem.accumulate)
-    shape = (problem.sequences, problem.heads, problem.f)
-    if dkv is None:
-        dkv = call.q.new_zeros(*shape, problem.e, dtype=acc)
-    if dz is None and problem.normalize:
-        dz = call.q.new_zeros(shape, dtype=acc)
-    return State(dkv, dz if problem.normalize else None, dkv.new_zeros(shape[:1], dtype=torch.int64))
 
 
 @_attention_backward.register_fake
@@ -374,20 +359,15 @@ def decode(call: Call, state: State, check: bool, backend: BackendLike) -> Tenso
     _refuse_transforms(call)
     if not _plain(call):
         return _decode_through_op(call, state, registry.key_of(backend))
-    problem = problem_of(call)
-    check_values(call, device_too=check)
+    problem, chosen, on_host = prepared(call, registry.requested(backend), False)
+    if on_host or check is not False:
+        check_values(call, device_too=check)
     route.check_writable(state, "state")
-    chosen = registry.choose(problem, registry.requested(backend))
     return route.decode(problem, chosen, call, state)  # type: ignore[no-any-return]
 
 
 def _decode_through_op(call: Call, state: State, key: str) -> Tensor:
-    acc = accumulate_dtype(dtype_name(call.q))
-    decay, theta = call.log_decay, call.theta
-    if decay is not None and not isinstance(decay, Tensor):
-        decay = table(decay, call.q, acc)
-    if theta is not None and not isinstance(theta, Tensor):
-        theta = table(theta, call.q, acc)
+    decay, theta = eager.tables_of(call)
     if isinstance(call.reweight, Cosine) and call.reweight.max_len is None:
         raise OptionError(
             "Cosine() takes max_len from the length of the call, so it cannot be used with a state"

@@ -105,14 +105,15 @@ def key_of(backend: BackendLike) -> str:
         if not backend or not all(isinstance(name, str) for name in backend):
             raise ArgumentTypeError(f"backend must name at least one backend, got {backend!r}")
         return SEPARATOR.join(backend)
+    name = getattr(backend, "name", None)
+    if isinstance(name, str) and known().get(name) is backend:
+        return name
     from linattn.backends import Backend
 
     if not isinstance(backend, Backend):
         raise ArgumentTypeError(
             f"backend must be 'auto', a name, a sequence of names or a Backend, got {type(backend).__name__}"
         )
-    if known().get(backend.name) is backend:
-        return backend.name
     key = f"{backend.name} at {id(backend):#x}"
     _objects[key] = backend
     return key

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from typing import TypeGuard
 
 import numpy as np
 
@@ -14,6 +16,18 @@ from linattn.problem import Problem
 from linattn.registry import get
 from linattn.slots import Slots
 from linattn.state import State
+
+
+@functools.cache
+def differentiates(backend: Backend) -> TypeGuard[Differentiable]:
+    """Whether a backend has a backward pass of its own; asked once, as protocols are slow to check."""
+    return isinstance(backend, Differentiable)
+
+
+@functools.cache
+def decodes(backend: Backend) -> TypeGuard[Decoding]:
+    """Whether a backend has a decode step of its own."""
+    return isinstance(backend, Decoding)
 
 
 def beside(x: Array | None, like: Array, dtype: str) -> Array | None:
@@ -59,7 +73,7 @@ def forward(problem: Problem, backend: Backend, call: Call) -> tuple[Array, Stat
 
 def backward(problem: Problem, backend: Backend, saved: Saved, do: Array, dstate: State | None) -> Gradients:
     """Run a backend's own backward, or the built-in one for the same arrays."""
-    if isinstance(backend, Differentiable):
+    if differentiates(backend):
         return backend.backward(problem, saved, do, dstate)
     fallback = get("torch" if problem.kind == "torch" else "numpy")
     assert isinstance(fallback, Differentiable)
@@ -70,7 +84,7 @@ def decode(problem: Problem, backend: Backend, call: Call, state: State) -> Arra
     """One token: q, k [b 1 h d], v [b 1 h e], decay [h] or [b 1 h] -> o [b h e]; `state` changes in place."""
     decay = beside(call.log_decay, call.q, problem.accumulate)
     theta = beside(call.theta, call.q, problem.accumulate)
-    if isinstance(backend, Decoding):
+    if decodes(backend):
         decay = decay[:, 0] if decay is not None and decay.ndim == 3 else decay
         return backend.decode_step(
             problem, call.q[:, 0], call.k[:, 0], call.v[:, 0], decay, theta, state, call.slots

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from linattn.backends.triton.pieces import feature, turns_of
+from linattn.backends.triton.launcher import Launcher
+from linattn.backends.triton.pieces import circle, feature, turns_of
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -49,31 +50,6 @@ def exponential(g):
     high += y * (r * 2.505210838544172e-08 + 2.755731922398589e-07)
     high += r * 2.7557319223985893e-06 + 2.48015873015873e-05
     return (z * z * high + low) * ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def circle(turns):
-    """Turns in [-0.5, 0.5]: whether a quarter comes first, then cos and sin of the rest, |cos| >= |sin|."""
-    quarter = tl.floor(turns * 4 + 0.5)
-    x = (turns - quarter * 0.25) * 6.283185307179586
-    y = x * x  # <= (pi / 4)^2
-    c = y * 4.779477332387385e-14 - 1.1470745597729725e-11
-    c = y * c + 2.08767569878681e-09
-    c = y * c - 2.755731922398589e-07
-    c = y * c + 2.48015873015873e-05
-    c = y * c - 0.001388888888888889
-    c = y * c + 0.041666666666666664
-    c = y * (y * c - 0.5) + 1.0
-    s = 1.6059043836821613e-10 - y * 7.647163731819816e-13
-    s = y * s - 2.505210838544172e-08
-    s = y * s + 2.7557319223985893e-06
-    s = y * s - 0.0001984126984126984
-    s = y * s + 0.008333333333333333
-    s = y * s - 0.16666666666666666
-    s = x * y * s + x
-    quarter = quarter.to(tl.int32)
-    sign = tl.where((quarter & 2) != 0, -1.0, 1.0)
-    return (quarter & 1) != 0, c * sign, s * sign
 
 
 @triton.jit
@@ -187,8 +163,8 @@ def decode(
         quarter, cos_d, sin_d = circle(turns_of(theta))
         a, a_low = halves(factor * cos_d)  # [d]
         b_high, b_low = halves(factor * sin_d)
-    fq = tl.where(within, feature(fq, FEATURE) * scale, 0.0)
-    fk = tl.where(within, feature(fk, FEATURE), 0.0)
+    fq = tl.where(within, feature(fq, FEATURE, False) * scale, 0.0)
+    fk = tl.where(within, feature(fk, FEATURE, False), 0.0)
 
     den = tl.full([1], 1.0, tl.float32)
     if NORMALIZE:
@@ -285,6 +261,9 @@ def turn(max_len: int | None) -> tuple[float, float, float, float]:
     return cos_high, cos - cos_high, sin_high, sin - sin_high
 
 
+start = Launcher(decode)
+
+
 def decode_step(
     problem: Problem,
     q: Tensor,
@@ -309,14 +288,23 @@ def decode_step(
     angles, normalize = ANGLES[problem.reweight], problem.normalize
     x = shape(b * h, d, e, angles > 0, normalize)
     decay_strides = (0, 0) if log_decay is None else (0, *log_decay.stride())[-2:]
-    decode[(b * h * x.slices,)](
-        q, *q.stride(), k, *k.stride(), v, *v.stride(),
-        q if log_decay is None else log_decay, *decay_strides,
-        *((q, 0, 0) if angles < 2 or theta is None else (theta, *theta.stride())),
-        *((q, 0) if slots is None else (slots, slots.stride(0))),
-        kv, *kv.stride(), *((kv, 0, 0, 0) if z is None else (z, *z.stride())), length, length.stride(0),
-        o, *turn(problem.max_len if angles == 1 else None), s, h, d, e, x.slices, problem.scale, problem.eps,
-        x.block_d, x.block_e, x.steps, problem.feature_map or "none", angles, log_decay is not None,
-        normalize, slots is not None, num_warps=x.warps, num_stages=1,
+    strides = kv.stride()
+    constants = (
+        x.block_d, x.block_e, x.steps, problem.feature_map or "none", angles, log_decay is not None, normalize,
+        slots is not None,
+    )  # fmt: skip
+    start(
+        b * h * x.slices,
+        (q.dtype, q.device, strides, d, e, constants, x.warps, log_decay is not None and log_decay.dtype,
+         theta is not None and theta.dtype, slots is not None and slots.dtype),
+        (
+            q, *q.stride(), k, *k.stride(), v, *v.stride(), q if log_decay is None else log_decay, *decay_strides,
+            *((q, 0, 0) if angles < 2 or theta is None else (theta, *theta.stride())),
+            *((q, 0) if slots is None else (slots, slots.stride(0))),
+            kv, *strides, *((kv, 0, 0, 0) if z is None else (z, *z.stride())), length, length.stride(0),
+            o, *turn(problem.max_len if angles == 1 else None), s, h, d, e, x.slices, problem.scale, problem.eps,
+        ),
+        constants,
+        num_warps=x.warps, num_stages=1,
     )  # fmt: skip
     return o

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from linattn.backends.triton import plan
-from linattn.backends.triton.product import product
-from linattn.backends.triton.segments import scan
+from linattn.backends.triton import product as kernels
+from linattn.backends.triton import segments as between
+from linattn.backends.triton.launcher import Launcher
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -83,8 +84,17 @@ def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0) -> Side:
     if problem.batch_invariant:
         return side
     programs = problem.sequences * problem.heads * -(-e // blocks.block_e)
-    count, size = plan.segments(programs, length, multiprocessors(problem.device))
+    count, size = plan.segments(programs * blocks.warps, length, multiprocessors(problem.device))
     return side if count == 1 else split_side(side, count, size)
+
+
+product = Launcher(kernels.product)
+scan = Launcher(between.scan)
+
+
+def do_dtype(*parts: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of operands, which may be wider than q's in a backward pass."""
+    return tuple(x.dtype for x in parts)
 
 
 OPERANDS = {"bfloat16": tl.bfloat16, "float16": tl.float32, "float32": tl.float32}
@@ -125,6 +135,7 @@ def run(
     want_rows: bool = False,
     n: int | None = None,
     scale: float | None = None,
+    all_parts: bool = True,
 ) -> None:
     """Launch `product` once; shapes as it says, `sums` is its RAW."""
     problem = side.problem
@@ -149,22 +160,30 @@ def run(
     units = side.units or problem.sequences
     if units == 0 or slices == 0:
         return
-    product[(units * problem.heads * slices,)](
-        x, *x.stride(), y, *y.stride(), w, *w.stride(), raw, *raw.stride(), out, *out.stride(),
-        g, *g_strides, x if side.theta is None else side.theta, angle, mask_ptr, *mask_strides,
-        x if extra is None else extra, 0 if extra is None else extra.shape[1],
-        x if start is None else start, x if start_z is None else start_z, int(start is not None),
-        x if final is None else final, x if final_z is None else final_z, int(final is not None),
-        x if rows is None else rows, x if turn is None else turn,
-        x if side.borders is None else side.borders,
-        problem.batch, problem.sequences, n, m, problem.heads, side.segments, side.size,
-        centre, problem.scale if scale is None else scale, problem.eps,
-        D=d, E=e, C=blocks.c, BLOCK_D=plan.padded(d), BLOCK_E=blocks.block_e,
-        OPERAND=OPERANDS[problem.dtype], PRECISION=precision(problem),
-        FEATURE=problem.feature_map or "none", ANGLES=angles, DECAY=kind, REVERSE=reverse, STRICT=strict,
-        GRADIENT=gradient, NORMALIZE=normalize, EXTRA=extra_on, MASK=mask, BORDERS=borders,
-        SPLIT=side.split, TOTAL=total, OUTPUT=output, RAW=sums, ROWS=want_rows, TURN=turn is not None,
-        STAGES=blocks.stages, num_warps=blocks.warps, num_stages=blocks.stages,
+    out_strides = out.stride()
+    strides = x.stride(), y.stride(), w.stride(), raw.stride(), out_strides, g_strides, mask_strides
+    theta, marks = side.theta, side.borders
+    constants = (
+        d, e, blocks.c, plan.padded(d), blocks.block_e, OPERANDS[problem.dtype], precision(problem),
+        problem.feature_map or "none", angles, kind, reverse, strict, gradient, normalize, extra_on, mask,
+        borders, side.split, total, output, sums, want_rows, turn is not None, blocks.stages,
+    )  # fmt: skip
+    product(
+        units * problem.heads * slices,
+        (x.dtype, do_dtype(y, w), out.dtype, g.dtype, None if marks is None else marks.dtype,
+         None if theta is None else theta.dtype, x.device, strides, constants, blocks.warps),
+        (
+            x, *strides[0], y, *strides[1], w, *strides[2], raw, *strides[3], out, *out_strides,
+            g, *g_strides, x if theta is None else theta, angle, mask_ptr, *mask_strides,
+            x if extra is None else extra, 0 if extra is None else extra.shape[1],
+            x if start is None else start, x if start_z is None else start_z, int(start is not None),
+            x if final is None else final, x if final_z is None else final_z, int(final is not None),
+            x if rows is None else rows, x if turn is None else turn, x if marks is None else marks,
+            problem.batch, problem.sequences, n, m, problem.heads, side.segments, side.size, int(all_parts),
+            float(centre), float(problem.scale if scale is None else scale), problem.eps,
+        ),
+        constants,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
 
 
@@ -187,17 +206,22 @@ def through(
     d = f // 2 if angles else f
     kind = 0 if log_decay is None else DECAY[problem.decay]
     block = min(1024, triton.next_power_of_2(d * e))
-    grid = (triton.cdiv(d * e, block) * problem.heads * problem.sequences,)
-    if grid[0] == 0:
+    grid = triton.cdiv(d * e, block) * problem.heads * problem.sequences
+    if grid == 0:
         return
-    scan[grid](
-        parts, parts if start is None else start, int(start is not None),
-        parts if final is None else final, int(final is not None),
-        parts if log_decay is None else log_decay, 0 if log_decay is None else log_decay.stride(0),
-        parts if side.theta is None else side.theta, angle, parts if side.borders is None else side.borders,
-        problem.sequences, length, problem.heads, d, e, side.segments, side.size,
-        BLOCK=block, ANGLES=angles, DECAY=kind, REVERSE=reverse,
-        BORDERS=2 if problem.packed else int(problem.lengths), TOTAL=total, num_warps=4,
+    borders = 2 if problem.packed else int(problem.lengths)
+    g = parts if log_decay is None else log_decay
+    constants = (block, angles, kind, reverse, borders, total)
+    scan(
+        grid, (g.dtype, side.borders is not None and side.borders.dtype, parts.device, constants),
+        (
+            parts, parts if start is None else start, int(start is not None),
+            parts if final is None else final, int(final is not None), g, 0 if kind != 1 else g.stride(0),
+            parts if side.theta is None else side.theta, angle,
+            parts if side.borders is None else side.borders,
+            problem.sequences, length, problem.heads, d, e, side.segments, side.size,
+        ),
+        constants, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -238,6 +262,7 @@ def carried(
     run(
         side, y, y, w, w, n=length, blocks=blocks, extra=extra, extra_on=0 if extra is None else 2,
         final=kv, final_z=z, rows=logs, reverse=reverse, normalize=normalize, mask=mask, output=False,
+        all_parts=total or final is not None,
     )  # fmt: skip
     decay = None if total else logs if per_token else side.log_decay
     if total:
@@ -336,7 +361,9 @@ def _two_sided(
 
 def total_size(problem: Problem) -> int:
     """Tokens of a segment whose sums are only added up: enough of them to fill the GPU."""
-    room = max(1, plan.FULL * multiprocessors(problem.device) // max(1, problem.sequences * problem.heads))
+    room = max(
+        1, plan.FULL * multiprocessors(problem.device) // max(1, 4 * problem.sequences * problem.heads)
+    )
     length = max(1, plan.length_of(problem))
     return max(256, triton.cdiv(triton.cdiv(length, room), 128) * 128)
 

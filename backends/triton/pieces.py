@@ -9,12 +9,12 @@ from triton.language.extra import libdevice
 
 
 @triton.jit
-def feature(x, FEATURE: tl.constexpr):
-    """phi(x), float32."""
+def feature(x, FEATURE: tl.constexpr, FAST: tl.constexpr):
+    """phi(x), float32; FAST for operands that have few bits."""
     if FEATURE == "relu":
         x = tl.where(x <= 0, 0.0, x)  # a NaN stays one
     elif FEATURE == "silu":
-        x = x * tl.sigmoid(x)
+        x = libdevice.fast_dividef(x, 1 + tl.exp(-x)) if FAST else x * tl.sigmoid(x)
     elif FEATURE == "elu+1":
         x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
     return x
@@ -43,8 +43,8 @@ def turns_of(theta):
 
 @triton.jit
 def fixed(turns):
-    """Turns as 32-bit fixed point, modulo one turn."""
-    return ((turns - tl.floor(turns)) * 4294967296.0).to(tl.int64).to(tl.uint32)
+    """Turns in [-0.5, 0.5) as 64-bit fixed point, in which whole turns drop out of any product."""
+    return (turns * 18446744073709551616.0).to(tl.int64)
 
 
 @triton.jit
@@ -59,9 +59,10 @@ def cos_sin(phase, FAST: tl.constexpr):
 
 
 @triton.jit
-def phases(turns, begin, n):
-    """Phases at positions begin + n: exact at `begin` (float64), then steps of 32-bit fixed point: [n d]."""
-    return fixed(turns * begin)[None, :] + n[:, None].to(tl.uint32) * fixed(turns)[None, :]
+def phases(turn, begin, n):
+    """Fixed-point phases at positions begin + n [n d]: exact at `begin`, in 32-bit steps from there."""
+    base = ((turn * begin) >> 32).to(tl.uint32)
+    return base[None, :] + n[:, None].to(tl.uint32) * (turn >> 32).to(tl.uint32)[None, :]
 
 
 @triton.jit
@@ -135,11 +136,36 @@ def sequence_of(unit, borders_ptr, S, N, M, segments, SEGMENT, BORDERS: tl.const
 
 
 @triton.jit
+def circle(turns):
+    """Turns in [-0.5, 0.5]: whether a quarter comes first, then cos and sin of the rest, |cos| >= |sin|."""
+    quarter = tl.floor(turns * 4 + 0.5)
+    x = (turns - quarter * 0.25) * 6.283185307179586
+    y = x * x  # <= (pi / 4)^2
+    c = y * 4.779477332387385e-14 - 1.1470745597729725e-11
+    c = y * c + 2.08767569878681e-09
+    c = y * c - 2.755731922398589e-07
+    c = y * c + 2.48015873015873e-05
+    c = y * c - 0.001388888888888889
+    c = y * c + 0.041666666666666664
+    c = y * (y * c - 0.5) + 1.0
+    s = 1.6059043836821613e-10 - y * 7.647163731819816e-13
+    s = y * s - 2.505210838544172e-08
+    s = y * s + 2.7557319223985893e-06
+    s = y * s - 0.0001984126984126984
+    s = y * s + 0.008333333333333333
+    s = y * s - 0.16666666666666666
+    s = x * y * s + x
+    quarter = quarter.to(tl.int32)
+    sign = tl.where((quarter & 2) != 0, -1.0, 1.0)
+    return (quarter & 1) != 0, c * sign, s * sign
+
+
+@triton.jit
 def across(turns, span):
-    """cos and sin of `span` times an angle, from float64: from one end of a sequence to the other."""
+    """cos and sin of `span` times an angle, float64: from one end of a sequence to the other."""
     angle = turns * span
-    angle = (angle - tl.floor(angle)) * 6.283185307179586
-    return tl.cos(angle).to(tl.float32), tl.sin(angle).to(tl.float32)
+    swap, cos, sin = circle(angle - tl.floor(angle + 0.5))
+    return tl.where(swap, -sin, cos), tl.where(swap, cos, sin)
 
 
 @triton.jit
@@ -150,10 +176,10 @@ def tile(ptr, rows, columns, stride_n, stride_d, inside):
 
 
 @triton.jit
-def mapped(x, inside, FEATURE: tl.constexpr):
+def mapped(x, inside, FEATURE: tl.constexpr, FAST: tl.constexpr):
     """phi of a block; what is outside stays 0, where phi(0) may not be."""
     if FEATURE != "none":
-        x = feature(x.to(tl.float32), FEATURE)
+        x = feature(x.to(tl.float32), FEATURE, FAST)
         if FEATURE == "elu+1":
             x = tl.where(inside, x, 0.0)
     return x
@@ -210,7 +236,7 @@ def decays(
 @triton.jit
 def turned(cosine, sine, cos, sin):
     """Between a state's own frame and the frame of its other end; its own inverse."""
-    return cos * cosine + sin * sine, sin * cosine - cos * sine
+    return (cos * cosine + sin * sine).to(tl.float32), (sin * cosine - cos * sine).to(tl.float32)
 
 
 @triton.jit

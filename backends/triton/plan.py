@@ -30,13 +30,13 @@ def blocks(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
     if operand == "bfloat16":
         if wide <= 64:
             if two:
-                return Blocks(64, min(slices, 64), 4, 2)
-            return Blocks(64, min(slices, 64), 4, 4)
+                return Blocks(64 if gradient else 32, min(slices, 64), 4, 3)
+            return Blocks(64, min(slices, 64), 4, 3)
         if wide <= 128:
-            if two:
-                return Blocks(32, min(slices, 64), 4, 2)
-            return Blocks(32, min(slices, 64), 4, 4)
-        return Blocks(32, min(slices, 32), 4, 2)
+            if slices < 128:
+                return Blocks(32, slices, 4, 3)
+            return Blocks(32, 128, 8, 3) if two else Blocks(64, 128, 8, 3)
+        return Blocks(32, min(slices, 64), 8, 2)
     if wide <= 64:
         return Blocks(32, min(slices, 32), 4, 1)
     return Blocks(16, min(slices, 32 if wide <= 128 else 16), 4, 1)
@@ -48,17 +48,17 @@ GRAIN = 128
 LEAST_SEGMENT = 512
 """Tokens below which a segment is not worth the state that it costs."""
 
-FULL = 2
-"""Programs for each multiprocessor with which it is busy."""
+FULL = 8
+"""Warps for each multiprocessor with which it is busy."""
 
 
 @functools.lru_cache(maxsize=4096)
-def segments(programs: int, length: int, multiprocessors: int) -> tuple[int, int]:
+def segments(warps: int, length: int, multiprocessors: int) -> tuple[int, int]:
     """How many segments a sequence is cut into, and how long each is (a multiple of GRAIN).
 
-    programs: what runs side by side without any cut.
+    warps: how many run side by side without any cut.
     """
-    room = FULL * multiprocessors // max(programs, 1)
+    room = FULL * multiprocessors // max(warps, 1)
     count = min(room, length // LEAST_SEGMENT)
     if count <= 1:
         return 1, max(length, 1)

@@ -20,6 +20,7 @@ from linattn.backends.triton.pieces import (
     decays,
     dot,
     feature_slope,
+    fixed,
     kept,
     mapped,
     operand,
@@ -31,8 +32,11 @@ from linattn.backends.triton.pieces import (
     turns_of,
 )
 
+# Sizes that the compiled code does not depend on; strides are left to it, for the width of loads.
+SIZES = ["extra_n", "has_start", "has_final", "B", "S", "N", "M", "H", "segments", "SEGMENT", "all_parts"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def product(
     x_ptr, x_b, x_n, x_h, x_d,  # [B N H D]
     y_ptr, y_b, y_n, y_h, y_d,  # [B M H D]
@@ -47,7 +51,7 @@ def product(
     final_ptr, final_z_ptr, has_final,  # and after
     rows_ptr,  # [slices B N H] float32: phi(raw) * gradient with ROWS, denominators with RAW; else [units H]
     turn_ptr,  # [units H E] float32: the gradient of angles inside segments, with TURN
-    borders_ptr, B, S, N, M, H, segments, SEGMENT, centre, scale, eps,
+    borders_ptr, B, S, N, M, H, segments, SEGMENT, all_parts, centre, scale, eps,
     D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, FEATURE: tl.constexpr, ANGLES: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, GRADIENT: tl.constexpr,
@@ -73,6 +77,7 @@ def product(
     VALUE: tl.constexpr = FEATURE if GRADIENT else "none"
     FAST: tl.constexpr = tl.float32 != OPERAND
     SLICES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    WHOLE_E: tl.constexpr = E % BLOCK_E == 0
 
     pid = tl.program_id(0)
     part = pid % SLICES
@@ -84,6 +89,9 @@ def product(
     high = longest
     if SPLIT:
         high = tl.minimum(low + SEGMENT, longest)
+        if not OUTPUT:  # nobody reads what the last segment on the way adds, unless a final state is wanted
+            last = segment * 0 if REVERSE else (longest - 1) // SEGMENT
+            high = tl.where((segment == last) & (all_parts == 0), low, high)
     low = low.to(tl.int32)
     high = high.to(tl.int32)
 
@@ -112,6 +120,9 @@ def product(
     elif ANGLES == 1:
         turns = turns_of(tl.full([1], 1.0, tl.float32) * angle)
 
+    if TWO:
+        turn_step = fixed(turns)
+
     # the state, [e d], seen from before the sequence's first token; with angles its cosine and sine parts
     half: tl.constexpr = D * E
     in_state = (e[:, None] < E) & (d[None, :] < D)
@@ -124,24 +135,39 @@ def product(
         sine = tl.load(from_state + half, mask=some, other=0.0).to(tl.float32)
     if SUM_D:
         z = start_of(start_z_ptr + (from_unit * H + h) * (D * (2 if TWO else 1)), d, D, has_start)[None, :]
-        z += tl.zeros([16, BLOCK_D], tl.float32)
         if TWO:
             z_sine = start_of(start_z_ptr + (from_unit * H + h) * (D * 2) + D, d, D, has_start)[None, :]
-            z_sine += tl.zeros([16, BLOCK_D], tl.float32)
     if SUM_E:
         z = start_of(start_z_ptr + (from_unit * H + h) * (E * (2 if TWO else 1)), e, E, has_start)[:, None]
-        z += tl.zeros([BLOCK_E, 16], tl.float32)
         if TWO:
             z_sine = start_of(start_z_ptr + (from_unit * H + h) * (E * 2) + E, e, E, has_start)[:, None]
-            z_sine += tl.zeros([BLOCK_E, 16], tl.float32)
     if TWO and not SPLIT and not TOTAL:
-        # what a state's own frame turns by: nothing going forwards, the sequence's length going back
-        span = n.to(tl.float64) if REVERSE else n.to(tl.float64) * 0
-        cos_to, sin_to = across(turns, span)
-        cos_s, sin_s = (cos_to[:, None], sin_to[:, None]) if OUTER else (cos_to[None, :], sin_to[None, :])
-        state, sine = turned(state, sine, cos_s, sin_s)
-        if SUM_D or SUM_E:
-            z, z_sine = turned(z, z_sine, cos_s, sin_s)
+        # the frame of the sequence's beginning: a state before it turns its sine round, one after it by n
+        if REVERSE:
+            if has_start != 0:
+                cos_to, sin_to = across(turns, n.to(tl.float64))
+                cos_s, sin_s = (
+                    (cos_to[:, None], sin_to[:, None]) if OUTER else (cos_to[None, :], sin_to[None, :])
+                )
+                state, sine = turned(state, sine, cos_s, sin_s)
+                if SUM_D or SUM_E:
+                    z, z_sine = turned(z, z_sine, cos_s, sin_s)
+        else:
+            sine = -sine
+            if SUM_D or SUM_E:
+                z_sine = -z_sine
+    # z as an operand of matrix products: 16 equal rows, or columns of which one (two with one angle) count
+    if SUM_D:
+        z += tl.zeros([16, BLOCK_D], tl.float32)
+        if TWO:
+            z_sine += tl.zeros([16, BLOCK_D], tl.float32)
+    column = tl.arange(0, 16)
+    if SUM_E:
+        z = tl.where(column[None, :] == 0, z, 0.0)
+        if OUTER:
+            z_sine = tl.where(column[None, :] == 0, z_sine, 0.0)
+        elif TWO:
+            z += tl.where(column[None, :] == 1, z_sine, 0.0)
     if TURN:
         turn = tl.zeros([BLOCK_E], tl.float32)
     log_decay = low.to(tl.float32) * 0  # of the whole segment
@@ -160,17 +186,15 @@ def product(
         pairs, near, far, whole, log_whole = decays(
             g_ptr, g2, g_n, t, high - t, r, at_n < high, C, DECAY, REVERSE, STRICT, OUTPUT and not TOTAL
         )
-        if INNER:
-            cos, sin = cos_sin(phases(turns, (t + 1).to(tl.float64), r), FAST)  # [n d], or [n 1]
-        if OUTER:
-            cos, sin = cos_sin(phases(turns, (t + 1).to(tl.float64), r), FAST)  # [n e]
+        if TWO:
+            cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r), FAST)  # [n d], [n e] or [n 1]
 
         # y and w: what is added to the state
         if not TOTAL:
-            inside = in_y[:, None] & (d[None, :] < D)
-            y = mapped(tile(y_ptr, at_n, d, y_n, y_d, inside), inside, XY)  # [j d]
-            inside = in_y[:, None] & (e[None, :] < E)
-            w = mapped(tile(w_ptr, at_n, e, w_n, w_d, inside), inside, VALUE)  # [j e]
+            inside = in_y[:, None] if D == BLOCK_D else in_y[:, None] & (d[None, :] < D)
+            y = mapped(tile(y_ptr, at_n, d, y_n, y_d, inside), inside, XY, FAST)  # [j d]
+            inside = in_y[:, None] if WHOLE_E else in_y[:, None] & (e[None, :] < E)
+            w = mapped(tile(w_ptr, at_n, e, w_n, w_d, inside), inside, VALUE, FAST)  # [j e]
             if INNER:
                 y_sin = operand(y * sin, OPERAND, PRECISION)
                 y = y * cos
@@ -182,10 +206,16 @@ def product(
                 y_extra = tl.load(extra_ptr + at_n.to(tl.int64) * H, mask=in_y, other=0.0)
             elif SUM_D or SUM_E:
                 y_extra = tl.where(in_y, 1.0, 0.0)
+            if SUM_E:
+                y_more = tl.where(column[None, :] == 0, y_extra[:, None], 0.0)
+                if INNER:
+                    y_more = tl.where(column[None, :] == 0, y_extra[:, None] * cos, 0.0)
+                    y_more += tl.where(column[None, :] == 1, y_extra[:, None] * sin, 0.0)
+                y_more = operand(y_more, OPERAND, PRECISION)  # [j 16]
 
         if OUTPUT:
-            inside = in_x[:, None] & (d[None, :] < D)
-            x = mapped(tile(x_ptr, at_n, d, x_n, x_d, inside), inside, XY)  # [i d]
+            inside = in_x[:, None] if D == BLOCK_D else in_x[:, None] & (d[None, :] < D)
+            x = mapped(tile(x_ptr, at_n, d, x_n, x_d, inside), inside, XY, FAST)  # [i d]
             if INNER:
                 x_sin = operand(x * sin, OPERAND, PRECISION)
                 x = x * cos
@@ -206,13 +236,15 @@ def product(
                 if INNER:
                     den = dot(operand(z_sine, OPERAND, PRECISION), tl.trans(x_sin), den, PRECISION)
             if SUM_E:
-                if INNER:  # one angle
-                    o += (tl.sum(z, 1) / 16)[:, None] * (x_extra[:, None] * cos).reshape([1, C])
-                    o += (tl.sum(z_sine, 1) / 16)[:, None] * (x_extra[:, None] * sin).reshape([1, C])
-                else:
-                    o += (tl.sum(z, 1) / 16)[:, None] * x_extra[None, :]
-                    if OUTER:
-                        o_sin += (tl.sum(z_sine, 1) / 16)[:, None] * x_extra[None, :]
+                x_row = x_extra[None, :]
+                x_more = tl.where(column[:, None] == 0, x_row, 0.0)
+                if INNER:
+                    x_more = tl.where(column[:, None] == 0, x_row * cos.reshape([1, C]), 0.0)
+                    x_more += tl.where(column[:, None] == 1, x_row * sin.reshape([1, C]), 0.0)
+                x_more = operand(x_more, OPERAND, PRECISION)  # [16 i]
+                o = dot(operand(z, OPERAND, PRECISION), x_more, o, PRECISION)
+                if OUTER:
+                    o_sin = dot(operand(z_sine, OPERAND, PRECISION), x_more, o_sin, PRECISION)
             if DECAY > 0:
                 o = kept(o, near[None, :])
                 if OUTER:
@@ -226,10 +258,7 @@ def product(
                 if INNER:
                     p = dot(y_sin, tl.trans(x_sin), p, PRECISION)
                 if SUM_E:
-                    both = y_extra[:, None] * x_extra[None, :]
-                    if INNER:
-                        both = both * (cos * cos.reshape([1, C]) + sin * sin.reshape([1, C]))
-                    p += both
+                    p = dot(y_more, x_more, p, PRECISION)
                 p = operand(p * pairs, OPERAND, PRECISION)
                 o = dot(tl.trans(operand(w, OPERAND, PRECISION)), p, o, PRECISION)
                 if OUTER:
@@ -238,14 +267,14 @@ def product(
                     den = dot(tl.full([16, C], 1.0, OPERAND), p, den, PRECISION)
 
             o = tl.trans(o) * scale  # [i e]
-            inside = in_x[:, None] & (e[None, :] < E)
+            inside = in_x[:, None] if WHOLE_E else in_x[:, None] & (e[None, :] < E)
             if OUTER:
                 o_sin = tl.trans(o_sin) * scale
                 torque = o_sin * cos - o * sin
                 o = o * cos + o_sin * sin
             if GRADIENT and (FEATURE != "none" or ROWS or TURN):
                 raw = tile(raw_ptr, at_n, e, raw_n, raw_d, inside).to(tl.float32)
-                mapped_raw = mapped(raw, inside, FEATURE)
+                mapped_raw = mapped(raw, inside, FEATURE, FAST)
                 if ROWS:
                     total = tl.sum(tl.where(inside, mapped_raw * o, 0.0), 1)
                     rows_at = rows_ptr + part.to(tl.int64) * B * N * H + line + at_n.to(tl.int64) * H
@@ -256,7 +285,8 @@ def product(
                 o = o * feature_slope(raw, FEATURE)
             if MASK == 2:
                 o = tl.where(in_x[:, None], o, 0.0)
-                inside = (at_n < tl.minimum(high, n))[:, None] & (e[None, :] < E)
+                exists = (at_n < tl.minimum(high, n))[:, None]
+                inside = exists if WHOLE_E else exists & (e[None, :] < E)
             if SUM_D:
                 total = tl.sum(den, 0) * (scale * 0.0625)  # [i]; 16 equal rows
                 if RAW > 0:
@@ -285,8 +315,8 @@ def product(
                     y_extra = y_extra * far
                 if SUM_D or SUM_E:
                     z = kept(z, whole)
-                    if TWO:
-                        z_sine = kept(z_sine, whole)
+                if (SUM_D and TWO) or (SUM_E and OUTER):
+                    z_sine = kept(z_sine, whole)
             w = operand(w, OPERAND, PRECISION)
             state = dot(tl.trans(w), y, state, PRECISION)
             if INNER:
@@ -300,15 +330,9 @@ def product(
                 if INNER:
                     z_sine = dot(ones, y_sin, z_sine, PRECISION)
             if SUM_E:
-                ones = y_extra[:, None] + tl.zeros([C, 16], tl.float32)
-                if INNER:
-                    turned_ones = operand(ones * sin, OPERAND, PRECISION)
-                    z_sine = dot(tl.trans(w), turned_ones, z_sine, PRECISION)
-                    ones = ones * cos
-                ones = operand(ones, OPERAND, PRECISION)
-                z = dot(tl.trans(w), ones, z, PRECISION)
+                z = dot(tl.trans(w), y_more, z, PRECISION)
                 if OUTER:
-                    z_sine = dot(tl.trans(w_sin), ones, z_sine, PRECISION)
+                    z_sine = dot(tl.trans(w_sin), y_more, z_sine, PRECISION)
 
     if DECAY == 2 and not OUTPUT:
         tl.store(rows_ptr + unit * H + h, log_decay, mask=part == 0)
@@ -316,12 +340,18 @@ def product(
         tl.store(turn_ptr + (unit * H + h) * E + e, turn, mask=e < E)
     if has_final != 0:
         if TWO and not SPLIT:
-            span = n.to(tl.float64) * 0 if REVERSE else n.to(tl.float64)
-            cos_to, sin_to = across(turns, span)
-            cos_s, sin_s = (cos_to[:, None], sin_to[:, None]) if OUTER else (cos_to[None, :], sin_to[None, :])
-            state, sine = turned(state, sine, cos_s, sin_s)
-            if SUM_D or SUM_E:
-                z, z_sine = turned(z, z_sine, cos_s, sin_s)
+            if REVERSE:
+                sine = -sine
+                if SUM_D:
+                    z_sine = -z_sine
+            else:
+                cos_to, sin_to = across(turns, n.to(tl.float64))
+                cos_s, sin_s = (
+                    (cos_to[:, None], sin_to[:, None]) if OUTER else (cos_to[None, :], sin_to[None, :])
+                )
+                state, sine = turned(state, sine, cos_s, sin_s)
+                if SUM_D:
+                    z, z_sine = turned(z, z_sine, cos_s, sin_s)
         to_state = final_ptr + (unit * H + h) * (half * (2 if TWO else 1)) + at
         tl.store(to_state, state, mask=in_state)
         if TWO:
@@ -333,6 +363,15 @@ def product(
                 tl.store(to_z + D, tl.sum(z_sine, 0) * 0.0625, mask=(d < D) & (part == 0))
         if SUM_E:
             to_z = final_z_ptr + (unit * H + h) * (E * (2 if TWO else 1)) + e
-            tl.store(to_z, tl.sum(z, 1) * 0.0625, mask=e < E)
+            first = tl.sum(tl.where(column[None, :] == 0, z, 0.0), 1)
             if TWO:
-                tl.store(to_z + E, tl.sum(z_sine, 1) * 0.0625, mask=e < E)
+                if OUTER:
+                    second = tl.sum(tl.where(column[None, :] == 0, z_sine, 0.0), 1)
+                else:
+                    second = tl.sum(tl.where(column[None, :] == 1, z, 0.0), 1)
+                if REVERSE and not SPLIT:
+                    second = -second
+                elif not SPLIT:
+                    first, second = turned(first, second, cos_to, sin_to)
+                tl.store(to_z + E, second, mask=e < E)
+            tl.store(to_z, first, mask=e < E)

@@ -6,7 +6,9 @@ import triton.language as tl
 from linattn.backends.triton.pieces import across, kept, power, sequence_of, turned, turns_of
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["has_start", "has_final", "g_h", "S", "N", "H", "D", "E", "segments", "SEGMENT"]
+)
 def scan(
     parts_ptr,  # [units H F E] float32: what each segment adds; on return the state before it
     start_ptr, has_start,  # [S H F E] float32: the state before the sequence
@@ -81,7 +83,7 @@ def scan(
         tl.store(final_ptr + own + D * E, sine, mask=here & (has_final != 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N", "H"])
 def denominator_gradient(
     den_ptr,  # [rows] float32
     o_ptr, o_b, o_n, o_h, o_e,  # [B N H E]
@@ -108,7 +110,7 @@ def denominator_gradient(
     tl.store(out_ptr + i, tl.where(den <= eps, 0.0, -tl.sum(num * o, 1)), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_end", "B", "S", "N", "H"])
 def suffix_sums(
     plus_ptr, minus_ptr,  # [slices B N H] float32: phi(q) . dq and phi(k) . dk of each token
     end_ptr, has_end,  # [S H] float32: what the final state adds
@@ -146,7 +148,7 @@ def suffix_sums(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_start", "has_end", "S", "N", "H", "D", "E", "segments", "SEGMENT"])
 def crossing(
     early_ptr,  # [units H F E] float32: the state before each segment
     late_ptr,  # [units H F E] float32: the adjoint after each segment

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Continue a prompt from a checkpoint.",
     "demo": "Verify, train, generate and draw, with no download.",
     "bench": "Time and memory, beside softmax attention.",
+    "tune": "Find faster launch configurations for this GPU.",
 }
 # what a subcommand may find missing -> the extra that brings it; three subcommands need more than one package
 EXTRAS = {"torch": "torch", "hypothesis": "testing", "safetensors": "models", "matplotlib": "models"}

@@ -11,6 +11,7 @@ import typer
 
 import linattn
 from linattn import registry
+from linattn.backends.triton import tuned
 from linattn.cli.output import print_json, print_lines, print_table
 
 
@@ -24,6 +25,8 @@ def backends(
     if importlib.util.find_spec("torch") is not None:
         importlib.import_module("torch")  # environment() names the devices of what is imported already
     environment = linattn.environment()
+    if (said := tuned.in_use()) is not None:
+        environment["tuned"] = said
     usable = linattn.available_backends()
     arrays = {
         name: backend.arrays for name, backend in registry.known().items()

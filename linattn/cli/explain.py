@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from linattn.backends.triton import tuned
 from linattn.cli.output import print_json
 from linattn.errors import OptionError, ShapeError
 from linattn.problem import Problem
@@ -134,7 +135,11 @@ def explain(
         needs_grad=grad,
     )
     decision = explain_problem(problem, backend or "auto")
+    said = tuned.in_use(device) if decision.chosen == "triton" else None
     if as_json:
-        print_json({"call": str(problem), "chosen": decision.chosen, "backends": decision.reasons})
+        answer = {"call": str(problem), "chosen": decision.chosen, "backends": decision.reasons}
+        print_json(answer | {"tuned": said})
     else:
         typer.echo(str(decision))
+        if said is not None:
+            typer.echo(f"tuned: {said}")

@@ -1,0 +1,133 @@
+"""Gradients outside of compilers: one autograd node, without the cost of passing through a custom op."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from linattn import registry, route
+from linattn.arrays import accumulate_dtype, dtype_name, table
+from linattn.backends import Backend, Saved
+from linattn.checks import Call
+from linattn.problem import Problem
+from linattn.reweight import LRPE
+from linattn.state import State
+
+Tensor = torch.Tensor
+Optional = Tensor | None
+
+
+def options_of(call: Call, key: str) -> tuple[Any, ...]:
+    """The options of a call in the order in which the custom ops take them."""
+    return (
+        call.max_len, call.feature_map or "", call.normalize, call.eps, call.causal, call.scale,
+        call.return_state, call.precision, call.batch_invariant, key,
+    )  # fmt: skip
+
+
+def tables_of(call: Call) -> tuple[Optional, Optional]:
+    """Decays and angles as tensors: tables from the host come beside q, in the accumulation dtype."""
+    acc = accumulate_dtype(dtype_name(call.q))
+    decay: Any = call.log_decay
+    if decay is not None and not isinstance(decay, Tensor):
+        decay = table(decay, call.q, acc)
+    theta: Any = call.reweight.theta if isinstance(call.reweight, LRPE) else None
+    if theta is not None and not isinstance(theta, Tensor):
+        theta = table(theta, call.q, acc)
+    return decay, theta
+
+
+class Attention(torch.autograd.Function):
+    """o and the final state's parts, with the backend's own backward pass behind them."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: Backend, call: Call, *inputs: Optional) -> Any:
+        o, state = route.forward(problem, backend, call)
+        ctx.set_materialize_grads(False)
+        ctx.problem, ctx.backend = problem, backend
+        ctx.options = options_of(call, registry.key_of(backend))
+        masks = (call.key_mask, call.lengths, call.cu_seqlens)
+        ctx.save_for_backward(*inputs, *masks, o if problem.normalize else None)
+        if state is None:
+            return o
+        return (o, state.kv, state.length) if state.z is None else (o, state.kv, state.length, state.z)
+
+    @staticmethod
+    def backward(
+        ctx: Any, do: Optional, dkv: Optional = None, dlength: Any = None, dz: Optional = None
+    ) -> Any:
+        q, k, v, decay, theta, kv, z, key_mask, lengths, cu_seqlens, o = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        if do is None and dkv is None and dz is None:
+            return (None,) * 10
+        wants = ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+        if torch.is_grad_enabled():  # somebody differentiates again: the op has the sentence for that
+            grads = torch.ops.linattn.attention_backward(
+                do,
+                dkv,
+                dz,
+                o,
+                *wants,
+                q,
+                k,
+                v,
+                decay,
+                theta,
+                key_mask,
+                lengths,
+                cu_seqlens,
+                kv,
+                z,
+                *ctx.options,
+            )
+        else:
+            if do is None:
+                do = q.new_zeros(*q.shape[:3], v.shape[3])
+            state = None if kv is None else State(kv, z, kv.new_zeros(kv.shape[:1], dtype=torch.int64))
+            saved = Saved(
+                q, k, v, route.beside(decay, q, problem.accumulate), route.beside(theta, q, problem.accumulate),
+                key_mask, lengths, cu_seqlens, state, o, *wants,
+            )  # fmt: skip
+            found = route.backward(problem, ctx.backend, saved, do, dstate_of(problem, q, dkv, dz))
+            grads = found.q, found.k, found.v, found.log_decay, found.theta, found.kv, found.z
+        needed = ctx.needs_input_grad[3:]
+        inputs = (q, k, v, decay, theta, kv, z)
+        out = [
+            None
+            if x is None or grad is None or not need
+            else grad
+            if grad.dtype == x.dtype
+            else grad.to(x.dtype)
+            for grad, x, need in zip(grads, inputs, needed, strict=True)
+        ]
+        return None, None, None, *out
+
+
+def dstate_of(problem: Problem, like: Tensor, dkv: Optional, dz: Optional) -> State | None:
+    """The gradient of the returned state, with zeros for a part that nothing depends on."""
+    if dkv is None and dz is None:
+        return None
+    acc = getattr(torch, problem.accumulate)
+    shape = (problem.sequences, problem.heads, problem.f)
+    if dkv is None:
+        dkv = like.new_zeros(*shape, problem.e, dtype=acc)
+    if dz is None and problem.normalize:
+        dz = like.new_zeros(shape, dtype=acc)
+    return State(dkv, dz if problem.normalize else None, dkv.new_zeros(shape[:1], dtype=torch.int64))
+
+
+def differentiable(problem: Problem, backend: Backend, call: Call) -> tuple[Tensor, State | None]:
+    """A call that autograd records: o, and the final state if it is asked for."""
+    decay, theta = tables_of(call)
+    if theta is not None and isinstance(call.reweight, LRPE) and theta is not call.reweight.theta:
+        call = replace(call, reweight=LRPE(theta))
+    state = call.initial_state
+    parts = (None, None) if state is None else (state.kv, state.z)
+    call = replace(call, log_decay=decay)
+    out = Attention.apply(problem, backend, call, call.q, call.k, call.v, decay, theta, *parts)
+    if not call.return_state:
+        return out, None
+    o, kv, length, *z = out
+    return o, State(kv, z[0] if z else None, length, problem.feature_map, problem.reweight, problem.d)
