@@ -11,7 +11,7 @@ from linattn import eager, registry, route
 from linattn.arrays import accumulate_dtype, dtype_name
 from linattn.checks import Call, problem_of, sequences_of
 from linattn.errors import GradientError, OptionError
-from linattn.prepared import prepared
+from linattn.prepared import PLAIN, prepared
 from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
@@ -38,13 +38,15 @@ def wants_grad(call: Call) -> bool:
     tensors = [call.q, call.k, call.v, call.log_decay, call.theta]
     if isinstance(call.initial_state, State):
         tensors += [call.initial_state.kv, call.initial_state.z]
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    return any(x is not None and isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
 def lowered(call: Call) -> Call:
     """Under autocast, q, k and v in its dtype, as torch's own attention has it."""
     where = call.q.device.type
-    if not torch.amp.is_autocast_available(where) or not torch.is_autocast_enabled(where):
+    if where not in ("cpu", "cuda") and not torch.amp.is_autocast_available(where):
+        return call
+    if not torch.is_autocast_enabled(where):
         return call
     dtype = torch.get_autocast_dtype(where)
     cast = [
@@ -77,8 +79,9 @@ def _refuse_transforms(call: Call) -> None:
 
 def _plain(call: Call) -> bool:
     """Ordinary tensors and no mode that watches ops: then a backend may run without going through one."""
-    modes: int = torch._C._len_torch_dispatch_stack()
-    return modes == 0 and all(type(x) in (Tensor, torch.nn.Parameter) for x in (call.q, call.k, call.v))
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return type(call.q) in PLAIN and type(call.k) in PLAIN and type(call.v) in PLAIN
 
 
 def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | None]:

@@ -25,9 +25,12 @@ from linattn.reweight import LRPE, Cosine
 from linattn.state import Reweight, State, check_dense, check_parts, check_recorded, reweight_name
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Call:
-    """The arguments of one call as they came; `backend` and `check` are the router's business."""
+    """The arguments of one call as they came, never changed (frozen would cost microseconds a call).
+
+    `backend` and `check` are the router's business.
+    """
 
     q: Array
     k: Array

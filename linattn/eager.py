@@ -86,10 +86,8 @@ class Attention(torch.autograd.Function):
             if do is None:
                 do = q.new_zeros(*q.shape[:3], v.shape[3])
             state = None if kv is None else State(kv, z, kv.new_zeros(kv.shape[:1], dtype=torch.int64))
-            saved = Saved(
-                q, k, v, route.beside(decay, q, problem.accumulate), route.beside(theta, q, problem.accumulate),
-                key_mask, lengths, cu_seqlens, state, o, *wants,
-            )  # fmt: skip
+            decays, angles = (route.beside(x, q, problem.accumulate) for x in (decay, theta))
+            saved = Saved(q, k, v, decays, angles, key_mask, lengths, cu_seqlens, state, o, *wants)
             found = route.backward(problem, ctx.backend, saved, do, dstate_of(problem, q, dkv, dz))
             grads = found.q, found.k, found.v, found.log_decay, found.theta, found.kv, found.z
         needed = ctx.needs_input_grad[3:]

@@ -26,8 +26,15 @@ _registered: list[Any] = [None]  # the registry that the backends above come fro
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+NAMES = (str, type(None))
+
+
+class _Unusual(Exception):
+    """An argument that is no plain tensor: the call is checked as if it were the first of its kind."""
+
+
 def _tensor(x: Any) -> Any:
-    """What decides about a tensor; None for None, and an Exception class's absence is not tested here."""
+    """What decides about a tensor that may be missing."""
     if x is None:
         return None
     if type(x) not in PLAIN:
@@ -35,37 +42,50 @@ def _tensor(x: Any) -> Any:
     return x.shape, x.stride(), x.dtype, x.device, x.layout
 
 
-class _Unusual(Exception):
-    """An argument that is no plain tensor: the call is checked as if it were the first of its kind."""
-
-
 def _facts(call: Call, key: str, needs_grad: bool) -> tuple[Any, ...]:
-    state, reweight = call.initial_state, call.reweight
-    turned: Any = None
-    if reweight is not None:
-        if type(reweight) is Cosine:
-            turned = ("cosine", reweight.max_len)
-        elif type(reweight) is LRPE:
-            turned = ("lrpe", _tensor(reweight.theta))
-        else:
-            raise _Unusual
-    memory: Any = None
-    if state is not None:
-        if type(state) is not State:
-            raise _Unusual
-        memory = (
-            _tensor(state.kv), _tensor(state.z), _tensor(state.length), state.feature_map, state.reweight, state.d
-        )  # fmt: skip
-    flags = (call.normalize, call.causal, call.return_state, call.batch_invariant)
+    q, k, v = call.q, call.k, call.v
+    flags = call.normalize, call.causal, call.return_state, call.batch_invariant
+    if (
+        type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN
+        or type(call.eps) is not float or type(call.scale) is not float
+        or type(call.feature_map) not in NAMES or type(call.precision) is not str
+    ):  # fmt: skip
+        raise _Unusual
     for flag in flags:
         if flag is not True and flag is not False:
             raise _Unusual
-    if type(call.eps) is not float or type(call.scale) is not float:
-        raise _Unusual
     return (
-        _tensor(call.q), _tensor(call.k), _tensor(call.v), _tensor(call.log_decay), turned, call.feature_map,
-        flags, call.eps, call.scale, _tensor(call.key_mask), _tensor(call.lengths), _tensor(call.cu_seqlens),
-        memory, _tensor(call.slots), call.precision, key, needs_grad,
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+        k.device, v.device, q.layout, k.layout, v.layout, _tensor(call.log_decay), call.feature_map, flags,
+        call.eps, call.scale, call.precision, key, needs_grad,
+        None if call.reweight is None and call.initial_state is None and call.key_mask is None
+        and call.lengths is None and call.cu_seqlens is None else _rare(call),
+    )  # fmt: skip
+
+
+def _rare(call: Call) -> tuple[Any, ...]:
+    """Facts about what most calls do not have."""
+    state, reweight = call.initial_state, call.reweight
+    turned: Any = None
+    if type(reweight) is Cosine:
+        turned = ("cosine", reweight.max_len)
+    elif type(reweight) is LRPE:
+        turned = ("lrpe", _tensor(reweight.theta))
+    elif reweight is not None:
+        raise _Unusual
+    memory: Any = None
+    if state is not None:
+        if type(state) is not State or not {type(state.feature_map), type(state.reweight)} <= {*NAMES}:
+            raise _Unusual
+        memory = (
+            _tensor(state.kv), _tensor(state.z), _tensor(state.length), state.feature_map, state.reweight,
+            state.d if type(state.d) is int else None,
+        )  # fmt: skip
+        if state.d is not None and type(state.d) is not int:
+            raise _Unusual
+    return (
+        turned, memory, _tensor(call.key_mask), _tensor(call.lengths), _tensor(call.cu_seqlens),
+        _tensor(call.slots),
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import TypeGuard
 
@@ -17,17 +16,25 @@ from linattn.registry import get
 from linattn.slots import Slots
 from linattn.state import State
 
+_protocols: dict[tuple[type, type], bool] = {}
 
-@functools.cache
+
+def _offers(backend: Backend, protocol: type) -> bool:
+    """Whether a kind of backend has a protocol's methods; asked once, as protocols are slow to check."""
+    key = protocol, type(backend)
+    if key not in _protocols:
+        _protocols[key] = isinstance(backend, protocol)
+    return _protocols[key]
+
+
 def differentiates(backend: Backend) -> TypeGuard[Differentiable]:
-    """Whether a backend has a backward pass of its own; asked once, as protocols are slow to check."""
-    return isinstance(backend, Differentiable)
+    """Whether a backend has a backward pass of its own."""
+    return _offers(backend, Differentiable)
 
 
-@functools.cache
 def decodes(backend: Backend) -> TypeGuard[Decoding]:
     """Whether a backend has a decode step of its own."""
-    return isinstance(backend, Decoding)
+    return _offers(backend, Decoding)
 
 
 def beside(x: Array | None, like: Array, dtype: str) -> Array | None:

@@ -21,10 +21,13 @@ def known_keywords(fn: Callable[P, R]) -> Callable[P, R]:
     needed = [
         name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
     ]
+    known, given, count = frozenset(names), frozenset(needed), len(needed)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **keywords: P.kwargs) -> R:
+        if len(args) == count and (open_ended or known.issuperset(keywords)) and given.isdisjoint(keywords):
+            return fn(*args, **keywords)
         if not open_ended:
             for name in keywords:
                 if name not in names:

@@ -1,4 +1,4 @@
-"""torch tensors on CUDA, by fused Triton kernels: one product for every pass, options as compile-time flags."""
+"""torch tensors on CUDA, by fused Triton kernels: one product for every pass."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TritonBackend:
         if problem.d > WIDEST or problem.e > WIDEST:
             return f"takes D and E up to {WIDEST}, got {problem.d} and {problem.e}"
         if on_gpu and (capability := _torch().cuda.get_device_capability(problem.device)) < OLDEST:
-            return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, {problem.device} has {capability[0]}.{capability[1]}"
+            return f"needs compute capability 8.0, {problem.device} has {capability[0]}.{capability[1]}"
         return None
 
     def forward(

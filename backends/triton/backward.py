@@ -9,15 +9,17 @@ any), do / denominator in do's dtype with normalize, and some numbers for each t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 
 from linattn.backends import Gradients, Saved
 from linattn.backends.triton import plan
+from linattn.backends.triton import segments as between
 from linattn.backends.triton.launch import (
     Carried,
-    Side,
     carried,
     dense,
     empty_state,
@@ -25,16 +27,19 @@ from linattn.backends.triton.launch import (
     operand_name,
     planned,
     planned_for,
-    run,
     side_of,
     sums,
     total_size,
 )
-from linattn.backends.triton.segments import crossing, denominator_gradient, suffix_sums
+from linattn.backends.triton.launcher import Launcher, one, repeatable, room, spoil
+from linattn.backends.triton.starts import Side, run
 from linattn.problem import Problem
 from linattn.state import State
 
 Tensor = torch.Tensor
+denominator_gradient = Launcher(between.denominator_gradient)
+suffix_sums = Launcher(between.suffix_sums)
+crossing = Launcher(between.crossing)
 
 ANGLE_SEGMENT = 128
 """Tokens of a segment where the gradient of angles is asked for: it weighs tokens by their distance from the
@@ -66,16 +71,30 @@ class Results:
 
 def backward(problem: Problem, x: Saved, do: Tensor, dstate: State | None) -> Gradients:
     """Gradients of every input, from those of o [B, N, H, E] and of the returned state."""
+    state = x.state
+    parts = (None, None) if state is None else (state.kv, state.z)
+    ends = (None, None) if dstate is None else (dstate.kv, dstate.z)
+    borders = x.cu_seqlens if problem.packed else x.lengths
+    tables = (x.log_decay, x.theta, x.key_mask, borders)
+    inputs = (x.q, x.k, x.v, *tables, *parts, x.o, do, *ends)
+    strides = (do.stride(), x.want_log_decay, x.want_theta, dstate is None, x.o is None or x.o.stride())
+    name = f"backward {strides}"
+    return Gradients(*repeatable(name, problem, inputs, partial(_backward, problem, x, do, dstate)))
+
+
+def _backward(problem: Problem, x: Saved, do: Tensor, dstate: State | None) -> tuple[Tensor | None, ...]:
     side = side_of(problem, x)
     start, dstate = dense(x.state), dense(dstate)
     two = not problem.causal and problem.decay is not None
     dtype = torch.float32 if two else x.q.dtype
-    out = Results(*(fresh(problem, t, tuple(t.shape), dtype) for t in (x.q, x.k, x.v)), [], [], [])
+    dq, dk, dv = (fresh(problem, t, tuple(t.shape), dtype) for t in (x.q, x.k, x.v))
+    out = Results(dq, dk, dv, [], [], [])
     extra = None
     if problem.normalize:
         do, extra = _through_denominator(side, x, start, do)
     late = Late(do, extra)
-    if problem.scale != 1.0:  # the gradient of a state is not scaled: what is added to it is
+    if problem.scale != 1.0:
+        spoil()  # the gradient of a state is not scaled: what is added to it is
         late = Late(do * problem.scale, None if extra is None else extra * problem.scale)
     if not problem.causal and problem.decay is None:
         _from_totals(side, x, do, extra, late, out)
@@ -87,12 +106,15 @@ def backward(problem: Problem, x: Saved, do: Tensor, dstate: State | None) -> Gr
     if problem.decay is not None and x.want_log_decay:
         decay = _log_decay(side, out, x.q)
     if problem.reweight == "lrpe" and x.want_theta:
+        spoil()
         theta = torch.zeros(problem.heads, problem.d, dtype=torch.float32, device=x.q.device)
         for part in out.theta:
             theta += part.sum(0)
     kept = out.start if problem.initial_state else None
     dtype = x.q.dtype
-    return Gradients(
+    if two:
+        spoil()
+    return (
         out.q.to(dtype), out.k.to(dtype), out.v.to(dtype), decay, theta,
         None if kept is None else kept.kv, None if kept is None else kept.z,
     )  # fmt: skip
@@ -103,28 +125,29 @@ def _through_denominator(side: Side, x: Saved, start: State | None, do: Tensor) 
     problem = side.problem
     b, n, h, e = do.shape
     den = fresh(problem, do, (b, n, h, 1), torch.float32)
-    ones = torch.ones(1, dtype=x.v.dtype, device=do.device).expand(b, problem.m, h, 1)
+    ones = one(x.v.dtype, do.device).expand(b, problem.m, h, 1)
     begin = None if start is None or start.z is None else replace(start, kv=start.z[..., None], z=None)
     plain = replace(side, problem=replace(problem, e=1))
     if n:
         sums(plain, x.q, x.k, ones, den, begin, None, False)
     narrow = problem.dtype == "bfloat16"
-    num = torch.empty(b, n, h, e, dtype=do.dtype if narrow else torch.float32, device=do.device)
-    extra = torch.empty(b, n, h, dtype=torch.float32, device=do.device)
+    num = room((b, n, h, e), do.dtype if narrow else torch.float32, do.device)
+    extra = room((b, n, h), torch.float32, do.device)
     rows = b * n * h
     assert x.o is not None
     if rows:
         block = max(1, 2048 // plan.padded(e))
-        denominator_gradient[(triton.cdiv(rows, block),)](
-            den, x.o, *x.o.stride(), do, *do.stride(), num, extra, rows, n, h, e, problem.eps,
-            BLOCK=block, BLOCK_E=plan.padded(e), num_warps=4,
+        denominator_gradient(
+            triton.cdiv(rows, block), (do.dtype, x.o.dtype, do.device, x.o.stride(), do.stride(), e),
+            (den, x.o, *x.o.stride(), do, *do.stride(), num, extra, rows, n, h, e, problem.eps),
+            (block, plan.padded(e)), num_warps=4, num_stages=2,
         )  # fmt: skip
     return num, extra
 
 
 def _rows(problem: Problem, like: Tensor, blocks: plan.Blocks) -> Tensor:
     slices = -(-problem.d // blocks.block_e)
-    return torch.zeros(slices, *like.shape[:3], dtype=torch.float32, device=like.device)
+    return room((slices, *like.shape[:3]), torch.float32, like.device, zero=True)
 
 
 def _one_way(
@@ -144,8 +167,8 @@ def _one_way(
     problem = side.problem
     two = problem.reweight is not None
     name = operand_name(problem)
-    grad_blocks = plan.blocks(name, problem.e, problem.d, two, True)
-    value_blocks = plan.blocks(name, problem.d, problem.e, two, False)
+    grad_blocks = plan.blocks(name, problem.e, problem.d, two, True, problem.device)
+    value_blocks = plan.blocks(name, problem.d, problem.e, two, False, problem.device)
     want_theta = problem.reweight == "lrpe" and x.want_theta
     want_decay = problem.decay is not None and x.want_log_decay
     side = planned(side, grad_blocks, problem.d, size=ANGLE_SEGMENT if want_theta else 0)
@@ -178,19 +201,21 @@ def _one_way(
     )  # fmt: skip
     run(
         side, x.v, late.do, x.q, out.k, raw=x.k, blocks=grad_blocks, extra=late.extra, scale=1.0,
-        extra_on=2 if extra is not None else 0, **to_keys, reverse=back_to, strict=strict, gradient=True, mask=2,
+        extra_on=0 if extra is None else 2, **to_keys, reverse=back_to, strict=strict, gradient=True, mask=2,
         sums=sums_, rows=rows_k, want_rows=want_decay, turn=turn_k, centre=centre,
     )  # fmt: skip
     if not side.split and to_keys["final"] is not None:
         to_keys |= {"final_z": None}
     run(
-        side, x.k, x.q, late.do, out.v, blocks=value_blocks, scale=1.0, **to_keys, reverse=back_to, strict=strict, mask=2, sums=sums_,
+        side, x.k, x.q, late.do, out.v, blocks=value_blocks, scale=1.0, **to_keys, reverse=back_to,
+        strict=strict, mask=2, sums=sums_,
     )  # fmt: skip
     out.start = dstart
     if rows_q is not None and rows_k is not None:
         out.plus += [rows_k if flip else rows_q]
         out.minus += [rows_q if flip else rows_k]
         if need_end and dstate is not None and final is not None:
+            spoil()
             end = (final.kv * dstate.kv).sum((-1, -2))
             if final.z is not None and dstate.z is not None:
                 end = end + (final.z * dstate.z).sum(-1)
@@ -203,9 +228,7 @@ def _one_way(
             out.theta.append(_crossing(side, early.z, after.z, start, dstart, final, dstate, True))
 
 
-def _ends(
-    side: Side, states: Carried | None, start: State | None, final: State | None
-) -> dict[str, Tensor | None]:
+def _ends(side: Side, states: Carried | None, start: State | None, final: State | None) -> dict[str, Any]:
     """Where a product's state begins and ends: at borders of segments, or at those of the sequence."""
     if states is not None:
         return {"start": states.kv, "start_z": states.z, "final": None, "final_z": None}
@@ -221,8 +244,8 @@ def _from_totals(side: Side, x: Saved, do: Tensor, extra: Tensor | None, late: L
     """Gradients of a call that is not causal and has no decay: everybody reads one state."""
     problem = side.problem
     name, two = operand_name(problem), problem.reweight is not None
-    grad_blocks = plan.blocks(name, problem.e, problem.d, two, True)
-    value_blocks = plan.blocks(name, problem.d, problem.e, two, False)
+    grad_blocks = plan.blocks(name, problem.e, problem.d, two, True, problem.device)
+    value_blocks = plan.blocks(name, problem.d, problem.e, two, False, problem.device)
     size = total_size(problem)
     queries, keys = planned_for(side, problem.n, size), planned_for(side, problem.m, size)
     forth = carried(keys, x.k, x.v, None, None, normalize=problem.normalize, total=True)
@@ -242,8 +265,8 @@ def _from_totals(side: Side, x: Saved, do: Tensor, extra: Tensor | None, late: L
     )  # fmt: skip
     run(
         keys, x.v, late.do, x.q, out.k, raw=x.k, blocks=grad_blocks, extra=late.extra, scale=1.0,
-        extra_on=2 if extra is not None else 0, start=back.kv, start_z=back.z, gradient=True, mask=2, total=True,
-        turn=turn_k, centre=centre,
+        extra_on=0 if extra is None else 2, start=back.kv, start_z=back.z, gradient=True, mask=2,
+        total=True, turn=turn_k, centre=centre,
     )  # fmt: skip
     run(keys, x.k, x.q, late.do, out.v, blocks=value_blocks, scale=1.0, start=back.kv, mask=2, total=True)
 
@@ -253,18 +276,24 @@ def _log_decay(side: Side, out: Results, q: Tensor) -> Tensor:
     problem, decay = side.problem, side.log_decay
     assert decay is not None
     b, n, h = problem.batch, max(problem.n, problem.m), problem.heads
-    per_token = torch.zeros(b, n, h, dtype=torch.float32, device=q.device)
+    per_token = room((b, n, h), torch.float32, q.device, zero=True)
     plus, minus = _stacked(out.plus, n), _stacked(out.minus, n)
     strides = (0, 0, decay.stride(0)) if decay.ndim == 1 else decay.stride()
     end = out.end
     if n and problem.sequences:
-        suffix_sums[(problem.sequences * h,)](
+        borders = 2 if problem.packed else int(problem.lengths)
+        constants = (plus.shape[0], minus.shape[0], 256, 1 if decay.ndim == 1 else 2, borders)
+        marks = plus if side.borders is None else side.borders
+        arguments = (
             plus, minus, plus if end is None else end, int(end is not None), decay, *strides, per_token,
-            plus if side.borders is None else side.borders, b, problem.sequences, n, h,
-            PLUS=plus.shape[0], MINUS=minus.shape[0], BLOCK=256, DECAY=1 if decay.ndim == 1 else 2,
-            BORDERS=2 if problem.packed else int(problem.lengths), num_warps=4,
+            marks, b, problem.sequences, n, h,
         )  # fmt: skip
-    return per_token.sum((0, 1)) if decay.ndim == 1 else per_token
+        key = (decay.dtype, marks.dtype, q.device, strides, constants)
+        suffix_sums(problem.sequences * h, key, arguments, constants, num_warps=4, num_stages=2)
+    if decay.ndim == 1:
+        spoil()
+        return per_token.sum((0, 1))
+    return per_token
 
 
 def _stacked(parts: list[Tensor], n: int) -> Tensor:
@@ -298,11 +327,15 @@ def _crossing(
         return early if found is None else found
 
     if problem.sequences:
-        crossing[(problem.sequences * problem.heads * tiles,)](
-            early, late, part(start), part(dstart), int(start is not None), part(end), part(dend),
-            int(end is not None), out, early if side.borders is None else side.borders, problem.sequences,
-            plan.length_of(problem), problem.heads, d, e, side.segments, side.size, 0.5 * side.size,
-            BLOCK_D=16, BLOCK_E=plan.padded(e), BORDERS=2 if problem.packed else int(problem.lengths),
-            num_warps=4,
+        marks = early if side.borders is None else side.borders
+        constants = (16, plan.padded(e), 2 if problem.packed else int(problem.lengths))
+        crossing(
+            problem.sequences * problem.heads * tiles, (marks.dtype, early.device, constants),
+            (
+                early, late, part(start), part(dstart), int(start is not None), part(end), part(dend),
+                int(end is not None), out, marks, problem.sequences, plan.length_of(problem), problem.heads,
+                d, e, side.segments, side.size, 0.5 * side.size,
+            ),
+            constants, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from linattn.backends.triton.launcher import Launcher
+from linattn.backends.triton.launcher import Launcher, repeatable, room
 from linattn.backends.triton.pieces import circle, feature, turns_of
 from linattn.problem import Problem
 from linattn.state import State
@@ -279,32 +279,44 @@ def decode_step(
     log_decay [H] or [B, H] and theta [H, D] are float32, as the state is; slots [B] int32 or int64. Any
     strides. Launches one kernel on the current device, which must be the tensors', and its current stream.
     """
+    inputs = (q, k, v, log_decay, theta, slots, state.kv, state.z, state.length)
+    o = repeatable("decode", problem, inputs, functools.partial(_step, problem, *inputs))[0]
+    assert o is not None
+    return o
+
+
+def _step(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, theta: Tensor | None,
+    slots: Tensor | None, kv: Tensor, z: Tensor | None, length: Tensor,
+) -> tuple[Tensor]:  # fmt: skip
     b, h, d = q.shape
-    kv, z, length = state.kv, state.z, state.length
     s, _, _, e = kv.shape
-    o = torch.empty((b, h, e), dtype=q.dtype, device=q.device)
+    o = room((b, h, e), q.dtype, q.device)
     if not b * h:
-        return o
+        return (o,)
     angles, normalize = ANGLES[problem.reweight], problem.normalize
     x = shape(b * h, d, e, angles > 0, normalize)
     decay_strides = (0, 0) if log_decay is None else (0, *log_decay.stride())[-2:]
     strides = kv.stride()
     constants = (
-        x.block_d, x.block_e, x.steps, problem.feature_map or "none", angles, log_decay is not None, normalize,
-        slots is not None,
+        x.block_d, x.block_e, x.steps, problem.feature_map or "none", angles, log_decay is not None,
+        normalize, slots is not None,
+    )  # fmt: skip
+    dtypes = (
+        q.dtype, log_decay is not None and log_decay.dtype, theta is not None and theta.dtype,
+        slots is not None and slots.dtype,
     )  # fmt: skip
     start(
-        b * h * x.slices,
-        (q.dtype, q.device, strides, d, e, constants, x.warps, log_decay is not None and log_decay.dtype,
-         theta is not None and theta.dtype, slots is not None and slots.dtype),
+        b * h * x.slices, (dtypes, q.device, strides, d, e, constants, x.warps),
         (
-            q, *q.stride(), k, *k.stride(), v, *v.stride(), q if log_decay is None else log_decay, *decay_strides,
+            q, *q.stride(), k, *k.stride(), v, *v.stride(),
+            q if log_decay is None else log_decay, *decay_strides,
             *((q, 0, 0) if angles < 2 or theta is None else (theta, *theta.stride())),
             *((q, 0) if slots is None else (slots, slots.stride(0))),
             kv, *strides, *((kv, 0, 0, 0) if z is None else (z, *z.stride())), length, length.stride(0),
-            o, *turn(problem.max_len if angles == 1 else None), s, h, d, e, x.slices, problem.scale, problem.eps,
+            o, *turn(problem.max_len if angles == 1 else None), s, h, d, e, x.slices, problem.scale,
+            problem.eps,
         ),
-        constants,
-        num_warps=x.warps, num_stages=1,
+        constants, num_warps=x.warps, num_stages=1,
     )  # fmt: skip
-    return o
+    return (o,)

@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from linattn.backends.triton import plan
-from linattn.backends.triton import product as kernels
-from linattn.backends.triton import segments as between
-from linattn.backends.triton.launcher import Launcher
+from linattn.backends.triton.launcher import repeatable, room, spoil
+from linattn.backends.triton.starts import Side, run, through
 from linattn.problem import Problem
 from linattn.state import State
 
 Tensor = torch.Tensor
-ANGLES = {None: 0, "cosine": 1, "lrpe": 2}
-DECAY = {None: 0, "head": 1, "token": 2}
-
-
-@dataclass(frozen=True)
-class Side:
-    """What surrounds q, k and v in a call: tables, masks, borders."""
-
-    problem: Problem
-    log_decay: Tensor | None
-    theta: Tensor | None
-    key_mask: Tensor | None
-    borders: Tensor | None  # lengths or cu_seqlens
-    units: int = 0  # programs over sequences and segments; 0: one for each sequence
-    segments: int = 1
-    size: int = 1  # tokens in a segment
-
-    @property
-    def split(self) -> bool:
-        return self.units > 0
-
-
 NOTHING = contextlib.nullcontext()
 
 
@@ -88,143 +62,6 @@ def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0) -> Side:
     return side if count == 1 else split_side(side, count, size)
 
 
-product = Launcher(kernels.product)
-scan = Launcher(between.scan)
-
-
-def do_dtype(*parts: Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes of operands, which may be wider than q's in a backward pass."""
-    return tuple(x.dtype for x in parts)
-
-
-OPERANDS = {"bfloat16": tl.bfloat16, "float16": tl.float32, "float32": tl.float32}
-
-
-def precision(problem: Problem) -> str:
-    """Of products of float32 operands: float16 values are exact in tf32, and so are sums of any size."""
-    narrow = problem.dtype == "float16" and problem.device != "cpu"  # an interpreter has no narrow products
-    return "tf32" if narrow or problem.precision == "tf32" else "ieee"
-
-
-def run(
-    side: Side,
-    x: Tensor,
-    y: Tensor,
-    w: Tensor,
-    out: Tensor,
-    *,
-    blocks: plan.Blocks,
-    raw: Tensor | None = None,
-    extra: Tensor | None = None,
-    extra_on: int = 0,
-    start: Tensor | None = None,
-    start_z: Tensor | None = None,
-    final: Tensor | None = None,
-    final_z: Tensor | None = None,
-    rows: Tensor | None = None,
-    turn: Tensor | None = None,
-    centre: float = 0.0,
-    reverse: bool = False,
-    strict: bool = False,
-    gradient: bool = False,
-    normalize: bool = False,
-    mask: int = 1,
-    total: bool = False,
-    output: bool = True,
-    sums: int = 0,
-    want_rows: bool = False,
-    n: int | None = None,
-    scale: float | None = None,
-    all_parts: bool = True,
-) -> None:
-    """Launch `product` once; shapes as it says, `sums` is its RAW."""
-    problem = side.problem
-    d, e = y.shape[3] if not total else x.shape[3], out.shape[3] if output else w.shape[3]
-    n, m = x.shape[1] if n is None else n, y.shape[1]
-    decay, mask_ptr = side.log_decay, side.key_mask
-    if decay is None or total:
-        g, g_strides, kind = x, (0, 0, 0), 0
-    elif decay.ndim == 1:
-        g, g_strides, kind = decay, (0, 0, decay.stride(0)), 1
-    else:
-        g, g_strides, kind = decay, decay.stride(), 2
-    if mask_ptr is None or not mask:
-        mask_ptr, mask_strides, mask = x, (0, 0), 0
-    else:
-        mask_strides = mask_ptr.stride()
-    raw = x if raw is None else raw
-    angles = ANGLES[problem.reweight]
-    angle = math.pi / (2 * problem.max_len) if angles == 1 and problem.max_len else 0.0
-    borders = 2 if problem.packed else int(problem.lengths)
-    slices = -(-e // blocks.block_e)
-    units = side.units or problem.sequences
-    if units == 0 or slices == 0:
-        return
-    out_strides = out.stride()
-    strides = x.stride(), y.stride(), w.stride(), raw.stride(), out_strides, g_strides, mask_strides
-    theta, marks = side.theta, side.borders
-    constants = (
-        d, e, blocks.c, plan.padded(d), blocks.block_e, OPERANDS[problem.dtype], precision(problem),
-        problem.feature_map or "none", angles, kind, reverse, strict, gradient, normalize, extra_on, mask,
-        borders, side.split, total, output, sums, want_rows, turn is not None, blocks.stages,
-    )  # fmt: skip
-    product(
-        units * problem.heads * slices,
-        (x.dtype, do_dtype(y, w), out.dtype, g.dtype, None if marks is None else marks.dtype,
-         None if theta is None else theta.dtype, x.device, strides, constants, blocks.warps),
-        (
-            x, *strides[0], y, *strides[1], w, *strides[2], raw, *strides[3], out, *out_strides,
-            g, *g_strides, x if theta is None else theta, angle, mask_ptr, *mask_strides,
-            x if extra is None else extra, 0 if extra is None else extra.shape[1],
-            x if start is None else start, x if start_z is None else start_z, int(start is not None),
-            x if final is None else final, x if final_z is None else final_z, int(final is not None),
-            x if rows is None else rows, x if turn is None else turn, x if marks is None else marks,
-            problem.batch, problem.sequences, n, m, problem.heads, side.segments, side.size, int(all_parts),
-            float(centre), float(problem.scale if scale is None else scale), problem.eps,
-        ),
-        constants,
-        num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
-
-
-def through(
-    side: Side,
-    parts: Tensor,
-    length: int,
-    start: Tensor | None,
-    final: Tensor | None,
-    log_decay: Tensor | None,
-    *,
-    reverse: bool = False,
-    total: bool = False,
-) -> None:
-    """Carry states [units H F E] through the segments of every sequence, in place."""
-    problem = side.problem
-    angles = ANGLES[problem.reweight]
-    angle = math.pi / (2 * problem.max_len) if angles == 1 and problem.max_len else 0.0
-    f, e = parts.shape[2], parts.shape[3]
-    d = f // 2 if angles else f
-    kind = 0 if log_decay is None else DECAY[problem.decay]
-    block = min(1024, triton.next_power_of_2(d * e))
-    grid = triton.cdiv(d * e, block) * problem.heads * problem.sequences
-    if grid == 0:
-        return
-    borders = 2 if problem.packed else int(problem.lengths)
-    g = parts if log_decay is None else log_decay
-    constants = (block, angles, kind, reverse, borders, total)
-    scan(
-        grid, (g.dtype, side.borders is not None and side.borders.dtype, parts.device, constants),
-        (
-            parts, parts if start is None else start, int(start is not None),
-            parts if final is None else final, int(final is not None), g, 0 if kind != 1 else g.stride(0),
-            parts if side.theta is None else side.theta, angle,
-            parts if side.borders is None else side.borders,
-            problem.sequences, length, problem.heads, d, e, side.segments, side.size,
-        ),
-        constants, num_warps=4, num_stages=2,
-    )  # fmt: skip
-
-
 NO_STATE = State(None, None, None)
 
 
@@ -253,11 +90,13 @@ def carried(
     problem = side.problem
     h, f, e = problem.heads, problem.f, w.shape[3]
     summed = normalize or extra is not None
-    kv = torch.empty(side.units, h, f, e, dtype=torch.float32, device=y.device)
-    z = torch.empty(side.units, h, f, 1, dtype=torch.float32, device=y.device) if summed else None
+    kv = room((side.units, h, f, e), torch.float32, y.device)
+    z = room((side.units, h, f, 1), torch.float32, y.device) if summed else None
     per_token = problem.decay == "token"
-    logs = torch.empty(side.units, h, dtype=torch.float32, device=y.device) if per_token else None
-    blocks = plan.blocks(operand_name(problem), y.shape[3], e, problem.reweight is not None, False)
+    logs = room((side.units, h), torch.float32, y.device) if per_token else None
+    blocks = plan.blocks(
+        operand_name(problem), y.shape[3], e, problem.reweight is not None, False, problem.device
+    )
     length = y.shape[1] if total else plan.length_of(problem)
     run(
         side, y, y, w, w, n=length, blocks=blocks, extra=extra, extra_on=0 if extra is None else 2,
@@ -266,10 +105,8 @@ def carried(
     )  # fmt: skip
     decay = None if total else logs if per_token else side.log_decay
     if total:
-        sums = torch.zeros(problem.sequences, h, f, e, dtype=torch.float32, device=y.device)
-        sums_z = (
-            torch.zeros(problem.sequences, h, f, 1, dtype=torch.float32, device=y.device) if summed else None
-        )
+        sums = room((problem.sequences, h, f, e), torch.float32, y.device, zero=True)
+        sums_z = room((problem.sequences, h, f, 1), torch.float32, y.device, zero=True) if summed else None
         through(side, kv, length, None, sums, None, total=True)
         if z is not None:
             through(side, z, length, None, sums_z, None, total=True)
@@ -297,8 +134,9 @@ def dense(state: State | None) -> State | None:
 
 def empty_state(problem: Problem, like: Tensor, e: int, z: bool) -> State:
     """Room for one state a sequence; lengths are not in it."""
-    kv = torch.empty(problem.sequences, problem.heads, problem.f, e, dtype=torch.float32, device=like.device)
-    return State(kv, torch.empty(kv.shape[:3], dtype=torch.float32, device=like.device) if z else None, kv)
+    shape = (problem.sequences, problem.heads, problem.f)
+    kv = room((*shape, e), torch.float32, like.device)
+    return State(kv, room(shape, torch.float32, like.device) if z else None, kv)
 
 
 def sums(
@@ -314,7 +152,9 @@ def sums(
     """o of a whole call into `out`, and its final state into `final`."""
     problem = side.problem
     e = v.shape[3]
-    blocks = plan.blocks(operand_name(problem), q.shape[3], e, problem.reweight is not None, False)
+    blocks = plan.blocks(
+        operand_name(problem), q.shape[3], e, problem.reweight is not None, False, problem.device
+    )
     if not problem.causal:
         _two_sided(side, q, k, v, out, blocks, normalize)
         return
@@ -332,8 +172,7 @@ def sums(
 
 def fresh(problem: Problem, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Room for results; zeros where kernels skip tokens that do not exist."""
-    make = torch.zeros if problem.lengths or problem.packed else torch.empty
-    return make(shape, dtype=dtype, device=like.device)
+    return room(shape, dtype, like.device, zero=problem.lengths or problem.packed)
 
 
 def _two_sided(
@@ -354,6 +193,7 @@ def _two_sided(
     den = fresh(problem, q, tuple(q.shape[:3]), torch.float32) if normalize else None
     run(side, q, k, v, both, blocks=blocks, normalize=normalize, sums=1, rows=den)
     run(side, q, k, v, both, blocks=blocks, normalize=normalize, sums=2, rows=den, reverse=True, strict=True)
+    spoil()
     if den is not None:
         both /= torch.where(den <= problem.eps, problem.eps, den)[..., None]
     out.copy_(both)
@@ -365,7 +205,7 @@ def total_size(problem: Problem) -> int:
         1, plan.FULL * multiprocessors(problem.device) // max(1, 4 * problem.sequences * problem.heads)
     )
     length = max(1, plan.length_of(problem))
-    return max(256, triton.cdiv(triton.cdiv(length, room), 128) * 128)
+    return max(256, -(-length // (room * 128)) * 128)
 
 
 def planned_for(side: Side, length: int, size: int) -> Side:
@@ -375,26 +215,36 @@ def planned_for(side: Side, length: int, size: int) -> Side:
 
 def forward(problem: Problem, x: Any) -> tuple[Tensor, State | None]:
     """The whole call of a backend: o [B, N, H, E] in q's dtype, and the final state if it is asked for."""
+    state = x.state
+    parts = (None, None) if state is None else (state.kv, state.z)
+    borders = x.cu_seqlens if problem.packed else x.lengths
+    inputs = (x.q, x.k, x.v, x.log_decay, x.theta, x.key_mask, borders, *parts)
+    o, kv, z = repeatable("forward", problem, inputs, functools.partial(_forward, problem, x))
+    assert o is not None
+    if kv is None:
+        return o, None
+    return o, State(kv, z, _lengths(problem, x), problem.feature_map, problem.reweight, problem.d)
+
+
+def _forward(problem: Problem, x: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     o = fresh(problem, x.q, (problem.batch, problem.n, problem.heads, problem.e), x.q.dtype)
     start, final = dense(x.state), None
     if problem.return_state:
         final = empty_state(problem, x.q, problem.e, problem.normalize)
     if problem.n or problem.return_state:
         sums(side_of(problem, x), x.q, x.k, x.v, o, start, final, problem.normalize)
-    if final is None:
-        return o, None
-    length = _lengths(problem, x)
-    return o, State(final.kv, final.z, length, problem.feature_map, problem.reweight, problem.d)
+    return (o, None, None) if final is None else (o, final.kv, final.z)
 
 
 def _lengths(problem: Problem, x: Any) -> Tensor:
     """Tokens that each sequence has seen: [S] int64."""
+    seen: Tensor | None = None if x.state is None else x.state.length
     if x.cu_seqlens is not None:
-        tokens = x.cu_seqlens[1:].to(torch.int64) - x.cu_seqlens[:-1]
+        tokens: Tensor = x.cu_seqlens[1:].to(torch.int64) - x.cu_seqlens[:-1]
     elif x.lengths is not None:
         tokens = x.lengths.to(torch.int64, copy=True)
-    elif x.state is not None:
-        return x.state.length + problem.n
+    elif seen is not None:
+        return seen + problem.n
     else:
         return torch.full((problem.batch,), problem.n, dtype=torch.int64, device=x.q.device)
-    return tokens if x.state is None else tokens + x.state.length
+    return tokens if seen is None else tokens + seen

@@ -1,20 +1,150 @@
-"""Starting a kernel that has been compiled before costs a table look-up, not Triton's own preparation."""
+"""Starting kernels again costs little: compiled variants, and whole passes, are remembered.
+
+Triton works out a kernel's variant from every argument of every call. A `Launcher` is told what the variant
+depends on. A `Tape` remembers all launches and buffers of a pass, and only fills in addresses.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 Tensor = torch.Tensor
+Parts = tuple[Tensor | None, ...]
+
+
+class Tape:
+    """The launches of one pass, with holes where addresses of its inputs and buffers go."""
+
+    def __init__(self, owner: Any, inputs: Parts) -> None:
+        self.owner = owner  # kept, so that its id stays its own
+        self.slots: dict[int, int] = {}
+        self.rooms: list[tuple[tuple[int, ...], torch.dtype, torch.device, bool]] = []
+        self.steps: list[tuple[Any, int, list[Any], tuple[tuple[int, int], ...]]] = []
+        self.inputs = len(inputs)
+        self.good = True
+        self.results: tuple[int | None, ...] = ()
+        self.index = 0
+        for slot, x in enumerate(inputs):
+            if x is not None:
+                self.index = x.device.index or 0
+                self._name(x, slot)
+
+    def _name(self, x: Tensor, slot: int) -> None:
+        address = x.data_ptr()
+        if address in self.slots or address & 15 or not address:
+            self.good = False  # two arguments in one place, or a rare variant
+        self.slots[address] = slot
+
+    def room(self, x: Tensor, zero: bool) -> None:
+        """A buffer was made."""
+        self._name(x, self.inputs + len(self.rooms))
+        self.rooms.append((tuple(x.shape), x.dtype, x.device, zero))
+
+    def step(self, kernel: Any, programs: int, flat: list[Any], pointers: tuple[int, ...]) -> None:
+        """A kernel was started."""
+        holes = []
+        for i in pointers:
+            slot = self.slots.get(flat[i])
+            if slot is not None:
+                holes.append((i, slot))
+            elif flat[i] not in _constants:
+                self.good = False
+                return
+        self.steps.append((kernel, programs, flat, tuple(holes)))
+
+    def finish(self, results: Parts) -> bool:
+        """Whether it can be played: every result is one of its buffers."""
+        found = [None if x is None else self.slots.get(x.data_ptr(), -1) for x in results]
+        self.results = tuple(found)
+        return self.good and all(slot is None or slot >= self.inputs for slot in found)
+
+    def play(self, inputs: Parts) -> Parts | None:
+        """Run the pass on other tensors of the same kind; None if their alignment is another."""
+        addresses = [0 if x is None else x.data_ptr() for x in inputs]
+        for address in addresses:
+            if address & 15:
+                return None
+        rooms: list[Tensor] = []
+        for shape, dtype, device, zero in self.rooms:
+            x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+            rooms.append(x)
+            addresses.append(x.data_ptr())
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        for kernel, programs, template, holes in self.steps:
+            flat = template.copy()
+            for i, slot in holes:
+                flat[i] = addresses[slot]
+            kernel.run(
+                programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *flat
+            )
+        first = self.inputs
+        return tuple(None if slot is None else rooms[slot - first] for slot in self.results)
+
+
+LIMIT = 512  # passes to remember
+_tapes: dict[tuple[str, int], Tape | Any] = {}
+_recording: list[Tape] = []
+_constants: dict[int, Tensor] = {}
+
+
+def repeatable(name: str, owner: Any, inputs: Parts, work: Callable[[], Parts]) -> Parts:
+    """`work()`, which reads `inputs` and returns its own buffers; from the third time on by its tape.
+
+    owner: the object that stands for everything else that the pass depends on; the first time it is only
+    remembered, since most owners come once.
+    """
+    key = name, id(owner)
+    found = _tapes.get(key)
+    if type(found) is Tape:
+        if found.good:
+            played = found.play(inputs)
+            if played is not None:
+                return played
+        return work()
+    if found is not owner:
+        if len(_tapes) >= LIMIT:
+            _tapes.clear()
+        _tapes[key] = owner
+        return work()
+    tape = Tape(owner, inputs)
+    _recording.append(tape)
+    try:
+        results = work()
+    finally:
+        _recording.pop()
+    tape.good = bool(tape.steps) and tape.finish(results)
+    _tapes[key] = tape
+    return results
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, zero: bool = False) -> Tensor:
+    """A buffer of a pass: zeros, or whatever lies there."""
+    x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+    if _recording:
+        _recording[-1].room(x, zero)
+    return x
+
+
+def spoil() -> None:
+    """What comes next is not made of launches and buffers alone: the pass has to be worked out every time."""
+    if _recording:
+        _recording[-1].good = False
+
+
+@functools.cache
+def one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The number 1, for good."""
+    x = torch.ones(1, dtype=dtype, device=device)
+    _constants[x.data_ptr()] = x
+    return x
 
 
 class Launcher:
-    """A `@triton.jit` function that remembers what it was compiled to.
-
-    Triton works out a kernel's variant from every argument of every call; here the caller says what the
-    variant depends on. Pointers' alignment is looked at as well.
-    """
+    """A `@triton.jit` function that remembers what it was compiled to."""
 
     def __init__(self, jit: Any) -> None:
         self.jit = jit
@@ -26,18 +156,23 @@ class Launcher:
     ) -> None:
         """Start `programs` programs on the current device and stream.
 
-        key: the flags, dtypes and strides that decide about the variant. constants: the compile-time
-        arguments, which follow the others. options: num_warps and num_stages, part of the key.
+        key: the flags, dtypes, strides and device that decide about the variant; pointers' alignment is
+        looked at here. constants: the compile-time arguments, which follow the others. options: num_warps and
+        num_stages, part of the key.
         """
         flat, odd = list(arguments), 0
         for i in self.pointers:
             flat[i] = address = arguments[i].data_ptr()
             if address & 15:
                 odd |= 1 << i
-        found = self.ready.get((key, odd))
-        if found is not None:
-            found[programs, 1, 1](*flat, *constants)
+        kernel = self.ready.get((key, odd))
+        if kernel is not None:
+            flat += constants
+            kernel[programs, 1, 1](*flat)
+            if _recording:
+                _recording[-1].step(kernel, programs, flat, self.pointers)
             return
+        spoil()
         kernel = self.jit[(programs,)](*arguments, *constants, **options)
         if kernel is None:  # an interpreter compiles nothing
             return

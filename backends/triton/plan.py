@@ -24,8 +24,16 @@ def padded(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def blocks(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
-    """The shipped configuration: contracted features d, value features e, one state or two (angles)."""
+def blocks(operand: str, d: int, e: int, two: bool, gradient: bool, device: str = "cpu") -> Blocks:
+    """For contracted features d and value features e, one state or two (angles): tuned, or shipped."""
+    from linattn.backends.triton import tuned
+
+    found = tuned.lookup(device, operand, d, e, two, gradient)
+    return shipped(operand, d, e, two, gradient) if found is None else found
+
+
+def shipped(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
+    """The library's own configuration."""
     wide, slices = padded(d), padded(e)
     if operand == "bfloat16":
         if wide <= 64:

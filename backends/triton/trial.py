@@ -18,8 +18,7 @@ from dataclasses import replace
 from typing import Any, TextIO
 
 import torch
-from triton.errors import TritonError
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import TritonError
 from triton.runtime.jit import MockTensor
 
 import linattn
@@ -199,7 +198,7 @@ class Trials:
         try:
             why = self._first_fault(self.timed, self.right)
             return {"why": why, "ms": self._times() if why is None else [], "shipped": self.shipped}
-        except (OutOfResources, TritonError) as error:
+        except TritonError as error:
             return {"why": sentence(error)}
 
     def check(self, blocks: Blocks) -> dict[str, Any]:
@@ -221,7 +220,7 @@ class Trials:
                 shipped = self._times()
                 self._force(blocks)
                 rounds.append((self._times(), shipped))
-        except (OutOfResources, TritonError) as error:
+        except TritonError as error:
             return {"why": sentence(error)}
         ours, theirs = (
             [min(times) for times in zip(*side, strict=True)] for side in zip(*rounds, strict=True)

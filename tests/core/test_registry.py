@@ -53,7 +53,7 @@ def test_every_builtin_is_a_backend() -> None:
     for name, backend in registry.known().items():
         assert isinstance(backend, Backend)
         assert backend.name == name
-    assert list(linattn.available_backends())[: len(backends.BUILTIN)] == ["torch", "numpy", "reference"]
+    assert list(linattn.available_backends())[: len(backends.BUILTIN)] == ["triton", "torch", "numpy", "reference"]
     assert set(linattn.available_backends().values()) == {None}
 
 
