@@ -11,7 +11,7 @@ from linattn import eager, registry, route
 from linattn.arrays import accumulate_dtype, dtype_name
 from linattn.checks import Call, problem_of, sequences_of
 from linattn.errors import GradientError, OptionError
-from linattn.prepared import PLAIN, prepared
+from linattn.prepared import LIMIT, PLAIN, prepared
 from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
@@ -348,9 +348,13 @@ def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
     return call, state, key
 
 
-def decode(call: Call, state: State, check: bool, backend: BackendLike) -> Tensor:
+def decode(
+    call: Call, state: State, check: bool, backend: BackendLike, rows: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
     """`decode_step` for torch tensors; q, k, v with an axis of one token."""
-    call = lowered(call)
+    narrow = lowered(call)
+    if narrow is not call:
+        call, rows = narrow, (narrow.q[:, 0], narrow.k[:, 0], narrow.v[:, 0])
     if wants_grad(call):
         raise GradientError(
             "decode_step changes the state in place, so no gradient passes through it: use torch.no_grad(), "
@@ -365,8 +369,15 @@ def decode(call: Call, state: State, check: bool, backend: BackendLike) -> Tenso
     problem, chosen, on_host = prepared(call, registry.requested(backend), False)
     if on_host or check is not False:
         check_values(call, device_too=check)
-    route.check_writable(state, "state")
-    return route.decode(problem, chosen, call, state)  # type: ignore[no-any-return]
+    if _writable.get(id(problem)) is not problem or state.kv.is_inference():
+        route.check_writable(state, "state")
+        if len(_writable) >= LIMIT:
+            _writable.clear()
+        _writable[id(problem)] = problem  # it stands for the strides that were looked at
+    return route.decode(problem, chosen, call, state, rows)  # type: ignore[no-any-return]
+
+
+_writable: dict[int, Problem] = {}
 
 
 def _decode_through_op(call: Call, state: State, key: str) -> Tensor:

@@ -57,7 +57,7 @@ def decode_step(
     if kind_of(q) == "torch":
         from linattn import autograd
 
-        return autograd.decode(call, state, check, backend)
+        return autograd.decode(call, state, check, backend, (q, k, v))
     problem = problem_of(call)
     check_values(call, device_too=check)
     route.check_writable(state, "state")

@@ -124,7 +124,9 @@ def differentiable(problem: Problem, backend: Backend, call: Call) -> tuple[Tens
     state = call.initial_state
     parts = (None, None) if state is None else (state.kv, state.z)
     call = replace(call, log_decay=decay)
-    out = Attention.apply(problem, backend, call, call.q, call.k, call.v, decay, theta, *parts)
+    out = Attention.apply(  # type: ignore[no-untyped-call]
+        problem, backend, call, call.q, call.k, call.v, decay, theta, *parts
+    )
     if not call.return_state:
         return out, None
     o, kv, length, *z = out

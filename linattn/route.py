@@ -87,25 +87,34 @@ def backward(problem: Problem, backend: Backend, saved: Saved, do: Array, dstate
     return fallback.backward(problem, saved, do, dstate)
 
 
-def decode(problem: Problem, backend: Backend, call: Call, state: State) -> Array:
-    """One token: q, k [b 1 h d], v [b 1 h e], decay [h] or [b 1 h] -> o [b h e]; `state` changes in place."""
+def decode(
+    problem: Problem,
+    backend: Backend,
+    call: Call,
+    state: State,
+    rows: tuple[Array, Array, Array] | None = None,
+) -> Array:
+    """One token: q, k [b 1 h d], v [b 1 h e], decay [h] or [b 1 h] -> o [b h e]; `state` changes in place.
+
+    rows: q, k, v without the axis of one token, where they are at hand.
+    """
     decay = beside(call.log_decay, call.q, problem.accumulate)
     theta = beside(call.theta, call.q, problem.accumulate)
     if decodes(backend):
         decay = decay[:, 0] if decay is not None and decay.ndim == 3 else decay
-        return backend.decode_step(
-            problem, call.q[:, 0], call.k[:, 0], call.v[:, 0], decay, theta, state, call.slots
-        )
-    start, rows = state, None
+        if rows is None:
+            rows = call.q[:, 0], call.k[:, 0], call.v[:, 0]
+        return backend.decode_step(problem, *rows, decay, theta, state, call.slots)
+    start, pool = state, None
     if call.slots is not None:
-        rows = Slots(call.slots, state)
-        start = rows.read(state)
+        pool = Slots(call.slots, state)
+        start = pool.read(state)
     inner = replace(problem, slots=False, return_state=True)
     o, final = backend.forward(inner, call.q, call.k, call.v, decay, theta, None, None, None, start)
     assert final is not None
-    if rows is not None:
-        rows.write(state, final)
-        o = rows.without_padding(o, None)
+    if pool is not None:
+        pool.write(state, final)
+        o = pool.without_padding(o, None)
     else:
         state.assign(final)
     return o[:, 0]

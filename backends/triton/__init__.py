@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -52,7 +53,7 @@ class TritonBackend:
             return "has no float64: its matrix products are float32 or narrower"
         if problem.d > WIDEST or problem.e > WIDEST:
             return f"takes D and E up to {WIDEST}, got {problem.d} and {problem.e}"
-        if on_gpu and (capability := _torch().cuda.get_device_capability(problem.device)) < OLDEST:
+        if on_gpu and (capability := _capability(problem.device)) < OLDEST:
             return f"needs compute capability 8.0, {problem.device} has {capability[0]}.{capability[1]}"
         return None
 
@@ -96,6 +97,14 @@ class TritonBackend:
 
         with launch.on(problem):
             return decode.decode_step(problem, q, k, v, log_decay, theta, state, slots)
+
+
+@functools.cache
+def _capability(device: str) -> tuple[int, int]:
+    """A device's compute capability; where there is none, `unavailable` says so."""
+    cuda = _torch().cuda
+    found: tuple[int, int] = cuda.get_device_capability(device) if cuda.is_available() else OLDEST
+    return found
 
 
 def _torch() -> Any:

@@ -77,8 +77,8 @@ def backward(problem: Problem, x: Saved, do: Tensor, dstate: State | None) -> Gr
     borders = x.cu_seqlens if problem.packed else x.lengths
     tables = (x.log_decay, x.theta, x.key_mask, borders)
     inputs = (x.q, x.k, x.v, *tables, *parts, x.o, do, *ends)
-    strides = (do.stride(), x.want_log_decay, x.want_theta, dstate is None, x.o is None or x.o.stride())
-    name = f"backward {strides}"
+    strides = tuple(None if part is None else part.stride() for part in (do, x.o, *ends))
+    name = ("backward", strides, do.dtype, x.want_log_decay, x.want_theta)
     return Gradients(*repeatable(name, problem, inputs, partial(_backward, problem, x, do, dstate)))
 
 
@@ -171,7 +171,8 @@ def _one_way(
     value_blocks = plan.blocks(name, problem.d, problem.e, two, False, problem.device)
     want_theta = problem.reweight == "lrpe" and x.want_theta
     want_decay = problem.decay is not None and x.want_log_decay
-    side = planned(side, grad_blocks, problem.d, size=ANGLE_SEGMENT if want_theta else 0)
+    least = 2 if two else 3  # the states of two passes serve three: with angles that pays sooner
+    side = planned(side, grad_blocks, problem.d, ANGLE_SEGMENT if want_theta else 0, least)
     final = dstart = None
     need_end = dstate is not None and (want_theta or want_decay)
     if need_end:

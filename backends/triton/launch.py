@@ -49,8 +49,11 @@ def split_side(side: Side, count: int, size: int) -> Side:
     return Side(problem, side.log_decay, side.theta, side.key_mask, side.borders, units, count, size)
 
 
-def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0) -> Side:
-    """Cut sequences into segments where programs are few; `size` asks for segments of that length."""
+def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0, least: int = 3) -> Side:
+    """Cut sequences into segments where programs are few; `size` asks for segments of that length.
+
+    least: the number of segments from which on it pays.
+    """
     problem = side.problem
     length = plan.length_of(problem)
     if size:
@@ -58,7 +61,7 @@ def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0) -> Side:
     if problem.batch_invariant:
         return side
     programs = problem.sequences * problem.heads * -(-e // blocks.block_e)
-    count, size = plan.segments(programs * blocks.warps, length, multiprocessors(problem.device))
+    count, size = plan.segments(programs * blocks.warps, length, multiprocessors(problem.device), least)
     return side if count == 1 else split_side(side, count, size)
 
 

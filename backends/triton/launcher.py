@@ -7,6 +7,7 @@ depends on. A `Tape` remembers all launches and buffers of a pass, and only fill
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -86,16 +87,21 @@ class Tape:
 
 
 LIMIT = 512  # passes to remember
-_tapes: dict[tuple[str, int], Tape | Any] = {}
-_recording: list[Tape] = []
+_tapes: dict[tuple[Any, int], Tape | Any] = {}
+_here = threading.local()  # `tape`: the one that this thread records
 _constants: dict[int, Tensor] = {}
 
 
-def repeatable(name: str, owner: Any, inputs: Parts, work: Callable[[], Parts]) -> Parts:
+def recorded() -> Tape | None:
+    """The tape that this thread records, if it does."""
+    return getattr(_here, "tape", None)
+
+
+def repeatable(name: Any, owner: Any, inputs: Parts, work: Callable[[], Parts]) -> Parts:
     """`work()`, which reads `inputs` and returns its own buffers; from the third time on by its tape.
 
-    owner: the object that stands for everything else that the pass depends on; the first time it is only
-    remembered, since most owners come once.
+    name: what pass it is, and facts about its inputs that the owner does not stand for. owner: the object
+    that stands for everything else; the first time it is only remembered, as most owners come once.
     """
     key = name, id(owner)
     found = _tapes.get(key)
@@ -110,12 +116,11 @@ def repeatable(name: str, owner: Any, inputs: Parts, work: Callable[[], Parts]) 
             _tapes.clear()
         _tapes[key] = owner
         return work()
-    tape = Tape(owner, inputs)
-    _recording.append(tape)
+    _here.tape = tape = Tape(owner, inputs)
     try:
         results = work()
     finally:
-        _recording.pop()
+        _here.tape = None
     tape.good = bool(tape.steps) and tape.finish(results)
     _tapes[key] = tape
     return results
@@ -124,15 +129,15 @@ def repeatable(name: str, owner: Any, inputs: Parts, work: Callable[[], Parts]) 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, zero: bool = False) -> Tensor:
     """A buffer of a pass: zeros, or whatever lies there."""
     x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
-    if _recording:
-        _recording[-1].room(x, zero)
+    if (tape := recorded()) is not None:
+        tape.room(x, zero)
     return x
 
 
 def spoil() -> None:
     """What comes next is not made of launches and buffers alone: the pass has to be worked out every time."""
-    if _recording:
-        _recording[-1].good = False
+    if (tape := recorded()) is not None:
+        tape.good = False
 
 
 @functools.cache
@@ -169,8 +174,8 @@ class Launcher:
         if kernel is not None:
             flat += constants
             kernel[programs, 1, 1](*flat)
-            if _recording:
-                _recording[-1].step(kernel, programs, flat, self.pointers)
+            if (tape := recorded()) is not None:
+                tape.step(kernel, programs, flat, self.pointers)
             return
         spoil()
         kernel = self.jit[(programs,)](*arguments, *constants, **options)

@@ -61,14 +61,15 @@ FULL = 8
 
 
 @functools.lru_cache(maxsize=4096)
-def segments(warps: int, length: int, multiprocessors: int) -> tuple[int, int]:
+def segments(warps: int, length: int, multiprocessors: int, least: int = 3) -> tuple[int, int]:
     """How many segments a sequence is cut into, and how long each is (a multiple of GRAIN).
 
-    warps: how many run side by side without any cut.
+    warps: how many run side by side without any cut. least: fewer segments than this are not worth the pass
+    over the states.
     """
     room = FULL * multiprocessors // max(warps, 1)
     count = min(room, length // LEAST_SEGMENT)
-    if count <= 1:
+    if count < least:
         return 1, max(length, 1)
     size = -(-length // count)
     size = -(-size // GRAIN) * GRAIN

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,9 @@ from linattn.errors import OptionError
 
 if TYPE_CHECKING:
     from linattn.testing import Finding, Kernel, Report, Subject
+
+    Make = Callable[[str, str | None], Subject]
+    Advance = Callable[[Finding], None]
 
 
 def verify(
@@ -36,6 +41,9 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     examples: Annotated[int, typer.Option(min=1, help="Examples for each combination.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes that check (and compile kernels) at a time.")
+    ] = 1,
 ) -> None:
     """Prove that a backend or a kernel computes what the definition says: forward, gradients, states, memory.
 
@@ -48,11 +56,17 @@ def verify(
 
     if kernel is not None and backend:
         raise OptionError("give --backend or --kernel, not both")
-    subjects = [_kernel(kernel, device)] if kernel is not None else _backends(backend, device)
+    if kernel is not None:
+        subjects: list[tuple[Make, str, Subject]] = [(_kernel, kernel, _kernel(kernel, device))]
+    else:
+        subjects = [(_backend, of.name, of) for of in _backends(backend, device)]
     how: dict[str, Any] = {"variant": variant, "dtype": dtype, "full": everything, "quick": quick}
     how |= {"examples": examples, "seed": seed}
     with _progress(len(PROPERTIES) * len(subjects), as_json) as advance:
-        reports = [check(of, progress=advance, **how) for of in subjects]
+        if jobs > 1:
+            reports = _spread(jobs, [(make, name, device) for make, name, _ in subjects], how, advance)
+        else:
+            reports = [check(of, progress=advance, **how) for _, _, of in subjects]
     if as_json:
         _print_json(reports)
     else:
@@ -71,6 +85,12 @@ def _backends(names: list[str] | None, device: str | None) -> list[Subject]:
             raise OptionError(f"backend {name!r} cannot run here: {reason}")
     usable = [name for name, reason in registry.available_backends().items() if reason is None]
     return [BackendSubject(name, device=device) for name in names or usable]
+
+
+def _backend(name: str, device: str | None) -> Subject:
+    from linattn.testing import BackendSubject
+
+    return BackendSubject(name, device=device)
 
 
 def _kernel(path: str, device: str | None) -> Subject:
@@ -98,8 +118,33 @@ def _kernel(path: str, device: str | None) -> Subject:
     return wrapped
 
 
+def _spread(
+    jobs: int, subjects: list[tuple[Make, str, str | None]], how: dict[str, Any], advance: Advance
+) -> list[Report]:
+    """The reports that one process would give, from several: each checks a property at a time."""
+    from linattn.testing import PROPERTIES, Report
+
+    # a process that is forked cannot use a GPU
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [[pool.submit(_one, *subject, name, how) for name in PROPERTIES] for subject in subjects]
+        reports = []
+        for (_, title, _), futures in zip(subjects, waiting, strict=True):
+            findings = []
+            for future in futures:
+                findings += [future.result()]
+                advance(findings[-1])
+            reports += [Report(title, tuple(findings))]
+    return reports
+
+
+def _one(make: Make, name: str, device: str | None, property: str, how: dict[str, Any]) -> Finding:
+    from linattn.testing.check import check
+
+    return check(make(name, device), only=[property], **how).findings[0]
+
+
 @contextlib.contextmanager
-def _progress(total: int, silent: bool) -> Iterator[Callable[[Finding], None]]:
+def _progress(total: int, silent: bool) -> Iterator[Advance]:
     """A bar on a terminal's standard error; nothing where it is piped."""
     from rich.console import Console
     from rich.progress import Progress

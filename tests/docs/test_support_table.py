@@ -36,18 +36,19 @@ ROWS: dict[str, list[dict[str, object]]] = {
 
 
 def takes(backend: Backend, calls: list[dict[str, object]]) -> str:
-    answers = [backend.unsupported(replace(PLAIN, kind=next(iter(backend.arrays)), **call)) for call in calls]
+    where = {"kind": next(iter(backend.arrays)), "device": "cuda:0" if backend.name == "triton" else "cpu"}
+    answers = [backend.unsupported(replace(PLAIN, **where, **call)) for call in calls]
     return "no" if all(answers) else "some" if any(answers) else "yes"
 
 
 def test_the_table_is_what_the_backends_say():
-    backends = [
-        backend for backend in registry.known().values() if backend.name in ("reference", "numpy", "torch")
-    ]
+    names = ("triton", "torch", "numpy", "reference")
+    backends = [backend for backend in registry.known().values() if backend.name in names]
     lines = ["| | " + " | ".join(f"`{backend.name}`" for backend in backends) + " |"]
     lines.append("|---" * (1 + len(backends)) + "|")
     kinds = [
         ", ".join(kind if automatic else f"{kind}, when named" for kind, automatic in backend.arrays.items())
+        + (" on CUDA" if backend.name == "triton" else "")
         for backend in backends
     ]
     lines.append("| arrays | " + " | ".join(kinds) + " |")
