@@ -6,13 +6,19 @@ STAMP := .venv/.installed
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test test-full lint format clean
+# On a GPU nothing is installed: the interpreter there has torch, triton, pytest, pytest-xdist and hypothesis.
+GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+GPU = $(GPU_PYTHON) -m pytest -n $(JOBS) --dist worksteal -m gpu -W default -p no:cacheprovider
+
+.PHONY: help demo test test-full test-gpu test-gpu-all lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       backends, verification, two minutes of training on text, one picture"
 	@echo "make test       format, lint, types and the CPU suite"
 	@echo "make test-full  the same with every combination of options"
+	@echo "make test-gpu   every property and every kernel on a GPU, with PYTHON as it is: nothing is installed"
+	@echo "make test-gpu-all  the same with every combination of options"
 	@echo "make format     rewrite the sources as ruff formats them"
 	@echo "make clean      remove .venv and every build output"
 
@@ -37,7 +43,13 @@ test: lint
 	$(PYTEST) -m "not slow and not gpu" --hypothesis-profile=ci
 
 test-full: lint
-	$(PYTEST) --hypothesis-profile=full
+	$(PYTEST) -m "not gpu" --hypothesis-profile=full
+
+test-gpu:
+	$(GPU) tests/gpu
+
+test-gpu-all:
+	$(GPU) --all tests/gpu
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --quiet .

@@ -15,6 +15,7 @@ from linattn.state import State
 
 WIDEST = 256
 OLDEST = (8, 0)
+SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))  # 99 KB of shared memory; the shipped blocks need up to 200
 
 
 class TritonBackend:
@@ -55,6 +56,8 @@ class TritonBackend:
             return f"takes D and E up to {WIDEST}, got {problem.d} and {problem.e}"
         if on_gpu and (capability := _capability(problem.device)) < OLDEST:
             return f"needs compute capability 8.0, {problem.device} has {capability[0]}.{capability[1]}"
+        if on_gpu and capability in SMALL:
+            return f"needs more shared memory than GPUs of capability {capability[0]}.{capability[1]} have"
         return None
 
     def forward(

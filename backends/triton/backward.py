@@ -95,7 +95,8 @@ def _backward(problem: Problem, x: Saved, do: Tensor, dstate: State | None) -> t
     late = Late(do, extra)
     if problem.scale != 1.0:
         spoil()  # the gradient of a state is not scaled: what is added to it is
-        late = Late(do * problem.scale, None if extra is None else extra * problem.scale)
+        wide = do.float() if problem.dtype == "float16" else do  # float16 would round, and may overflow
+        late = Late(wide * problem.scale, None if extra is None else extra * problem.scale)
     if not problem.causal and problem.decay is None:
         _from_totals(side, x, do, extra, late, out)
     else:

@@ -140,9 +140,17 @@ def spoil() -> None:
         tape.good = False
 
 
-@functools.cache
 def one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The number 1, for good."""
+    """The number 1, kept for good; not one that a graph capture would fill only when it is replayed."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        spoil()
+        return torch.ones(1, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return _kept_one(dtype, device)
+
+
+@functools.cache
+def _kept_one(dtype: torch.dtype, device: torch.device) -> Tensor:
     x = torch.ones(1, dtype=dtype, device=device)
     _constants[x.data_ptr()] = x
     return x

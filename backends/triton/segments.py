@@ -133,9 +133,9 @@ def suffix_sums(
         line = (row * N + begin + at_n) * H + h
         x = tl.zeros([BLOCK], tl.float64)
         for part in tl.static_range(PLUS):
-            x += tl.load(plus_ptr + part * B * N * H + line, mask=here, other=0.0).to(tl.float64)
+            x += tl.load(plus_ptr + (h * 0 + part) * B * N * H + line, mask=here, other=0.0).to(tl.float64)
         for part in tl.static_range(MINUS):
-            x -= tl.load(minus_ptr + part * B * N * H + line, mask=here, other=0.0).to(tl.float64)
+            x -= tl.load(minus_ptr + (h * 0 + part) * B * N * H + line, mask=here, other=0.0).to(tl.float64)
         suffix = carry + tl.cumsum(x, 0, reverse=True)
         carry += tl.sum(x, 0)
         g_at = g_ptr + h * g_h + r * 0

@@ -99,3 +99,15 @@ def test_descriptions_that_mean_nothing_are_refused() -> None:
         testing.check_backend("no-such")
     with pytest.raises(OptionError):
         testing.check_backend("numpy", only=["no-such"])
+
+
+def test_several_processes_say_what_one_says() -> None:
+    asked = ("--backend", "numpy", "--dtype", "float64", "--variant", "lightning", "--quick", "--json")
+    reports = []
+    for jobs in ("1", "2"):
+        status, output = verify(*asked, "--jobs", jobs)
+        assert status == 0, output
+        reports.append(json.loads(output)["reports"])
+        for finding in reports[-1][0]["findings"]:
+            del finding["seconds"]
+    assert reports[0] == reports[1]

@@ -132,7 +132,9 @@ def check_passes() -> int:
                 with untaped():
                     want = results(keywords, inputs, do, "untaped")
                 for i, (a, b) in enumerate(itertools.zip_longest(got, want)):
-                    assert torch.equal(a, b), f"{name}, call {turn}: result {i} differs by {(a - b).abs().max()}"
+                    assert torch.equal(a, b), (
+                        f"{name}, call {turn}: result {i} differs by {(a - b).abs().max()}"
+                    )
     return played
 
 

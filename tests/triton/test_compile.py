@@ -1,0 +1,107 @@
+"""Every kind of launch compiles for GPUs that need not be here; hot kernels keep to their registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
+pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
+
+from tests.triton.launches import Launch, compiled, launches, spilled
+
+SHARED = {80: 163 << 10, 90: 227 << 10}
+"""Bytes of shared memory that a program may have; Triton finds out at its start."""
+
+LONG = {"b": 1, "h": 8, "n": 1 << 17}  # few heads: sequences are cut into segments
+
+# every flag and dtype meets most others somewhere, at sizes that compile fast
+USUAL: dict[str, dict[str, Any]] = {
+    "bf16, per head": {"decay": "head", "d": 16, "e": 16, "state": True},
+    "fp16, per token, in segments": {"dtype": "float16", "decay": "token", "d": 20, "e": 33, **LONG},
+    "fp32, lrpe, masked, in segments": {
+        "dtype": "float32", "decay": "head", "reweight": "lrpe", "feature_map": "silu", "d": 16, "e": 5,
+        "key_mask": True, "state": True, **LONG,
+    },
+    "bf16, cosine, normalized, padded": {
+        "reweight": "cosine", "feature_map": "relu", "normalize": True, "d": 32, "e": 32, "lengths": True,
+        "state": True,
+    },
+    "fp32, cosine, normalized, both ways, crossing": {
+        "dtype": "float32", "reweight": "cosine", "feature_map": "relu", "normalize": True, "d": 8, "e": 16,
+        "causal": False, "m": 100, "key_mask": True,
+    },
+    "bf16, lrpe, normalized, per token, packed": {
+        "decay": "token", "reweight": "lrpe", "feature_map": "elu+1", "normalize": True, "d": 17, "e": 3,
+        "b": 1, "n": 1 << 14, "cu_seqlens": True, "state": True,
+    },
+    "fp16, both ways, per head, normalized": {
+        "dtype": "float16", "decay": "head", "normalize": True, "feature_map": "elu+1", "causal": False,
+        "d": 16, "e": 16,
+    },
+    "tf32": {"dtype": "float32", "precision": "tf32", "decay": "head", "d": 32, "e": 32},
+}  # fmt: skip
+
+# as people have them: bf16, whole heads, the blocks that are shipped
+FULL: dict[str, dict[str, Any]] = {
+    f"{dtype} {d} {name}": {"b": 4, "h": 32, "n": 8192, "d": d, "e": d, "dtype": dtype, **options}
+    for dtype in ("bfloat16", "float16", "float32")
+    for d in (64, 128, 256)
+    for name, options in {
+        "lightning": {"decay": "head"},
+        "gla": {"decay": "token"},
+        "lrpe": {"decay": "head", "reweight": "lrpe", "feature_map": "silu", "state": True},
+        "cosformer": {"reweight": "cosine", "feature_map": "relu", "normalize": True},
+        "cosformer, both ways": {
+            "reweight": "cosine",
+            "feature_map": "relu",
+            "normalize": True,
+            "causal": False,
+        },
+        "elu": {"feature_map": "elu+1", "normalize": True, "state": True},
+        "both ways": {"decay": "head", "causal": False},
+    }.items()
+}
+
+
+OLD = ("bf16, per head", "fp32, lrpe, masked, in segments")
+LATER = [pytest.param(80, name, marks=pytest.mark.slow) for name in USUAL if name not in OLD]
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [(90, name) for name in USUAL] + [(80, name) for name in OLD] + LATER
+)
+def test_compiles(capability: int, name: str) -> None:
+    for one in launches(**USUAL[name]):
+        assert compiled(one, capability).metadata.shared <= SHARED[capability], one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", FULL)
+def test_compiles_at_full_size(capability: int, name: str) -> None:
+    for one in launches(**FULL[name]):
+        assert compiled(one, capability).metadata.shared <= SHARED[capability], one
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("sizes", [{"b": 4, "h": 32, "n": 8192}, LONG], ids=["whole", "in segments"])
+def test_the_hot_kernels_spill_nothing(d: int, sizes: dict[str, int]) -> None:
+    found = launches(d=d, e=d, decay="head", gradients=False, **sizes)
+    assert found
+    for one in found:
+        binary = compiled(one, 90)
+        assert spilled(binary) == 0, one
+        if one.kernel.__name__ == "product":
+            assert "wgmma" in binary.asm["ptx"], one
+
+
+def test_usual_calls_share_their_kernels() -> None:
+    """Lengths and numbers of sequences are arguments: serving compiles nothing anew."""
+
+    def variants(b: int, n: int) -> set[Launch]:
+        found = launches(b, 32, n, 128, 128, decay="head", gradients=False)
+        return {Launch(one.kernel, (), one.constants, (), one.options) for one in found}
+
+    assert len(set().union(*(variants(b, n) for b in (4, 8, 16) for n in (512, 1000, 1024, 3001)))) == 1

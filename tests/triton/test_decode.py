@@ -1,0 +1,81 @@
+"""The decode kernel: in Triton's interpreter, compiled for GPUs that need not be here, and its launches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+CHECKS = ("conformance", "sizes", "not_finite", "padding", "constants", "many_steps")
+PROGRAM = Path(__file__).parent / "interpreted_decode.py"
+ROOT = PROGRAM.parent.parent.parent
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_interpreted(check: str) -> None:
+    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
+    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", str(PROGRAM), check]
+    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("angles", "normalize"), [(0, False), (1, True), (2, False), (2, True)])
+def test_compiles_with_wide_loads(capability: int, dtype: str, angles: int, normalize: bool) -> None:
+    compiled = built(capability, dtype, angles, normalize, 128, 128)
+    assert "ld.global.v4" in compiled.asm["ptx"]
+    assert "st.global.v4" in compiled.asm["ptx"]
+    assert ".local" not in compiled.asm["ptx"]
+
+
+def built(capability: int, dtype: str, angles: int, normalize: bool, d: int, e: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from linattn.backends.triton import decode as module
+
+    x = module.shape(8192, d, e, angles > 0, normalize)
+    names = module.decode.arg_names
+    constants = {
+        "BLOCK_D": x.block_d, "BLOCK_E": x.block_e, "STEPS": x.steps, "FEATURE": "silu", "ANGLES": angles,
+        "DECAY": True, "NORMALIZE": normalize, "SLOTS": True, "kv_e": 1,
+    }  # fmt: skip
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), f"*{dtype}")
+    pointers |= {"slots_ptr": "*i64", "length_ptr": "*i64"}
+    floats = {"cos", "cos_low", "sin", "sin_low", "scale", "eps"}
+    signature, aligned = {}, {}
+    for i, name in enumerate(names):
+        kind = "*fp32" if name.endswith("_ptr") else "fp32" if name in floats else "i32"
+        signature[name] = "constexpr" if name in constants else pointers.get(name, kind)
+        if name in ("kv_ptr", "kv_s", "kv_h", "kv_f", "D", "E"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=module.decode, signature=signature, constexprs=places, attrs=aligned)
+    options = {"num_warps": x.warps, "num_stages": 1}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize("heads", [1, 32, 257, 8192, 1 << 20])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_launches_cover_every_value_once(heads: int, turned: bool, normalize: bool) -> None:
+    from linattn.backends.triton.decode import shape
+
+    for d in (1, 3, 16, 64, 100, 128, 256):
+        for e in (1, 5, 32, 64, 128, 200, 256):
+            x = shape(heads, d, e, turned, normalize)
+            assert x.block_d >= d
+            assert (x.slices - 1) * x.steps * x.block_e < e <= x.slices * x.steps * x.block_e
+            assert x.slices == 1 or not normalize
+            # threads never outnumber the state's numbers: each is read and written by one of them
+            features = x.block_d * (2 if turned else 1)
+            assert x.warps == 1 or x.block_d * x.block_e >= 32 * x.warps, (features, x)

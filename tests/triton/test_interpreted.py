@@ -1,0 +1,57 @@
+"""The kernels' logic without a GPU: properties in Triton's interpreter, and kernels made wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linattn import testing
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
+pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent.parent
+
+# In groups of about equal time, each a process of its own: what interprets kernels cannot compile them.
+# With each, how much of it is left out: every second combination of options is tried, or every third.
+GROUPS = {
+    ("matches_the_reference", "cuts_at_lengths"): 2,
+    ("gradients_match_the_reference",): 2,
+    ("reads_any_strides",): 3,
+    ("takes_masked_keys_as_zero", "follows_the_closed_form"): 3,
+    ("splits_anywhere", "continues_only_named_rows", "packs_as_if_separate"): 3,
+    ("keeps_nan_in_its_sequence", "is_causal"): 3,
+    ("writes_every_output",): 3,
+}
+MODES = ("whole", "cut")
+ELSEWHERE = {"decodes_as_the_whole", "decodes_only_named_rows"}  # test_decode.py
+
+
+def interpret(program: str, *arguments: str) -> None:
+    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
+    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", FOLDER / program, *arguments]
+    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("names", GROUPS, ids="-".join)
+def test_properties_hold(mode: str, names: tuple[str, ...]) -> None:
+    interpret("interpreted.py", mode, str(GROUPS[names]), *names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", sorted(testing.PROPERTIES.keys() - ELSEWHERE))
+def test_every_property_holds(mode: str, name: str) -> None:
+    interpret("interpreted.py", mode, "1", name)
+
+
+def test_wrong_kernels_are_noticed() -> None:
+    interpret("mutants.py")
