@@ -204,6 +204,8 @@ def _two_sided(
 
 def total_size(problem: Problem) -> int:
     """Tokens of a segment whose sums are only added up: enough of them to fill the GPU."""
+    if problem.batch_invariant:
+        return 1024
     room = max(
         1, plan.FULL * multiprocessors(problem.device) // max(1, 4 * problem.sequences * problem.heads)
     )

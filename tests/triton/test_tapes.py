@@ -14,7 +14,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 def test_played_passes_equal_worked_out_ones() -> None:
     program = Path(__file__).with_name("played.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(program.parents[2])}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(program.parents[2]),
+    }
     done = subprocess.run(
         [sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False
     )
