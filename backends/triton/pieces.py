@@ -12,7 +12,7 @@ from triton.language.extra import libdevice
 def feature(x, FEATURE: tl.constexpr, FAST: tl.constexpr):
     """phi(x), float32; FAST for operands that have few bits."""
     if FEATURE == "relu":
-        x = tl.where(x <= 0, 0.0, x)  # a NaN stays one
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif FEATURE == "silu":
         x = libdevice.fast_dividef(x, 1 + tl.exp(-x)) if FAST else x * tl.sigmoid(x)
     elif FEATURE == "elu+1":
@@ -63,6 +63,20 @@ def phases(turn, begin, n):
     """Fixed-point phases at positions begin + n [n d]: exact at `begin`, in 32-bit steps from there."""
     base = ((turn * begin) >> 32).to(tl.uint32)
     return base[None, :] + n[:, None].to(tl.uint32) * (turn >> 32).to(tl.uint32)[None, :]
+
+
+@triton.jit
+def between(turn, r, FAST: tl.constexpr):
+    """Cosines of one angle times the distances of a block's tokens [n n]."""
+    lag = (r[None, :] - r[:, None]).to(tl.uint32)  # wraps, as turns do
+    return cos_sin(lag * (turn >> 32).to(tl.uint32)[None, :], FAST)[0]
+
+
+@triton.jit
+def columns(x, y, row, BOTH: tl.constexpr):
+    """x [n], and y if BOTH, as the first rows of 16 that a matrix product needs: [16 n]."""
+    rows = tl.where(row[:, None] == 0, x[None, :], 0.0)
+    return tl.where(row[:, None] == 1, y[None, :], rows) if BOTH else rows
 
 
 @triton.jit
@@ -241,8 +255,8 @@ def turned(cosine, sine, cos, sin):
 
 @triton.jit
 def kept(state, whole):
-    """A state times a decay; a decay of 0 forgets it, whatever it holds."""
-    return tl.where(whole > 0, state * whole, 0.0)
+    """A state times a decay (or one with the scale of o in it); a decay of 0 forgets it, whatever it holds."""
+    return tl.where(whole != 0, state * whole, 0.0)
 
 
 @triton.jit

@@ -16,6 +16,8 @@ import triton.language as tl
 
 from linattn.backends.triton.pieces import (
     across,
+    between,
+    columns,
     cos_sin,
     decays,
     dot,
@@ -68,7 +70,8 @@ def product(
     each from a state of its own. TOTAL: every x reads one whole state. OUTPUT=False: states only. RAW: sums
     undivided in float32, 2 adds them to those that are there.
     """
-    INNER: tl.constexpr = ANGLES == 1 or (ANGLES == 2 and not GRADIENT)  # angles turn x and y
+    ROW: tl.constexpr = ANGLES == 1  # one angle for all: a complex decay, factors of whole tokens
+    INNER: tl.constexpr = ANGLES == 2 and not GRADIENT  # angles turn x and y
     OUTER: tl.constexpr = ANGLES == 2 and GRADIENT  # angles turn w and out
     TWO: tl.constexpr = ANGLES > 0
     SUM_D: tl.constexpr = (not GRADIENT) and (NORMALIZE or EXTRA > 0)  # z lies along d
@@ -156,17 +159,19 @@ def product(
             sine = -sine
             if SUM_D or SUM_E:
                 z_sine = -z_sine
-    # z as an operand of matrix products: 16 equal rows, or columns of which one (two with one angle) count
-    if SUM_D:
-        z += tl.zeros([16, BLOCK_D], tl.float32)
-        if TWO:
-            z_sine += tl.zeros([16, BLOCK_D], tl.float32)
+    # z as an operand of matrix products: of its 16 rows or columns the first counts, with ROW the second too
     column = tl.arange(0, 16)
+    if SUM_D:
+        z = tl.where(column[:, None] == 0, z, 0.0)
+        if INNER:
+            z_sine = tl.where(column[:, None] == 0, z_sine, 0.0)
+        elif ROW:
+            z += tl.where(column[:, None] == 1, z_sine, 0.0)
     if SUM_E:
         z = tl.where(column[None, :] == 0, z, 0.0)
         if OUTER:
             z_sine = tl.where(column[None, :] == 0, z_sine, 0.0)
-        elif TWO:
+        elif ROW:
             z += tl.where(column[None, :] == 1, z_sine, 0.0)
     if TURN:
         turn = tl.zeros([BLOCK_E], tl.float32)
@@ -186,8 +191,11 @@ def product(
         pairs, near, far, whole, log_whole = decays(
             g_ptr, g2, g_n, t, high - t, r, at_n < high, C, DECAY, REVERSE, STRICT, OUTPUT and not TOTAL
         )
-        if TWO:
-            cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r), FAST)  # [n d], [n e] or [n 1]
+        if ROW:
+            pairs *= between(turn_step, r, FAST)
+            cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r).reshape([C]), FAST)  # [n]
+        elif TWO:
+            cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r), FAST)  # [n d] or [n e]
 
         # y and w: what is added to the state
         if not TOTAL:
@@ -206,12 +214,6 @@ def product(
                 y_extra = tl.load(extra_ptr + at_n.to(tl.int64) * H, mask=in_y, other=0.0)
             elif SUM_D or SUM_E:
                 y_extra = tl.where(in_y, 1.0, 0.0)
-            if SUM_E:
-                y_more = tl.where(column[None, :] == 0, y_extra[:, None], 0.0)
-                if INNER:
-                    y_more = tl.where(column[None, :] == 0, y_extra[:, None] * cos, 0.0)
-                    y_more += tl.where(column[None, :] == 1, y_extra[:, None] * sin, 0.0)
-                y_more = operand(y_more, OPERAND, PRECISION)  # [j 16]
 
         if OUTPUT:
             inside = in_x[:, None] if D == BLOCK_D else in_x[:, None] & (d[None, :] < D)
@@ -229,23 +231,31 @@ def product(
             o = dot(operand(state, OPERAND, PRECISION), tl.trans(x), None, PRECISION)
             if INNER:
                 o = dot(operand(sine, OPERAND, PRECISION), tl.trans(x_sin), o, PRECISION)
-            if OUTER:
+            if OUTER or ROW:
                 o_sin = dot(operand(sine, OPERAND, PRECISION), tl.trans(x), None, PRECISION)
+            if SUM_E:
+                o += tl.sum(tl.where(column[None, :] == 0, z, 0.0), 1)[:, None] * x_extra[None, :]
+                if OUTER:
+                    o_sin += tl.sum(tl.where(column[None, :] == 0, z_sine, 0.0), 1)[:, None] * x_extra[None, :]
+                if ROW:
+                    o_sin += tl.sum(tl.where(column[None, :] == 1, z, 0.0), 1)[:, None] * x_extra[None, :]
+            if ROW:
+                o = o * (cos * scale)[None, :] + o_sin * (sin * scale)[None, :]
+            elif DECAY == 0:
+                o *= scale
+                if OUTER:
+                    o_sin *= scale
             if SUM_D:
                 den = dot(operand(z, OPERAND, PRECISION), tl.trans(x), None, PRECISION)  # [16 i]
                 if INNER:
                     den = dot(operand(z_sine, OPERAND, PRECISION), tl.trans(x_sin), den, PRECISION)
-            if SUM_E:
-                x_row = x_extra[None, :]
-                x_more = tl.where(column[:, None] == 0, x_row, 0.0)
-                if INNER:
-                    x_more = tl.where(column[:, None] == 0, x_row * cos.reshape([1, C]), 0.0)
-                    x_more += tl.where(column[:, None] == 1, x_row * sin.reshape([1, C]), 0.0)
-                x_more = operand(x_more, OPERAND, PRECISION)  # [16 i]
-                o = dot(operand(z, OPERAND, PRECISION), x_more, o, PRECISION)
-                if OUTER:
-                    o_sin = dot(operand(z_sine, OPERAND, PRECISION), x_more, o_sin, PRECISION)
+                if ROW:
+                    den *= columns(cos * scale, sin * scale, column, True)
+                elif DECAY == 0:
+                    den *= scale
             if DECAY > 0:
+                if not ROW:
+                    near *= scale
                 o = kept(o, near[None, :])
                 if OUTER:
                     o_sin = kept(o_sin, near[None, :])
@@ -257,19 +267,22 @@ def product(
                 p = dot(y, tl.trans(x), None, PRECISION)
                 if INNER:
                     p = dot(y_sin, tl.trans(x_sin), p, PRECISION)
-                if SUM_E:
-                    p = dot(y_more, x_more, p, PRECISION)
-                p = operand(p * pairs, OPERAND, PRECISION)
+                if EXTRA == 1 and GRADIENT:
+                    p += x_extra[None, :]
+                if EXTRA == 2 and GRADIENT:
+                    p += y_extra[:, None]
+                p = operand(p * (pairs * scale), OPERAND, PRECISION)
                 o = dot(tl.trans(operand(w, OPERAND, PRECISION)), p, o, PRECISION)
                 if OUTER:
                     o_sin = dot(tl.trans(operand(w_sin, OPERAND, PRECISION)), p, o_sin, PRECISION)
                 if SUM_D:
-                    den = dot(tl.full([16, C], 1.0, OPERAND), p, den, PRECISION)
+                    first = tl.where(column[:, None] == 0, tl.full([16, C], 1.0, tl.float32), 0.0)
+                    den = dot(first.to(OPERAND), p, den, PRECISION)
 
-            o = tl.trans(o) * scale  # [i e]
+            o = tl.trans(o)  # [i e]
             inside = in_x[:, None] if WHOLE_E else in_x[:, None] & (e[None, :] < E)
             if OUTER:
-                o_sin = tl.trans(o_sin) * scale
+                o_sin = tl.trans(o_sin)
                 torque = o_sin * cos - o * sin
                 o = o * cos + o_sin * sin
             if GRADIENT and (FEATURE != "none" or ROWS or TURN):
@@ -288,7 +301,7 @@ def product(
                 exists = (at_n < tl.minimum(high, n))[:, None]
                 inside = exists if WHOLE_E else exists & (e[None, :] < E)
             if SUM_D:
-                total = tl.sum(den, 0) * (scale * 0.0625)  # [i]; 16 equal rows
+                total = tl.sum(den, 0)  # [i]
                 if RAW > 0:
                     rows_at = rows_ptr + line + at_n.to(tl.int64) * H
                     if RAW == 2:
@@ -306,72 +319,84 @@ def product(
                 log_decay += log_whole
             if DECAY > 0:
                 state = kept(state, whole)
-                w = w * far[:, None]
                 if TWO:
                     sine = kept(sine, whole)
+                if SUM_D or SUM_E:
+                    y_extra = y_extra * far
+                    z = kept(z, whole)
+                if (SUM_D and INNER) or (SUM_E and OUTER):
+                    z_sine = kept(z_sine, whole)
+            if SUM_E:
+                more = tl.trans(columns(y_extra, y_extra, column, False))  # [j 16]
+                if ROW:
+                    more = tl.trans(columns(y_extra * cos, y_extra * sin, column, True))
+                more = operand(more, OPERAND, PRECISION)
+                z = dot(tl.trans(operand(w, OPERAND, PRECISION)), more, z, PRECISION)
+                if OUTER:
+                    z_sine = dot(tl.trans(operand(w_sin, OPERAND, PRECISION)), more, z_sine, PRECISION)
+            if SUM_D:
+                more = columns(y_extra, y_extra, column, False)  # [16 j]
+                if ROW:
+                    more = columns(y_extra * cos, y_extra * sin, column, True)
+                more = operand(more, OPERAND, PRECISION)
+                z = dot(more, y, z, PRECISION)
+                if INNER:
+                    z_sine = dot(more, y_sin, z_sine, PRECISION)
+            if ROW:
+                w_sin = w * (far * sin)[:, None]
+                w = w * (far * cos)[:, None]
+            elif DECAY > 0:
+                w = w * far[:, None]
                 if OUTER:
                     w_sin = w_sin * far[:, None]
-                if SUM_D:
-                    y_extra = y_extra * far
-                if SUM_D or SUM_E:
-                    z = kept(z, whole)
-                if (SUM_D and TWO) or (SUM_E and OUTER):
-                    z_sine = kept(z_sine, whole)
             w = operand(w, OPERAND, PRECISION)
             state = dot(tl.trans(w), y, state, PRECISION)
             if INNER:
                 sine = dot(tl.trans(w), y_sin, sine, PRECISION)
-            if OUTER:
-                w_sin = operand(w_sin, OPERAND, PRECISION)
-                sine = dot(tl.trans(w_sin), y, sine, PRECISION)
-            if SUM_D:
-                ones = operand(y_extra[None, :] + tl.zeros([16, C], tl.float32), OPERAND, PRECISION)
-                z = dot(ones, y, z, PRECISION)
-                if INNER:
-                    z_sine = dot(ones, y_sin, z_sine, PRECISION)
-            if SUM_E:
-                z = dot(tl.trans(w), y_more, z, PRECISION)
-                if OUTER:
-                    z_sine = dot(tl.trans(w_sin), y_more, z_sine, PRECISION)
+            if OUTER or ROW:
+                sine = dot(tl.trans(operand(w_sin, OPERAND, PRECISION)), y, sine, PRECISION)
 
     if DECAY == 2 and not OUTPUT:
         tl.store(rows_ptr + unit * H + h, log_decay, mask=part == 0)
     if TURN:
         tl.store(turn_ptr + (unit * H + h) * E + e, turn, mask=e < E)
     if has_final != 0:
+        if SUM_D:
+            first, second = tl.sum(tl.where(column[:, None] == 0, z, 0.0), 0), 0.0  # [d]
+            if INNER:
+                second = tl.sum(tl.where(column[:, None] == 0, z_sine, 0.0), 0)
+            if ROW:
+                second = tl.sum(tl.where(column[:, None] == 1, z, 0.0), 0)
+        if SUM_E:
+            first, second = tl.sum(tl.where(column[None, :] == 0, z, 0.0), 1), 0.0  # [e]
+            if OUTER:
+                second = tl.sum(tl.where(column[None, :] == 0, z_sine, 0.0), 1)
+            if ROW:
+                second = tl.sum(tl.where(column[None, :] == 1, z, 0.0), 1)
         if TWO and not SPLIT:
             if REVERSE:
                 sine = -sine
-                if SUM_D:
-                    z_sine = -z_sine
+                if SUM_D or SUM_E:
+                    second = -second
             else:
                 cos_to, sin_to = across(turns, n.to(tl.float64))
                 cos_s, sin_s = (
                     (cos_to[:, None], sin_to[:, None]) if OUTER else (cos_to[None, :], sin_to[None, :])
                 )
                 state, sine = turned(state, sine, cos_s, sin_s)
-                if SUM_D:
-                    z, z_sine = turned(z, z_sine, cos_s, sin_s)
+                if SUM_D or SUM_E:
+                    first, second = turned(first, second, cos_to, sin_to)
         to_state = final_ptr + (unit * H + h) * (half * (2 if TWO else 1)) + at
         tl.store(to_state, state, mask=in_state)
         if TWO:
             tl.store(to_state + half, sine, mask=in_state)
         if SUM_D:
             to_z = final_z_ptr + (unit * H + h) * (D * (2 if TWO else 1)) + d
-            tl.store(to_z, tl.sum(z, 0) * 0.0625, mask=(d < D) & (part == 0))
+            tl.store(to_z, first, mask=(d < D) & (part == 0))
             if TWO:
-                tl.store(to_z + D, tl.sum(z_sine, 0) * 0.0625, mask=(d < D) & (part == 0))
+                tl.store(to_z + D, second, mask=(d < D) & (part == 0))
         if SUM_E:
             to_z = final_z_ptr + (unit * H + h) * (E * (2 if TWO else 1)) + e
-            first = tl.sum(tl.where(column[None, :] == 0, z, 0.0), 1)
-            if TWO:
-                if OUTER:
-                    second = tl.sum(tl.where(column[None, :] == 0, z_sine, 0.0), 1)
-                else:
-                    second = tl.sum(tl.where(column[None, :] == 1, z, 0.0), 1)
-                if REVERSE and not SPLIT:
-                    second = -second
-                elif not SPLIT:
-                    first, second = turned(first, second, cos_to, sin_to)
-                tl.store(to_z + E, second, mask=e < E)
             tl.store(to_z, first, mask=e < E)
+            if TWO:
+                tl.store(to_z + E, second, mask=e < E)
