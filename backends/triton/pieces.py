@@ -12,7 +12,7 @@ from triton.language.extra import libdevice
 def feature(x, FEATURE: tl.constexpr, FAST: tl.constexpr):
     """phi(x), float32; FAST for operands that have few bits."""
     if FEATURE == "relu":
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.where(x <= 0, 0.0, x)  # a NaN stays one
     elif FEATURE == "silu":
         x = libdevice.fast_dividef(x, 1 + tl.exp(-x)) if FAST else x * tl.sigmoid(x)
     elif FEATURE == "elu+1":
@@ -21,17 +21,16 @@ def feature(x, FEATURE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def feature_slope(x, FEATURE: tl.constexpr):
-    """phi'(x), float32; relu's is 0 at 0."""
-    slope = tl.full(x.shape, 1.0, tl.float32)
+def feature_slope(o, x, FEATURE: tl.constexpr):
+    """o phi'(x), float32; relu's is 0 at 0."""
     if FEATURE == "relu":
-        slope = tl.where(x > 0, 1.0, 0.0)
+        o = tl.where(x > 0, o, 0.0)
     elif FEATURE == "silu":
         s = tl.sigmoid(x)
-        slope = s * (1 + x * (1 - s))
+        o *= s * (1 + x * (1 - s))
     elif FEATURE == "elu+1":
-        slope = tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
-    return slope
+        o *= tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+    return o
 
 
 @triton.jit
@@ -66,17 +65,21 @@ def phases(turn, begin, n):
 
 
 @triton.jit
-def between(turn, r, FAST: tl.constexpr):
-    """Cosines of one angle times the distances of a block's tokens [n n]."""
-    lag = (r[None, :] - r[:, None]).to(tl.uint32)  # wraps, as turns do
-    return cos_sin(lag * (turn >> 32).to(tl.uint32)[None, :], FAST)[0]
+def column_of(x, WHICH: tl.constexpr):
+    """One of the 16 columns of a block: [n]."""
+    return tl.sum(tl.where(tl.arange(0, 16)[None, :] == WHICH, x, 0.0), 1)
 
 
 @triton.jit
-def columns(x, y, row, BOTH: tl.constexpr):
-    """x [n], and y if BOTH, as the first rows of 16 that a matrix product needs: [16 n]."""
-    rows = tl.where(row[:, None] == 0, x[None, :], 0.0)
-    return tl.where(row[:, None] == 1, y[None, :], rows) if BOTH else rows
+def upright(x, ACROSS: tl.constexpr):
+    """A block that is kept transposed if ACROSS, as it is meant."""
+    return tl.trans(x) if ACROSS else x
+
+
+@triton.jit
+def of_i(x, ACROSS: tl.constexpr):
+    """Factors of rows i, to be multiplied with a block that is kept transposed if ACROSS."""
+    return x[None, :] if ACROSS else x[:, None]
 
 
 @triton.jit
@@ -192,7 +195,12 @@ def tile(ptr, rows, columns, stride_n, stride_d, inside):
 @triton.jit
 def mapped(x, inside, FEATURE: tl.constexpr, FAST: tl.constexpr):
     """phi of a block; what is outside stays 0, where phi(0) may not be."""
-    if FEATURE != "none":
+    if FEATURE == "relu" and x.dtype == tl.bfloat16:
+        x = tl.inline_asm_elementwise(  # two at a time, which the compiler does not see; a NaN stays one
+            "{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.bf16x2 $0, $1, zero; }", "=r,r", [x],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif FEATURE != "none":
         x = feature(x.to(tl.float32), FEATURE, FAST)
         if FEATURE == "elu+1":
             x = tl.where(inside, x, 0.0)
@@ -200,22 +208,27 @@ def mapped(x, inside, FEATURE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, sum_, PRECISION: tl.constexpr):
-    """sum_ + a @ b, summed in float32."""
-    return tl.dot(a, b, sum_, input_precision=PRECISION)
+def dot(a, b, sum_, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """sum_ + a @ b, summed in float32; the result and sum_ are kept transposed if ACROSS."""
+    if ACROSS:
+        found = tl.dot(tl.trans(b), tl.trans(a), sum_, input_precision=PRECISION)
+    else:
+        found = tl.dot(a, b, sum_, input_precision=PRECISION)
+    return found
 
 
 @triton.jit
 def decays(
     g_ptr, g2, stride_n, t, left, r, inside,
     C: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Factors of a block: between tokens [j i], from state to query, from key to state, whole, and its ln.
+    """Factors of a block: between tokens [i j] ([j i] if ACROSS), from state to query, from key to state, whole, and its ln.
 
     DECAY: 0 none, 1 per head, 2 per token. The block holds min(C, left) tokens.
     """
-    lag = r[None, :] - r[:, None]  # [j i]: i - j
-    if REVERSE:
+    lag = r[:, None] - r[None, :]
+    if REVERSE != ACROSS:
         lag = -lag
     seen = lag > 0 if STRICT else lag >= 0
     pairs = tl.where(seen, 1.0, 0.0)
@@ -234,10 +247,10 @@ def decays(
         g = tl.load(g_ptr + (t + r).to(tl.int64) * stride_n, mask=inside, other=0.0).to(tl.float32)
         coarse, fine, coarse_end, fine_end = sums_within(g)
         if PAIRS:
-            between = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
-            if REVERSE:
-                between = -between
-            pairs = tl.where(seen, tl.exp(tl.where(seen, between, 0.0)), 0.0)
+            span = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
+            if REVERSE == ACROSS:
+                span = -span
+            pairs = tl.where(seen, tl.exp(tl.where(seen, span, 0.0)), 0.0)
         near = tl.exp(coarse + fine)
         far = tl.exp((coarse_end - coarse) + (fine_end - fine))
         total = coarse_end + fine_end

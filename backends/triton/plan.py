@@ -10,12 +10,16 @@ from linattn.problem import Problem
 
 @dataclass(frozen=True)
 class Blocks:
-    """One configuration of `product`: C tokens a block, a slice of value features, and how it is compiled."""
+    """One configuration of `product`: C tokens a block, a slice of value features, and how it is compiled.
+
+    across: the state is kept transposed, which pays where it is wide.
+    """
 
     c: int
     block_e: int
     warps: int
     stages: int
+    across: bool = True
 
 
 def padded(size: int) -> int:

@@ -7,7 +7,7 @@ from linattn.backends.triton.pieces import across, kept, power, sequence_of, tur
 
 
 @triton.jit(
-    do_not_specialize=["has_start", "has_final", "g_h", "S", "N", "H", "D", "E", "segments", "SEGMENT"]
+    do_not_specialize=["has_start", "has_final", "g_h", "S", "N", "H", "D", "E", "segments", "SEGMENT", "pool"]
 )
 def scan(
     parts_ptr,  # [units H F E] float32: what each segment adds; on return the state before it
@@ -15,13 +15,15 @@ def scan(
     final_ptr, has_final,  # [S H F E] float32: and after it
     g_ptr, g_h,  # log decay [H] with DECAY 1, of each segment [units H] with DECAY 2
     theta_ptr, angle,
+    slots_ptr, length_ptr, pool,  # [S]: rows of start and final; [pool] int64: what they have seen; with SLOTS
     borders_ptr, S, N, H, D, E, segments, SEGMENT,
     BLOCK: tl.constexpr, ANGLES: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
-    BORDERS: tl.constexpr, TOTAL: tl.constexpr,
+    BORDERS: tl.constexpr, TOTAL: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK numbers of one sequence's and head's state, through its segments in order.
 
-    TOTAL writes the sum over all segments as it is, and leaves the parts alone.
+    TOTAL writes the sum over all segments as it is, and leaves the parts alone. SLOTS: states before and after
+    are rows of a pool; COUNTS: and so is the number of tokens.
     """
     TWO: tl.constexpr = ANGLES > 0
     tiles = tl.cdiv(D * E, BLOCK)
@@ -36,6 +38,10 @@ def scan(
     here = x < D * E
     size = D * E * (2 if TWO else 1)
     own = (s * H + h) * size + x
+    if SLOTS:
+        slot = tl.load(slots_ptr + s).to(tl.int64)
+        here = here & (slot >= 0) & (slot < pool)  # any other row is padding
+        own = (slot * H + h) * size + x
     state = tl.load(start_ptr + own, mask=here & (has_start != 0), other=0.0)
     g2 = 0.0
     if DECAY == 1:
@@ -81,6 +87,10 @@ def scan(
     tl.store(final_ptr + own, state, mask=here & (has_final != 0))
     if TWO:
         tl.store(final_ptr + own + D * E, sine, mask=here & (has_final != 0))
+    if COUNTS:
+        real = (slot >= 0) & (slot < pool) & (h == 0) & (pid % tiles == 0)
+        seen = tl.load(length_ptr + slot, mask=real, other=0)
+        tl.store(length_ptr + slot, seen + n, mask=real)
 
 
 @triton.jit(do_not_specialize=["rows", "N", "H"])
@@ -89,7 +99,7 @@ def denominator_gradient(
     o_ptr, o_b, o_n, o_h, o_e,  # [B N H E]
     do_ptr, do_b, do_n, do_h, do_e,  # [B N H E]
     num_ptr,  # [B N H E]: do / den
-    out_ptr,  # [rows] float32: -(do . o) / den, 0 where the clamp acts
+    out_ptr,  # [B H N] float32: -(do . o) / den, 0 where the clamp acts
     rows, N, H, E, eps,
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +117,7 @@ def denominator_gradient(
     z = tl.where(den <= eps, eps, den)
     num = do / z[:, None]
     tl.store(num_ptr + i[:, None] * E + e[None, :], num.to(num_ptr.dtype.element_ty), mask=inside)
-    tl.store(out_ptr + i, tl.where(den <= eps, 0.0, -tl.sum(num * o, 1)), mask=here)
+    tl.store(out_ptr + (b * H + h) * N + n, tl.where(den <= eps, 0.0, -tl.sum(num * o, 1)), mask=here)
 
 
 @triton.jit(do_not_specialize=["has_end", "B", "S", "N", "H"])

@@ -12,7 +12,7 @@ import triton.language as tl
 from linattn.backends.triton import plan
 from linattn.backends.triton import product as kernels
 from linattn.backends.triton import segments as between
-from linattn.backends.triton.launcher import Launcher
+from linattn.backends.triton.launcher import Launcher, one
 from linattn.problem import Problem
 
 Tensor = torch.Tensor
@@ -36,6 +36,18 @@ class Side:
     @property
     def split(self) -> bool:
         return self.units > 0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows of a pool of states, and the tokens that each row of the pool has seen."""
+
+    rows: Tensor  # [S]
+    lengths: Tensor  # [pool]
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, int]:
+        return self.rows, self.lengths, self.lengths.shape[0]
 
 
 product = Launcher(kernels.product)
@@ -86,6 +98,7 @@ def run(
     n: int | None = None,
     scale: float | None = None,
     all_parts: bool = True,
+    slots: Pool | None = None,
 ) -> None:
     """Launch `product` once; shapes as it says, `sums` is its RAW."""
     problem = side.problem
@@ -114,23 +127,24 @@ def run(
         return
     out_strides = out.stride()
     strides = x.stride(), y.stride(), w.stride(), raw.stride(), out_strides, g_strides, mask_strides
-    theta, marks = side.theta, side.borders
+    theta, marks, none = side.theta, side.borders, one(torch.float32, x.device)  # a pointer of the right type
     constants = (
         d, e, blocks.c, plan.padded(d), blocks.block_e, OPERANDS[problem.dtype], precision(problem),
         problem.feature_map or "none", angles, kind, reverse, strict, gradient, normalize, extra_on, mask,
-        borders, side.split, total, output, sums, want_rows, turn is not None, blocks.stages,
+        borders, side.split, total, output, sums, want_rows, turn is not None,
+        slots is not None, blocks.stages, blocks.across or normalize or extra_on > 0,
     )  # fmt: skip
     product(
         units * problem.heads * slices,
         (x.dtype, do_dtype(y, w), out.dtype, g.dtype, None if marks is None else marks.dtype,
-         None if theta is None else theta.dtype, x.device, strides, constants, blocks.warps),
+         None if theta is None else theta.dtype, None if slots is None else slots.rows.dtype, x.device, strides, constants, blocks.warps),
         (
             x, *strides[0], y, *strides[1], w, *strides[2], raw, *strides[3], out, *out_strides,
             g, *g_strides, x if theta is None else theta, angle, mask_ptr, *mask_strides,
-            x if extra is None else extra, 0 if extra is None else extra.shape[1],
-            x if start is None else start, x if start_z is None else start_z, int(start is not None),
-            x if final is None else final, x if final_z is None else final_z, int(final is not None),
-            x if rows is None else rows, x if turn is None else turn, x if marks is None else marks,
+            x if extra is None else extra, 0 if extra is None else extra.shape[2],
+            none if start is None else start, none if start_z is None else start_z, int(start is not None),
+            none if final is None else final, none if final_z is None else final_z, int(final is not None),
+            *((x, x, 0) if slots is None else slots.arguments), x if rows is None else rows, x if turn is None else turn, x if marks is None else marks,
             problem.batch, problem.sequences, n, m, problem.heads, side.segments, side.size, int(all_parts),
             float(centre), float(problem.scale if scale is None else scale), problem.eps,
         ),
@@ -149,6 +163,8 @@ def through(
     *,
     reverse: bool = False,
     total: bool = False,
+    slots: Pool | None = None,
+    counts: bool = False,
 ) -> None:
     """Carry states [units H F E] through the segments of every sequence, in place."""
     problem = side.problem
@@ -163,13 +179,16 @@ def through(
         return
     borders = 2 if problem.packed else int(problem.lengths)
     g = parts if log_decay is None else log_decay
-    constants = (block, angles, kind, reverse, borders, total)
+    constants = (block, angles, kind, reverse, borders, total, slots is not None, counts)
     scan(
-        grid, (g.dtype, side.borders is not None and side.borders.dtype, parts.device, constants),
+        grid,
+        (g.dtype, side.borders is not None and side.borders.dtype, slots is not None and slots.rows.dtype,
+         parts.device, constants),
         (
             parts, parts if start is None else start, int(start is not None),
             parts if final is None else final, int(final is not None), g, 0 if kind != 1 else g.stride(0),
             parts if side.theta is None else side.theta, angle,
+            *((parts, parts, 0) if slots is None else slots.arguments),
             parts if side.borders is None else side.borders,
             problem.sequences, length, problem.heads, d, e, side.segments, side.size,
         ),
