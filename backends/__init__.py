@@ -117,3 +117,11 @@ class Decoding(Protocol):
         slots: Array | None,
     ) -> Array:
         """q, k [B, H, D], v [B, H, E], log_decay [H] or [B, H] -> o [B, H, E]; changes `state` in place."""
+
+
+@runtime_checkable
+class Pooling(Protocol):
+    """A backend that works on rows of a pool of states in place, without gathering them first."""
+
+    def forward_in_pool(self, problem: Problem, saved: Saved, slots: Array) -> Array:
+        """o; `saved.state` is the pool, without gaps, and sequence s works on its row slots[s] (-1: padding)."""

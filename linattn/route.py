@@ -7,8 +7,8 @@ from typing import TypeGuard
 
 import numpy as np
 
-from linattn.arrays import Array, cast, kind_of, namespace, table
-from linattn.backends import Backend, Decoding, Differentiable, Gradients, Saved
+from linattn.arrays import Array, cast, device_name, kind_of, namespace, table
+from linattn.backends import Backend, Decoding, Differentiable, Gradients, Pooling, Saved
 from linattn.checks import Call
 from linattn.errors import StateError
 from linattn.problem import Problem
@@ -46,6 +46,16 @@ def beside(x: Array | None, like: Array, dtype: str) -> Array | None:
     return cast(x, dtype)
 
 
+def pools(backend: Backend) -> TypeGuard[Pooling]:
+    """Whether a backend works on rows of a pool in place."""
+    return _offers(backend, Pooling)
+
+
+def _whole(pool: State) -> bool:
+    """Whether a torch pool's arrays lie without gaps."""
+    return all(x is None or x.is_contiguous() for x in (pool.kv, pool.z, pool.length))
+
+
 def saved_of(problem: Problem, call: Call, state: State | None, o: Array | None = None) -> Saved:
     """The arrays of a call as backends take them."""
     decay = beside(call.log_decay, call.q, problem.accumulate)
@@ -56,7 +66,7 @@ def saved_of(problem: Problem, call: Call, state: State | None, o: Array | None 
 
 
 def forward(problem: Problem, backend: Backend, call: Call) -> tuple[Array, State | None]:
-    """Run a call; with slots, gather the states before and write them back after."""
+    """Run a call; with slots, in the pool itself, or gather the states before and write them back after."""
     if call.slots is None or call.initial_state is None:
         s = saved_of(problem, call, call.initial_state)
         return backend.forward(
@@ -64,6 +74,13 @@ def forward(problem: Problem, backend: Backend, call: Call) -> tuple[Array, Stat
         )
     pool = call.initial_state
     check_writable(pool, "initial_state")
+    if (
+        pools(backend)
+        and not problem.return_state
+        and device_name(call.slots) == problem.device
+        and _whole(pool)
+    ):
+        return backend.forward_in_pool(problem, saved_of(problem, call, pool), call.slots), None
     rows = Slots(call.slots, pool)
     # Padding rows begin empty, not with another sequence's memory.
     start = rows.read(pool)

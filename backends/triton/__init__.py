@@ -79,6 +79,12 @@ class TritonBackend:
         with launch.on(problem):
             return launch.forward(problem, inputs)
 
+    def forward_in_pool(self, problem: Problem, saved: Saved, slots: Array) -> Array:
+        from linattn.backends.triton import launch
+
+        with launch.on(problem):
+            return launch.forward_in_pool(problem, saved, slots)
+
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
         from linattn.backends.triton import backward, launch
 

@@ -11,7 +11,7 @@ import torch
 
 from linattn.backends.triton import plan
 from linattn.backends.triton.launcher import repeatable, room, spoil
-from linattn.backends.triton.starts import Side, run, through
+from linattn.backends.triton.starts import Pool, Side, run, through
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -96,6 +96,7 @@ def carried(
     reverse: bool = False,
     mask: int = 1,
     total: bool = False,
+    pool: Pool | None = None,
 ) -> Carried:
     """States of segments, carried through each sequence; `total` sums them up instead, [S H F E]."""
     problem = side.problem
@@ -108,11 +109,12 @@ def carried(
     blocks = plan.blocks(
         operand_name(problem), y.shape[3], e, problem.reweight is not None, False, problem.device
     )
+    blocks = plan.states(blocks)
     length = y.shape[1] if total else plan.length_of(problem)
     run(
         side, y, y, w, w, n=length, blocks=blocks, extra=extra, extra_on=0 if extra is None else 2,
         final=kv, final_z=z, rows=logs, reverse=reverse, normalize=normalize, mask=mask, output=False,
-        all_parts=total or final is not None,
+        all_parts=total or final is not None, slots=pool,
     )  # fmt: skip
     decay = None if total else logs if per_token else side.log_decay
     if total:
@@ -123,10 +125,10 @@ def carried(
             through(side, z, length, None, sums_z, None, total=True)
         return Carried(sums, sums_z)
     begin, end = start or NO_STATE, final or NO_STATE
-    through(side, kv, length, begin.kv, end.kv, decay, reverse=reverse)
+    through(side, kv, length, begin.kv, end.kv, decay, reverse=reverse, slots=pool, counts=pool is not None)
     if z is not None:
         begin_z, end_z = (None if p.z is None else p.z[..., None] for p in (begin, end))
-        through(side, z, length, begin_z, end_z, decay, reverse=reverse)
+        through(side, z, length, begin_z, end_z, decay, reverse=reverse, slots=pool)
     return Carried(kv, z)
 
 
@@ -159,8 +161,9 @@ def sums(
     start: State | None,
     final: State | None,
     normalize: bool,
+    pool: Pool | None = None,
 ) -> None:
-    """o of a whole call into `out`, and its final state into `final`."""
+    """o of a whole call into `out`, and its final state into `final`; with `pool`, both are rows of one."""
     problem = side.problem
     e = v.shape[3]
     blocks = plan.blocks(
@@ -170,15 +173,19 @@ def sums(
         _two_sided(side, q, k, v, out, blocks, normalize)
         return
     side = planned(side, blocks, e)
+    if pool is not None and normalize and not side.split:
+        side = split_side(
+            side, 1, problem.n
+        )  # slices of one head share z, which must not change before all read it
     if not side.split:
         run(
             side, q, k, v, out, blocks=blocks, start=None if start is None else start.kv,
             start_z=None if start is None else start.z, final=None if final is None else final.kv,
-            final_z=None if final is None else final.z, normalize=normalize,
+            final_z=None if final is None else final.z, normalize=normalize, slots=pool,
         )  # fmt: skip
         return
-    states = carried(side, k, v, start, final, normalize=normalize)
-    run(side, q, k, v, out, blocks=blocks, start=states.kv, start_z=states.z, normalize=normalize)
+    states = carried(side, k, v, start, final, normalize=normalize, pool=pool)
+    run(side, q, k, v, out, blocks=blocks, start=states.kv, start_z=states.z, normalize=normalize, slots=pool)
 
 
 def fresh(problem: Problem, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -237,6 +244,36 @@ def forward(problem: Problem, x: Any) -> tuple[Tensor, State | None]:
     if kv is None:
         return o, None
     return o, State(kv, z, _lengths(problem, x), problem.feature_map, problem.reweight, problem.d)
+
+
+def forward_in_pool(problem: Problem, x: Any, slots: Tensor) -> Tensor:
+    """o of a call whose states are rows of a pool, which change in place, and their lengths with them."""
+    state = x.state
+    borders = x.cu_seqlens if problem.packed else x.lengths
+    inputs = (
+        x.q,
+        x.k,
+        x.v,
+        x.log_decay,
+        x.theta,
+        x.key_mask,
+        borders,
+        state.kv,
+        state.z,
+        state.length,
+        slots,
+    )
+    (o,) = repeatable("pool", problem, inputs, functools.partial(_in_pool, problem, x, slots.contiguous()))
+    assert o is not None
+    return o
+
+
+def _in_pool(problem: Problem, x: Any, slots: Tensor) -> tuple[Tensor]:
+    o = room((problem.batch, problem.n, problem.heads, problem.e), x.q.dtype, x.q.device, zero=True)
+    if problem.n:
+        pool = Pool(slots, x.state.length)
+        sums(side_of(problem, x), x.q, x.k, x.v, o, x.state, x.state, problem.normalize, pool)
+    return (o,)
 
 
 def _forward(problem: Problem, x: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -93,7 +93,16 @@ class Tape:
             for i, slot in holes:
                 flat[i] = addresses[slot]
             kernel.run(
-                programs, 1, 1, streams[lane], kernel.function, kernel.packed_metadata, None, None, None, *flat
+                programs,
+                1,
+                1,
+                streams[lane],
+                kernel.function,
+                kernel.packed_metadata,
+                None,
+                None,
+                None,
+                *flat,
             )
         first = self.inputs
         return tuple(None if slot is None else rooms[slot - first] for slot in self.results)

@@ -267,9 +267,13 @@ def turned(cosine, sine, cos, sin):
 
 
 @triton.jit
-def kept(state, whole):
-    """A state times a decay (or one with the scale of o in it); a decay of 0 forgets it, whatever it holds."""
-    return tl.where(whole != 0, state * whole, 0.0)
+def kept(state, whole, SELECT: tl.constexpr):
+    """A state times a decay (or one with the scale of o in it); SELECT: one of 0 forgets it, whatever it holds."""
+    if SELECT:
+        state = tl.where(whole != 0, state * whole, 0.0)
+    else:
+        state = state * whole
+    return state
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from linattn.problem import Problem
 
@@ -42,8 +42,10 @@ def shipped(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
     if operand == "bfloat16":
         if wide <= 64:
             if two:
-                return Blocks(64 if gradient else 32, min(slices, 64), 4, 3)
-            return Blocks(64, min(slices, 64), 4, 3)
+                return Blocks(64, min(slices, 64), 4, 2) if gradient else Blocks(32, min(slices, 64), 4, 3)
+            if gradient or slices < 64:
+                return Blocks(64, min(slices, 64), 4, 3, across=False)
+            return Blocks(128, 64, 8, 3, across=False)
         if wide <= 128:
             if slices < 128:
                 return Blocks(32, slices, 4, 3)
@@ -52,6 +54,23 @@ def shipped(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
     if wide <= 64:
         return Blocks(32, min(slices, 32), 4, 1)
     return Blocks(16, min(slices, 32 if wide <= 128 else 16), 4, 1)
+
+
+def fitting(blocks: Blocks, summed: bool, wide_output: bool) -> Blocks:
+    """A configuration as a launch takes it: beside a second state, or for an output in float32.
+
+    A second state is only held across, where the matrix products that it needs come out right.
+    """
+    if summed and not blocks.across:
+        blocks = Blocks(min(blocks.c, 64), blocks.block_e, 4, blocks.stages)
+    if wide_output and blocks.stages > 2:
+        blocks = replace(blocks, stages=2)
+    return blocks
+
+
+def states(blocks: Blocks) -> Blocks:
+    """A configuration for launches that only sum up states."""
+    return blocks
 
 
 GRAIN = 128

@@ -29,6 +29,7 @@ from linattn.backends.triton.pieces import (
     of_i,
     operand,
     phases,
+    power,
     sequence_of,
     start_of,
     tile,
@@ -82,6 +83,8 @@ def product(
     SUM_E: tl.constexpr = GRADIENT and EXTRA > 0  # or along e
     SUM: tl.constexpr = SUM_D or SUM_E
     FIRST: tl.constexpr = OUTER == ACROSS  # angles lie along the state's first axis
+    PAIRS: tl.constexpr = ACROSS and not SUM  # pairs are kept transposed
+    LATE: tl.constexpr = SUM_D and RAW == 0  # the scale comes with the division
     Z: tl.constexpr = E if GRADIENT else D
     HALF: tl.constexpr = D * E
     PARTS: tl.constexpr = 2 if TWO else 1  # cosine and sine
@@ -198,179 +201,189 @@ def product(
         ahead = (low + (count - 1) * C if REVERSE else low) + r
         extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < high), other=0.0)
 
-    for step in tl.range(0, count, num_stages=STAGES):
-        t = low + step * C
-        if REVERSE:
-            t = low + (count - 1 - step) * C
-        at_n = t + r
-        in_x = at_n < tl.minimum(high, n)
-        in_y = at_n < tl.minimum(high, m)
-        if MASK == 1:
-            in_y = in_y & (tl.load(mask_ptr + at_n.to(tl.int64) * mask_n, mask=in_y, other=0) != 0)
-        if MASK == 2:
-            in_x = in_x & (tl.load(mask_ptr + at_n.to(tl.int64) * mask_n, mask=in_x, other=0) != 0)
-        if NEEDS_EXTRA:
-            extra = extra_next
-            ahead = at_n - C if REVERSE else at_n + C
-            extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < high), other=0.0)
-        pairs, near, far, whole, log_whole = decays(
-            g_ptr, g2, g_n, t, high - t, r, at_n < high, C, DECAY, REVERSE, STRICT,
-            OUTPUT and not TOTAL, ACROSS,
-        )  # fmt: skip
-        if TWO:
-            cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r), FAST)  # [n d], [n e] or [n 1]
-
-        # y and w: what is added to the state
-        if not TOTAL:
-            inside = in_y[:, None] if D == BLOCK_D else in_y[:, None] & (d[None, :] < D)
-            y = tile(y_ptr, at_n, d, y_n, y_d, inside)  # [j d]
-            y = mapped(y, inside, XY, FAST)
-            inside = in_y[:, None] if WHOLE_E else in_y[:, None] & (e[None, :] < E)
-            w = tile(w_ptr, at_n, e, w_n, w_d, inside)  # [j e]
-            w = mapped(w, inside, VALUE, FAST)
-            if INNER:
-                y_sin = operand(y * sin, OPERAND, PRECISION)
-                y = y * cos
-            y = operand(y, OPERAND, PRECISION)
-            if OUTER:
-                w_sin = w * sin
-                w = w * cos
-            if SUM:
-                y_extra = extra if EXTRA == 2 else tl.full([C], 1.0, tl.float32)
-            if SUM_E:
-                y_more = tl.where(column[None, :] == 0, y_extra[:, None], 0.0)
-                if INNER:
-                    y_more = y_more * cos + tl.where(column[None, :] == 1, y_extra[:, None] * sin, 0.0)
-                y_more = operand(y_more, OPERAND, PRECISION)  # [j 16]
-
-        if OUTPUT:
-            inside = in_x[:, None] if D == BLOCK_D else in_x[:, None] & (d[None, :] < D)
-            x = tile(x_ptr, at_n, d, x_n, x_d, inside)  # [i d]
-            x = mapped(x, inside, XY, FAST)
-            if INNER:
-                x_sin = operand(x * sin, OPERAND, PRECISION)
-                x = x * cos
-            x = operand(x, OPERAND, PRECISION)
-
-            # from the state [i e]
-            o = dot(x, upright(operand(state, OPERAND, PRECISION), ACROSS), None, PRECISION, ACROSS)
-            if INNER:
-                o = dot(x_sin, upright(operand(sine, OPERAND, PRECISION), ACROSS), o, PRECISION, ACROSS)
-            elif TWO:
-                o_sin = dot(x, upright(operand(sine, OPERAND, PRECISION), ACROSS), None, PRECISION, ACROSS)
-            if SUM_D:
-                den = dot(operand(z, OPERAND, PRECISION), tl.trans(x), None, PRECISION, False)  # [16 i]
-                if INNER:
-                    den = dot(operand(z_sine, OPERAND, PRECISION), tl.trans(x_sin), den, PRECISION, False)
-            if SUM_E:
-                x_extra = extra if EXTRA == 1 else tl.full([C], 1.0, tl.float32)
-                x_more = tl.where(column[:, None] == 0, x_extra[None, :], 0.0)
-                if INNER:
-                    x_more = x_more * tl.trans(cos)
-                    x_more += tl.where(column[:, None] == 1, x_extra[None, :] * tl.trans(sin), 0.0)
-                x_more = operand(x_more, OPERAND, PRECISION)  # [16 i]
-                o = dot(operand(z, OPERAND, PRECISION), x_more, o, PRECISION, False)
-                if OUTER:
-                    o_sin = dot(operand(z_sine, OPERAND, PRECISION), x_more, o_sin, PRECISION, False)
-            if DECAY > 0:
-                near *= scale
-                o = kept(o, of_i(near, ACROSS))
-                if OUTER:
-                    o_sin = kept(o_sin, of_i(near, ACROSS))
-                if SUM_D:
-                    den = kept(den, near[None, :])
-            else:
-                o *= scale
-                if OUTER:
-                    o_sin *= scale
-                if SUM_D:
-                    den *= scale
-
-            # from the block itself: pairs [i j]
-            if not TOTAL:
-                p = dot(x, tl.trans(y), None, PRECISION, ACROSS)
-                if INNER:
-                    p = dot(x_sin, tl.trans(y_sin), p, PRECISION, ACROSS)
-                if SUM_E:
-                    p = dot(y_more, x_more, p, PRECISION, False)
-                p = operand(p * (pairs * scale), OPERAND, PRECISION)
-                if SUM_D:
-                    den = dot(tl.full([16, C], 1.0, OPERAND), p, den, PRECISION, False)
-                p = upright(p, ACROSS)
-                o = dot(p, operand(w, OPERAND, PRECISION), o, PRECISION, ACROSS)
-                if OUTER:
-                    o_sin = dot(p, operand(w_sin, OPERAND, PRECISION), o_sin, PRECISION, ACROSS)
-
-            if ACROSS:
-                o = tl.trans(o)
-                if OUTER:
-                    o_sin = tl.trans(o_sin)
-            inside = in_x[:, None] if WHOLE_E else in_x[:, None] & (e[None, :] < E)
-            if OUTER:
-                torque = o_sin * cos - o * sin
-                o = o * cos + o_sin * sin
-            if NEEDS_RAW:
-                raw = tile(raw_ptr, at_n, e, raw_n, raw_d, inside)
-                if ROWS or TURN:
-                    mapped_raw = mapped(raw, inside, FEATURE, FAST).to(tl.float32)
-                if ROWS:
-                    total = tl.sum(tl.where(inside, mapped_raw * o, 0.0), 1)
-                    rows_at = rows_ptr + part.to(tl.int64) * B * N * H + line + at_n.to(tl.int64) * H
-                    tl.store(rows_at, total, mask=at_n < tl.minimum(high, n))
-                if TURN:
-                    place = (at_n - (0 if TOTAL else low)).to(tl.float32) - centre
-                    turn += tl.sum(tl.where(inside, place[:, None] * mapped_raw * torque, 0.0), 0)
-                o = feature_slope(o, raw.to(tl.float32), FEATURE)
+    # a decay that is 0 somewhere in a block selects instead of multiplying: a loop of its own
+    early = 1.0 if LATE else scale
+    selects = False
+    if DECAY == 1:
+        selects = power(g2, C) == 0
+    elif DECAY == 2:
+        selects = True
+    for SELECT in tl.static_range(DECAY == 2, 1 + (DECAY > 0)):
+        for step in tl.range(0, count if SELECT == selects else 0, num_stages=STAGES):
+            t = low + step * C
+            if REVERSE:
+                t = low + (count - 1 - step) * C
+            at_n = t + r
+            in_x = at_n < tl.minimum(high, n)
+            in_y = at_n < tl.minimum(high, m)
+            if MASK == 1:
+                in_y = in_y & (tl.load(mask_ptr + at_n.to(tl.int64) * mask_n, mask=in_y, other=0) != 0)
             if MASK == 2:
-                o = tl.where(in_x[:, None], o, 0.0)
-                exists = (at_n < tl.minimum(high, n))[:, None]
-                inside = exists if WHOLE_E else exists & (e[None, :] < E)
-            if SUM_D:
-                total = tl.sum(den, 0) * 0.0625  # [i]; 16 equal rows
-                if RAW > 0:
+                in_x = in_x & (tl.load(mask_ptr + at_n.to(tl.int64) * mask_n, mask=in_x, other=0) != 0)
+            if NEEDS_EXTRA:
+                extra = extra_next
+                ahead = at_n - C if REVERSE else at_n + C
+                extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < high), other=0.0)
+            pairs, near, far, whole, log_whole = decays(
+                g_ptr, g2, g_n, t, high - t, r, at_n < high, C, DECAY, REVERSE, STRICT,
+                OUTPUT and not TOTAL, PAIRS,
+            )  # fmt: skip
+            if TWO:
+                cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r), FAST)  # [n d], [n e] or [n 1]
+
+            # y and w: what is added to the state
+            if not TOTAL:
+                inside = in_y[:, None] if D == BLOCK_D else in_y[:, None] & (d[None, :] < D)
+                y = tile(y_ptr, at_n, d, y_n, y_d, inside)  # [j d]
+                y = mapped(y, inside, XY, FAST)
+                inside = in_y[:, None] if WHOLE_E else in_y[:, None] & (e[None, :] < E)
+                w = tile(w_ptr, at_n, e, w_n, w_d, inside)  # [j e]
+                w = mapped(w, inside, VALUE, FAST)
+                if INNER:
+                    y_sin = operand(y * sin, OPERAND, PRECISION)
+                    y = y * cos
+                y = operand(y, OPERAND, PRECISION)
+                if OUTER:
+                    w_sin = w * sin
+                    w = w * cos
+                if SUM:
+                    y_extra = extra if EXTRA == 2 else tl.full([C], 1.0, tl.float32)
+                if SUM_E:
+                    y_more = tl.where(column[None, :] == 0, y_extra[:, None], 0.0)
+                    if INNER:
+                        y_more = y_more * cos + tl.where(column[None, :] == 1, y_extra[:, None] * sin, 0.0)
+                    y_more = operand(y_more, OPERAND, PRECISION)  # [j 16]
+
+            if OUTPUT:
+                inside = in_x[:, None] if D == BLOCK_D else in_x[:, None] & (d[None, :] < D)
+                x = tile(x_ptr, at_n, d, x_n, x_d, inside)  # [i d]
+                x = mapped(x, inside, XY, FAST)
+                if INNER:
+                    x_sin = operand(x * sin, OPERAND, PRECISION)
+                    x = x * cos
+                x = operand(x, OPERAND, PRECISION)
+
+                # from the state [i e]
+                o = dot(x, upright(operand(state, OPERAND, PRECISION), ACROSS), None, PRECISION, ACROSS)
+                if INNER:
+                    o = dot(x_sin, upright(operand(sine, OPERAND, PRECISION), ACROSS), o, PRECISION, ACROSS)
+                elif TWO:
+                    o_sin = dot(
+                        x, upright(operand(sine, OPERAND, PRECISION), ACROSS), None, PRECISION, ACROSS
+                    )
+                if SUM_D:
+                    den = dot(operand(z, OPERAND, PRECISION), tl.trans(x), None, PRECISION, False)  # [16 i]
+                    if INNER:
+                        den = dot(operand(z_sine, OPERAND, PRECISION), tl.trans(x_sin), den, PRECISION, False)
+                if SUM_E:
+                    x_extra = extra if EXTRA == 1 else tl.full([C], 1.0, tl.float32)
+                    x_more = tl.where(column[:, None] == 0, x_extra[None, :], 0.0)
+                    if INNER:
+                        x_more = x_more * tl.trans(cos)
+                        x_more += tl.where(column[:, None] == 1, x_extra[None, :] * tl.trans(sin), 0.0)
+                    x_more = operand(x_more, OPERAND, PRECISION)  # [16 i]
+                    o = dot(operand(z, OPERAND, PRECISION), x_more, o, PRECISION, False)
+                    if OUTER:
+                        o_sin = dot(operand(z_sine, OPERAND, PRECISION), x_more, o_sin, PRECISION, False)
+                if DECAY > 0:
+                    near *= early
+                    o = kept(o, of_i(near, ACROSS), SELECT)
+                    if OUTER:
+                        o_sin = kept(o_sin, of_i(near, ACROSS), SELECT)
+                    if SUM_D:
+                        den = kept(den, near[None, :], SELECT)
+                elif not LATE:
+                    o *= early
+                    if OUTER:
+                        o_sin *= early
+                    if SUM_D:
+                        den *= early
+
+                # from the block itself: pairs [i j]
+                if not TOTAL:
+                    p = dot(x, tl.trans(y), None, PRECISION, PAIRS)
+                    if INNER:
+                        p = dot(x_sin, tl.trans(y_sin), p, PRECISION, PAIRS)
+                    if SUM_E:
+                        p = dot(tl.trans(x_more), tl.trans(y_more), p, PRECISION, PAIRS)
+                    p = upright(operand(p * (pairs * early), OPERAND, PRECISION), PAIRS)
+                    if SUM_D:
+                        den = dot(tl.full([16, C], 1.0, OPERAND), tl.trans(p), den, PRECISION, False)
+                    o = dot(p, operand(w, OPERAND, PRECISION), o, PRECISION, ACROSS)
+                    if OUTER:
+                        o_sin = dot(p, operand(w_sin, OPERAND, PRECISION), o_sin, PRECISION, ACROSS)
+
+                if SUM_D:
+                    total = tl.sum(den, 0) * 0.0625  # [i]; 16 equal rows
+                if LATE:
+                    total *= scale
+                    o *= of_i(scale / tl.where(total <= eps, eps, total), ACROSS)
+                if ACROSS:
+                    o = tl.trans(o)
+                    if OUTER:
+                        o_sin = tl.trans(o_sin)
+                inside = in_x[:, None] if WHOLE_E else in_x[:, None] & (e[None, :] < E)
+                if OUTER:
+                    torque = o_sin * cos - o * sin
+                    o = o * cos + o_sin * sin
+                if NEEDS_RAW:
+                    raw = tile(raw_ptr, at_n, e, raw_n, raw_d, inside)
+                    if ROWS or TURN:
+                        mapped_raw = mapped(raw, inside, FEATURE, FAST).to(tl.float32)
+                    if ROWS:
+                        total = tl.sum(tl.where(inside, mapped_raw * o, 0.0), 1)
+                        rows_at = rows_ptr + part.to(tl.int64) * B * N * H + line + at_n.to(tl.int64) * H
+                        tl.store(rows_at, total, mask=at_n < tl.minimum(high, n))
+                    if TURN:
+                        place = (at_n - (0 if TOTAL else low)).to(tl.float32) - centre
+                        turn += tl.sum(tl.where(inside, place[:, None] * mapped_raw * torque, 0.0), 0)
+                    o = feature_slope(o, raw.to(tl.float32), FEATURE)
+                if MASK == 2:
+                    o = tl.where(in_x[:, None], o, 0.0)
+                    exists = (at_n < tl.minimum(high, n))[:, None]
+                    inside = exists if WHOLE_E else exists & (e[None, :] < E)
+                if SUM_D and RAW > 0:
                     rows_at = rows_ptr + line + at_n.to(tl.int64) * H
                     if RAW == 2:
                         total += tl.load(rows_at, mask=in_x, other=0.0)
                     tl.store(rows_at, total, mask=in_x & (part == 0))
-                else:
-                    o *= (1.0 / tl.where(total <= eps, eps, total))[:, None]
-            out_at = out_ptr + at_n[:, None].to(tl.int64) * out_n + e[None, :].to(tl.int64) * out_d
-            if RAW == 2:
-                o += tl.load(out_at, mask=inside, other=0.0)
-            tl.store(out_at, o.to(out_ptr.dtype.element_ty), mask=inside)
+                out_at = out_ptr + at_n[:, None].to(tl.int64) * out_n + e[None, :].to(tl.int64) * out_d
+                if RAW == 2:
+                    o += tl.load(out_at, mask=inside, other=0.0)
+                tl.store(out_at, o.to(out_ptr.dtype.element_ty), mask=inside)
 
-        if not TOTAL:
-            if DECAY == 2 and not OUTPUT:
-                log_decay += log_whole
-            if DECAY > 0:
-                state = kept(state, whole)
-                w = w * far[:, None]
-                if TWO:
-                    sine = kept(sine, whole)
-                if OUTER:
-                    w_sin = w_sin * far[:, None]
-                if SUM_D:
-                    y_extra = y_extra * far
-                if SUM:
-                    z = kept(z, whole)
-                if (SUM_D and TWO) or (SUM_E and OUTER):
-                    z_sine = kept(z_sine, whole)
-            w = operand(w, OPERAND, PRECISION)
-            state = dot(tl.trans(y), w, state, PRECISION, ACROSS)
-            if INNER:
-                sine = dot(tl.trans(y_sin), w, sine, PRECISION, ACROSS)
-            if OUTER:
-                w_sin = operand(w_sin, OPERAND, PRECISION)
-                sine = dot(tl.trans(y), w_sin, sine, PRECISION, ACROSS)
-            if SUM_D:
-                ones = operand(y_extra[None, :] + tl.zeros([16, C], tl.float32), OPERAND, PRECISION)
-                z = dot(ones, y, z, PRECISION, False)
+            if not TOTAL:
+                if DECAY == 2 and not OUTPUT:
+                    log_decay += log_whole
+                if DECAY > 0:
+                    state = kept(state, whole, SELECT)
+                    w = w * far[:, None]
+                    if TWO:
+                        sine = kept(sine, whole, SELECT)
+                    if OUTER:
+                        w_sin = w_sin * far[:, None]
+                    if SUM_D:
+                        y_extra = y_extra * far
+                    if SUM:
+                        z = kept(z, whole, SELECT)
+                    if (SUM_D and TWO) or (SUM_E and OUTER):
+                        z_sine = kept(z_sine, whole, SELECT)
+                w = operand(w, OPERAND, PRECISION)
+                state = dot(tl.trans(y), w, state, PRECISION, ACROSS)
                 if INNER:
-                    z_sine = dot(ones, y_sin, z_sine, PRECISION, False)
-            if SUM_E:
-                z = dot(tl.trans(w), y_more, z, PRECISION, False)
+                    sine = dot(tl.trans(y_sin), w, sine, PRECISION, ACROSS)
                 if OUTER:
-                    z_sine = dot(tl.trans(w_sin), y_more, z_sine, PRECISION, False)
+                    w_sin = operand(w_sin, OPERAND, PRECISION)
+                    sine = dot(tl.trans(y), w_sin, sine, PRECISION, ACROSS)
+                if SUM_D:
+                    ones = operand(y_extra[None, :] + tl.zeros([16, C], tl.float32), OPERAND, PRECISION)
+                    z = dot(ones, y, z, PRECISION, False)
+                    if INNER:
+                        z_sine = dot(ones, y_sin, z_sine, PRECISION, False)
+                if SUM_E:
+                    z = dot(tl.trans(w), y_more, z, PRECISION, False)
+                    if OUTER:
+                        z_sine = dot(tl.trans(w_sin), y_more, z_sine, PRECISION, False)
 
     if DECAY == 2 and not OUTPUT:
         tl.store(rows_ptr + unit * H + h, log_decay, mask=part == 0)

@@ -7,7 +7,19 @@ from linattn.backends.triton.pieces import across, kept, power, sequence_of, tur
 
 
 @triton.jit(
-    do_not_specialize=["has_start", "has_final", "g_h", "S", "N", "H", "D", "E", "segments", "SEGMENT", "pool"]
+    do_not_specialize=[
+        "has_start",
+        "has_final",
+        "g_h",
+        "S",
+        "N",
+        "H",
+        "D",
+        "E",
+        "segments",
+        "SEGMENT",
+        "pool",
+    ]
 )
 def scan(
     parts_ptr,  # [units H F E] float32: what each segment adds; on return the state before it
@@ -74,9 +86,9 @@ def scan(
                 whole = power(g2, tl.minimum(n - segment * SEGMENT, SEGMENT))
             else:
                 whole = tl.exp(tl.load(g_ptr + (first + segment) * H + h))
-            state = kept(state, whole)
+            state = kept(state, whole, True)
             if TWO:
-                sine = kept(sine, whole)
+                sine = kept(sine, whole, True)
         state += part
         if TWO:
             sine += part_sine

@@ -102,6 +102,9 @@ def run(
 ) -> None:
     """Launch `product` once; shapes as it says, `sums` is its RAW."""
     problem = side.problem
+    blocks = plan.fitting(
+        blocks, normalize or extra_on > 0, out.dtype == torch.float32 and problem.dtype != "float32"
+    )
     d, e = y.shape[3] if not total else x.shape[3], out.shape[3] if output else w.shape[3]
     n, m = x.shape[1] if n is None else n, y.shape[1]
     decay, mask_ptr = side.log_decay, side.key_mask
@@ -132,7 +135,7 @@ def run(
         d, e, blocks.c, plan.padded(d), blocks.block_e, OPERANDS[problem.dtype], precision(problem),
         problem.feature_map or "none", angles, kind, reverse, strict, gradient, normalize, extra_on, mask,
         borders, side.split, total, output, sums, want_rows, turn is not None,
-        slots is not None, blocks.stages, blocks.across or normalize or extra_on > 0,
+        slots is not None, blocks.stages, blocks.across,
     )  # fmt: skip
     product(
         units * problem.heads * slices,
