@@ -124,4 +124,4 @@ class Pooling(Protocol):
     """A backend that works on rows of a pool of states in place, without gathering them first."""
 
     def forward_in_pool(self, problem: Problem, saved: Saved, slots: Array) -> Array:
-        """o; `saved.state` is the pool, without gaps, and sequence s works on its row slots[s] (-1: padding)."""
+        """o; `saved.state` is the pool, without gaps; sequence s works on its row slots[s] (-1: padding)."""

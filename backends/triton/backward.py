@@ -27,12 +27,11 @@ from linattn.backends.triton.launch import (
     operand_name,
     planned,
     planned_for,
-    room_beside,
     side_of,
     sums,
     total_size,
 )
-from linattn.backends.triton.launcher import Launcher, abreast, one, repeatable, room, spoil
+from linattn.backends.triton.launcher import Launcher, one, repeatable, room, spoil
 from linattn.backends.triton.starts import Side, run
 from linattn.problem import Problem
 from linattn.state import State
@@ -173,9 +172,7 @@ def _one_way(
     value_blocks = plan.blocks(name, problem.d, problem.e, two, False, problem.device)
     want_theta = problem.reweight == "lrpe" and x.want_theta
     want_decay = problem.decay is not None and x.want_log_decay
-    apart = sums_ == 0 and not want_theta and room_beside(side, grad_blocks, problem.d)
-    # the states of two passes serve three: with angles that pays sooner, but not before the three run abreast
-    least = 5 if apart else 2 if two else 3
+    least = 2 if two else 3  # the states of two passes serve three: with angles that pays sooner
     side = planned(side, grad_blocks, problem.d, ANGLE_SEGMENT if want_theta else 0, least)
     final = dstart = None
     need_end = dstate is not None and (want_theta or want_decay)
@@ -199,24 +196,21 @@ def _one_way(
     centre = 0.5 * side.size
     back_to, strict = not flip, flip
     from_keys, to_keys = _ends(side, forth, start, final), _ends(side, back, dstate, dstart)
-    from_values = to_keys | {"final": None, "final_z": None}  # who wrote it once need not write it again
-    jobs = (
-        partial(
-            run, side, do, x.v, x.k, out.q, raw=x.q, blocks=grad_blocks, extra=extra,
-            extra_on=int(extra is not None), **from_keys, reverse=flip, strict=strict, gradient=True,
-            sums=sums_, rows=rows_q, want_rows=want_decay, turn=turn_q, centre=centre,
-        ),
-        partial(
-            run, side, x.v, late.do, x.q, out.k, raw=x.k, blocks=grad_blocks, extra=late.extra, scale=1.0,
-            extra_on=0 if extra is None else 2, **to_keys, reverse=back_to, strict=strict, gradient=True,
-            mask=2, sums=sums_, rows=rows_k, want_rows=want_decay, turn=turn_k, centre=centre,
-        ),
-        partial(
-            run, side, x.k, x.q, late.do, out.v, blocks=value_blocks, scale=1.0, **from_values,
-            reverse=back_to, strict=strict, mask=2, sums=sums_,
-        ),
+    run(
+        side, do, x.v, x.k, out.q, raw=x.q, blocks=grad_blocks, extra=extra,
+        extra_on=int(extra is not None), **from_keys, reverse=flip, strict=strict, gradient=True,
+        sums=sums_, rows=rows_q, want_rows=want_decay, turn=turn_q, centre=centre,
     )  # fmt: skip
-    abreast(jobs, do, apart and not side.split)
+    run(
+        side, x.v, late.do, x.q, out.k, raw=x.k, blocks=grad_blocks, extra=late.extra, scale=1.0,
+        extra_on=0 if extra is None else 2, **to_keys, reverse=back_to, strict=strict, gradient=True, mask=2,
+        sums=sums_, rows=rows_k, want_rows=want_decay, turn=turn_k, centre=centre,
+    )  # fmt: skip
+    to_keys |= {"final": None, "final_z": None}  # who wrote it once need not write it again
+    run(
+        side, x.k, x.q, late.do, out.v, blocks=value_blocks, scale=1.0, **to_keys, reverse=back_to,
+        strict=strict, mask=2, sums=sums_,
+    )  # fmt: skip
     out.start = dstart
     if rows_q is not None and rows_k is not None:
         out.plus += [rows_k if flip else rows_q]

@@ -65,14 +65,6 @@ def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0, least: int =
     return side if count == 1 else split_side(side, count, size)
 
 
-def room_beside(side: Side, blocks: plan.Blocks, e: int) -> bool:
-    """Whether a launch leaves half of the GPU's registers to others, and is long enough to share them."""
-    problem = side.problem
-    warps = problem.sequences * problem.heads * -(-e // blocks.block_e) * blocks.warps
-    fits = 2 * warps <= plan.FULL * multiprocessors(problem.device)
-    return problem.device.startswith("cuda") and fits and plan.length_of(problem) >= plan.LEAST_SEGMENT
-
-
 NO_STATE = State(None, None, None)
 
 
@@ -109,7 +101,6 @@ def carried(
     blocks = plan.blocks(
         operand_name(problem), y.shape[3], e, problem.reweight is not None, False, problem.device
     )
-    blocks = plan.states(blocks)
     length = y.shape[1] if total else plan.length_of(problem)
     run(
         side, y, y, w, w, n=length, blocks=blocks, extra=extra, extra_on=0 if extra is None else 2,

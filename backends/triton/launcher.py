@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ class Tape:
         self.owner = owner  # kept, so that its id stays its own
         self.slots: dict[int, int] = {}
         self.rooms: list[tuple[tuple[int, ...], torch.dtype, torch.device, bool]] = []
-        # kernel, programs, arguments, where addresses go, stream (0 the current one); no kernel: see `road`
-        self.steps: list[tuple[Any, int, list[Any], tuple[tuple[int, int], ...], int]] = []
+        self.steps: list[tuple[Any, int, list[Any], tuple[tuple[int, int], ...]]] = []
         self.inputs = len(inputs)
         self.good = True
         self.results: tuple[int | None, ...] = ()
@@ -46,7 +45,7 @@ class Tape:
         self._name(x, self.inputs + len(self.rooms))
         self.rooms.append((tuple(x.shape), x.dtype, x.device, zero))
 
-    def step(self, kernel: Any, programs: int, flat: list[Any], pointers: tuple[int, ...], lane: int) -> None:
+    def step(self, kernel: Any, programs: int, flat: list[Any], pointers: tuple[int, ...]) -> None:
         """A kernel was started."""
         holes = []
         for i in pointers:
@@ -56,11 +55,7 @@ class Tape:
             elif flat[i] not in _constants:
                 self.good = False
                 return
-        self.steps.append((kernel, programs, flat, tuple(holes), lane))
-
-    def road(self, lanes: int) -> None:
-        """Lanes beside the current stream begin here, and at the second call end."""
-        self.steps.append((None, lanes, [], (), 0))
+        self.steps.append((kernel, programs, flat, tuple(holes)))
 
     def finish(self, results: Parts) -> bool:
         """Whether it can be played: every result is one of its buffers."""
@@ -79,30 +74,13 @@ class Tape:
             x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
             rooms.append(x)
             addresses.append(x.data_ptr())
-        streams = [torch._C._cuda_getCurrentRawStream(self.index)]
-        road: Road | None = None
-        for kernel, programs, template, holes, lane in self.steps:
-            if kernel is None:
-                if road is None:
-                    road = Road(self.index, programs)
-                    streams += [one.cuda_stream for one, _ in road.lanes]
-                else:
-                    road.join()
-                continue
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        for kernel, programs, template, holes in self.steps:
             flat = template.copy()
             for i, slot in holes:
                 flat[i] = addresses[slot]
             kernel.run(
-                programs,
-                1,
-                1,
-                streams[lane],
-                kernel.function,
-                kernel.packed_metadata,
-                None,
-                None,
-                None,
-                *flat,
+                programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *flat
             )
         first = self.inputs
         return tuple(None if slot is None else rooms[slot - first] for slot in self.results)
@@ -110,70 +88,13 @@ class Tape:
 
 LIMIT = 512  # passes to remember
 _tapes: dict[tuple[Any, int], Tape | Any] = {}
-
-
-class _Here(threading.local):
-    """What this thread does: the tape that it records, the lane that it starts kernels on, its own streams."""
-
-    def __init__(self) -> None:
-        self.tape: Tape | None = None
-        self.lane = 0
-        self.lanes: dict[int, list[tuple[torch.cuda.Stream, torch.cuda.Event]]] = {}
-        self.begun: dict[int, torch.cuda.Event] = {}
-
-
-class Road:
-    """The current stream and lanes beside it, which begin where it is now and end before it goes on."""
-
-    def __init__(self, index: int, lanes: int) -> None:
-        known = _here.lanes.setdefault(index, [])
-        while len(known) < lanes:
-            known.append((torch.cuda.Stream(index), torch.cuda.Event()))
-        self.lanes = known[:lanes]
-        self.main = torch.cuda.current_stream(index)
-        begun = _here.begun.setdefault(index, torch.cuda.Event())
-        begun.record(self.main)
-        for lane, _ in self.lanes:
-            lane.wait_event(begun)
-
-    def join(self) -> None:
-        for lane, done in self.lanes:
-            done.record(lane)
-            self.main.wait_event(done)
-
-
-def abreast(jobs: Sequence[Callable[[], None]], like: Tensor, apart: bool) -> None:
-    """Start kernels that do not wait for each other; if `apart`, beside each other on streams of their own.
-
-    At most once in a pass.
-    """
-    if not apart:
-        for job in jobs:
-            job()
-        return
-    tape = recorded()
-    if tape is not None:
-        tape.road(len(jobs) - 1)
-    road = Road(like.device.index or 0, len(jobs) - 1)
-    for lane, job in enumerate(jobs):
-        _here.lane = lane
-        try:
-            with torch.cuda.stream(road.lanes[lane - 1][0] if lane else None):
-                job()
-        finally:
-            _here.lane = 0
-    road.join()
-    if tape is not None:
-        tape.road(0)
-
-
-_here = _Here()
+_here = threading.local()  # `tape`: the one that this thread records
 _constants: dict[int, Tensor] = {}
 
 
 def recorded() -> Tape | None:
     """The tape that this thread records, if it does."""
-    return _here.tape
+    return getattr(_here, "tape", None)
 
 
 def repeatable(name: Any, owner: Any, inputs: Parts, work: Callable[[], Parts]) -> Parts:
@@ -262,7 +183,7 @@ class Launcher:
             flat += constants
             kernel[programs, 1, 1](*flat)
             if (tape := recorded()) is not None:
-                tape.step(kernel, programs, flat, self.pointers, _here.lane)
+                tape.step(kernel, programs, flat, self.pointers)
             return
         spoil()
         kernel = self.jit[(programs,)](*arguments, *constants, **options)

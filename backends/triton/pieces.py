@@ -78,7 +78,7 @@ def upright(x, ACROSS: tl.constexpr):
 
 @triton.jit
 def of_i(x, ACROSS: tl.constexpr):
-    """Factors of rows i, to be multiplied with a block that is kept transposed if ACROSS."""
+    """A vector along the rows of a block that is kept transposed if ACROSS."""
     return x[None, :] if ACROSS else x[:, None]
 
 
@@ -223,9 +223,9 @@ def decays(
     C: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, PAIRS: tl.constexpr,
     ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Factors of a block: between tokens [i j] ([j i] if ACROSS), from state to query, from key to state, whole, and its ln.
+    """Factors of a block: between tokens [i j], from state to query, from key to state, whole, and its ln.
 
-    DECAY: 0 none, 1 per head, 2 per token. The block holds min(C, left) tokens.
+    DECAY: 0 none, 1 per head, 2 per token. The block holds min(C, left) tokens. ACROSS: pairs as [j i].
     """
     lag = r[:, None] - r[None, :]
     if REVERSE != ACROSS:
@@ -267,13 +267,9 @@ def turned(cosine, sine, cos, sin):
 
 
 @triton.jit
-def kept(state, whole, SELECT: tl.constexpr):
-    """A state times a decay (or one with the scale of o in it); SELECT: one of 0 forgets it, whatever it holds."""
-    if SELECT:
-        state = tl.where(whole != 0, state * whole, 0.0)
-    else:
-        state = state * whole
-    return state
+def kept(state, whole):
+    """A state times a decay, scaled or not; a decay of 0 forgets it, whatever it holds."""
+    return tl.where(whole != 0, state * whole, 0.0)
 
 
 @triton.jit

@@ -42,7 +42,9 @@ def shipped(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
     if operand == "bfloat16":
         if wide <= 64:
             if two:
-                return Blocks(64, min(slices, 64), 4, 2) if gradient else Blocks(32, min(slices, 64), 4, 3)
+                if gradient:
+                    return Blocks(64, min(slices, 64), 4, 2)
+                return Blocks(32, min(slices, 64), 4, 3) if slices > 16 else Blocks(64, 16, 8, 3)
             if gradient or slices < 64:
                 return Blocks(64, min(slices, 64), 4, 3, across=False)
             return Blocks(128, 64, 8, 3, across=False)
@@ -65,11 +67,6 @@ def fitting(blocks: Blocks, summed: bool, wide_output: bool) -> Blocks:
         blocks = Blocks(min(blocks.c, 64), blocks.block_e, 4, blocks.stages)
     if wide_output and blocks.stages > 2:
         blocks = replace(blocks, stages=2)
-    return blocks
-
-
-def states(blocks: Blocks) -> Blocks:
-    """A configuration for launches that only sum up states."""
     return blocks
 
 

@@ -29,7 +29,6 @@ from linattn.backends.triton.pieces import (
     of_i,
     operand,
     phases,
-    power,
     sequence_of,
     start_of,
     tile,
@@ -39,11 +38,10 @@ from linattn.backends.triton.pieces import (
 )
 
 # Sizes that the compiled code does not depend on; strides are left to it, for the width of loads.
-SIZES = ["extra_n", "has_start", "has_final", "B", "S", "N", "M", "H", "segments", "SEGMENT", "all_parts"]
-SIZES += ["pool"]
+SIZES = ["extra_n", "has_start", "has_final", "pool", "B", "S", "N", "M", "H", "segments", "SEGMENT"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "all_parts"])
 def product(
     x_ptr, x_b, x_n, x_h, x_d,  # [B N H D]
     y_ptr, y_b, y_n, y_h, y_d,  # [B M H D]
@@ -83,7 +81,6 @@ def product(
     SUM_E: tl.constexpr = GRADIENT and EXTRA > 0  # or along e
     SUM: tl.constexpr = SUM_D or SUM_E
     FIRST: tl.constexpr = OUTER == ACROSS  # angles lie along the state's first axis
-    PAIRS: tl.constexpr = ACROSS and not SUM  # pairs are kept transposed
     LATE: tl.constexpr = SUM_D and RAW == 0  # the scale comes with the division
     Z: tl.constexpr = E if GRADIENT else D
     HALF: tl.constexpr = D * E
@@ -101,28 +98,23 @@ def product(
     h = ((pid // SLICES) % H).to(tl.int64)
     unit = (pid // SLICES // H).to(tl.int64)
     row, s, segment, begin, n, m = sequence_of(unit, borders_ptr, S, N, M, segments, SEGMENT, BORDERS, SPLIT)
-    from_unit = unit if SPLIT and not TOTAL else s
-    to_unit = unit
+    from_unit, to_unit = unit if SPLIT and not TOTAL else s, unit
     if SLOTS:
         slot = tl.load(slots_ptr + s).to(tl.int64)
         real = (slot >= 0) & (slot < pool)  # any other row is padding: no tokens, no state
-        n = tl.where(real, n, 0)
-        m = tl.where(real, m, 0)
+        n, m = tl.where(real, n, 0), tl.where(real, m, 0)
         if not SPLIT:
             has_start = tl.where(real, has_start, 0)
             has_final = tl.where(real, has_final, 0)
-            from_unit = slot
-            to_unit = slot
+            from_unit, to_unit = slot, slot
     longest = n if TOTAL else tl.maximum(n, m)
-    low = segment * SEGMENT
-    high = longest
+    low, high = segment * SEGMENT, longest
     if SPLIT:
         high = tl.minimum(low + SEGMENT, longest)
         if not OUTPUT:  # nobody reads what the last segment on the way adds, unless a final state is wanted
-            last = segment * 0 if REVERSE else (longest - 1) // SEGMENT
-            high = tl.where((segment == last) & (all_parts == 0), low, high)
-    low = low.to(tl.int32)
-    high = high.to(tl.int32)
+            end = segment * 0 if REVERSE else (longest - 1) // SEGMENT
+            high = tl.where((segment == end) & (all_parts == 0), low, high)
+    low, high = low.to(tl.int32), high.to(tl.int32)
     count = tl.cdiv(high - low, C)
 
     r = tl.arange(0, C)
@@ -153,12 +145,9 @@ def product(
         turn_step = fixed(turns)
 
     # the state, [d e], seen from before the sequence's first token; with angles its cosine and sine parts
-    if ACROSS:
-        in_state = (e[:, None] < E) & (d[None, :] < D)
-        at = e[:, None] * D + d[None, :] if GRADIENT else d[None, :] * E + e[:, None]
-    else:
-        in_state = (d[:, None] < D) & (e[None, :] < E)
-        at = e[None, :] * D + d[:, None] if GRADIENT else d[:, None] * E + e[None, :]
+    d_s, e_s = of_i(d, ACROSS), of_i(e, not ACROSS)
+    in_state = (d_s < D) & (e_s < E)
+    at = e_s * D + d_s if GRADIENT else d_s * E + e_s
     from_state = start_ptr + (from_unit * H + h) * (HALF * PARTS) + at
     state = tl.load(from_state, mask=in_state & (has_start != 0), other=0.0).to(tl.float32)
     if TWO:
@@ -173,8 +162,7 @@ def product(
         if REVERSE:
             if has_start != 0:
                 cos_to, sin_to = across(turns, n.to(tl.float64))
-                cos_s = cos_to[:, None] if FIRST else cos_to[None, :]
-                sin_s = sin_to[:, None] if FIRST else sin_to[None, :]
+                cos_s, sin_s = of_i(cos_to, not FIRST), of_i(sin_to, not FIRST)
                 state, sine = turned(state, sine, cos_s, sin_s)
                 if SUM:
                     z0, z1 = turned(z0, z1, cos_to, sin_to)
@@ -198,205 +186,196 @@ def product(
         turn = tl.zeros([BLOCK_E], tl.float32)
     log_decay = low.to(tl.float32) * 0  # of the whole segment
     if NEEDS_EXTRA:  # read one block ahead of its use
+        last = tl.minimum(high, n if EXTRA == 1 else m)
         ahead = (low + (count - 1) * C if REVERSE else low) + r
-        extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < high), other=0.0)
+        extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < last), other=0.0)
 
-    # a decay that is 0 somewhere in a block selects instead of multiplying: a loop of its own
     early = 1.0 if LATE else scale
-    selects = False
-    if DECAY == 1:
-        selects = power(g2, C) == 0
-    elif DECAY == 2:
-        selects = True
-    for SELECT in tl.static_range(DECAY == 2, 1 + (DECAY > 0)):
-        for step in tl.range(0, count if SELECT == selects else 0, num_stages=STAGES):
-            t = low + step * C
-            if REVERSE:
-                t = low + (count - 1 - step) * C
-            at_n = t + r
-            in_x = at_n < tl.minimum(high, n)
-            in_y = at_n < tl.minimum(high, m)
-            if MASK == 1:
-                in_y = in_y & (tl.load(mask_ptr + at_n.to(tl.int64) * mask_n, mask=in_y, other=0) != 0)
+
+    for step in tl.range(0, count, num_stages=STAGES):
+        t = low + step * C
+        if REVERSE:
+            t = low + (count - 1 - step) * C
+        at_n = t + r
+        in_x = at_n < tl.minimum(high, n)
+        in_y = at_n < tl.minimum(high, m)
+        if MASK == 1:
+            in_y = in_y & (tl.load(mask_ptr + at_n.to(tl.int64) * mask_n, mask=in_y, other=0) != 0)
+        if MASK == 2:
+            in_x = in_x & (tl.load(mask_ptr + at_n.to(tl.int64) * mask_n, mask=in_x, other=0) != 0)
+        if NEEDS_EXTRA:
+            extra = extra_next
+            ahead = at_n - C if REVERSE else at_n + C
+            extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < last), other=0.0)
+        pairs, near, far, whole, log_whole = decays(
+            g_ptr, g2, g_n, t, high - t, r, at_n < high, C, DECAY, REVERSE, STRICT,
+            OUTPUT and not TOTAL, ACROSS,
+        )  # fmt: skip
+        if TWO:
+            cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r), FAST)  # [n d], [n e] or [n 1]
+
+        # y and w: what is added to the state
+        if not TOTAL:
+            inside = in_y[:, None] if D == BLOCK_D else in_y[:, None] & (d[None, :] < D)
+            y = tile(y_ptr, at_n, d, y_n, y_d, inside)  # [j d]
+            y = mapped(y, inside, XY, FAST)
+            inside = in_y[:, None] if WHOLE_E else in_y[:, None] & (e[None, :] < E)
+            w = tile(w_ptr, at_n, e, w_n, w_d, inside)  # [j e]
+            w = mapped(w, inside, VALUE, FAST)
+            if INNER:
+                y_sin = operand(y * sin, OPERAND, PRECISION)
+                y = y * cos
+            y = operand(y, OPERAND, PRECISION)
+            if OUTER:
+                w_sin = w * sin
+                w = w * cos
+            if SUM:
+                y_extra = extra if EXTRA == 2 else tl.full([C], 1.0, tl.float32)
+            if SUM_E:
+                y_more = tl.where(column[None, :] == 0, y_extra[:, None], 0.0)
+                if INNER:
+                    y_more = y_more * cos + tl.where(column[None, :] == 1, y_extra[:, None] * sin, 0.0)
+                y_more = operand(y_more, OPERAND, PRECISION)  # [j 16]
+
+        if OUTPUT:
+            inside = in_x[:, None] if D == BLOCK_D else in_x[:, None] & (d[None, :] < D)
+            x = tile(x_ptr, at_n, d, x_n, x_d, inside)  # [i d]
+            x = mapped(x, inside, XY, FAST)
+            if INNER:
+                x_sin = operand(x * sin, OPERAND, PRECISION)
+                x = x * cos
+            x = operand(x, OPERAND, PRECISION)
+
+            # from the state [i e]
+            o = dot(x, upright(operand(state, OPERAND, PRECISION), ACROSS), None, PRECISION, ACROSS)
+            if INNER:
+                o = dot(x_sin, upright(operand(sine, OPERAND, PRECISION), ACROSS), o, PRECISION, ACROSS)
+            elif TWO:
+                o_sin = dot(x, upright(operand(sine, OPERAND, PRECISION), ACROSS), None, PRECISION, ACROSS)
+            if SUM_D:
+                den = dot(operand(z, OPERAND, PRECISION), tl.trans(x), None, PRECISION, False)  # [16 i]
+                if INNER:
+                    den = dot(operand(z_sine, OPERAND, PRECISION), tl.trans(x_sin), den, PRECISION, False)
+            if SUM_E:
+                x_extra = extra if EXTRA == 1 else tl.full([C], 1.0, tl.float32)
+                x_more = tl.where(column[:, None] == 0, x_extra[None, :], 0.0)
+                if INNER:
+                    x_more = x_more * tl.trans(cos)
+                    x_more += tl.where(column[:, None] == 1, x_extra[None, :] * tl.trans(sin), 0.0)
+                x_more = operand(x_more, OPERAND, PRECISION)  # [16 i]
+                o = dot(operand(z, OPERAND, PRECISION), x_more, o, PRECISION, False)
+                if OUTER:
+                    o_sin = dot(operand(z_sine, OPERAND, PRECISION), x_more, o_sin, PRECISION, False)
+            if DECAY > 0:
+                near *= early
+                o = kept(o, of_i(near, ACROSS))
+                if OUTER:
+                    o_sin = kept(o_sin, of_i(near, ACROSS))
+                if SUM_D:
+                    den = kept(den, near[None, :])
+            elif not LATE:
+                o *= early
+                if OUTER:
+                    o_sin *= early
+                if SUM_D:
+                    den *= early
+
+            # from the block itself: pairs [i j]
+            if not TOTAL:
+                p = dot(x, tl.trans(y), None, PRECISION, ACROSS)
+                if INNER:
+                    p = dot(x_sin, tl.trans(y_sin), p, PRECISION, ACROSS)
+                if SUM_E:
+                    p = dot(tl.trans(x_more), tl.trans(y_more), p, PRECISION, ACROSS)
+                p = upright(operand(p * (pairs * early), OPERAND, PRECISION), ACROSS)
+                if SUM_D:
+                    den = dot(tl.full([16, C], 1.0, OPERAND), tl.trans(p), den, PRECISION, False)
+                o = dot(p, operand(w, OPERAND, PRECISION), o, PRECISION, ACROSS)
+                if OUTER:
+                    o_sin = dot(p, operand(w_sin, OPERAND, PRECISION), o_sin, PRECISION, ACROSS)
+
+            if SUM_D:
+                total = tl.sum(den, 0) * 0.0625  # [i]; 16 equal rows
+            if LATE:
+                total *= scale
+                o *= of_i(scale / tl.where(total <= eps, eps, total), ACROSS)
+            if ACROSS:
+                o = tl.trans(o)
+                if OUTER:
+                    o_sin = tl.trans(o_sin)
+            inside = in_x[:, None] if WHOLE_E else in_x[:, None] & (e[None, :] < E)
+            if OUTER:
+                torque = o_sin * cos - o * sin
+                o = o * cos + o_sin * sin
+            if NEEDS_RAW:
+                raw = tile(raw_ptr, at_n, e, raw_n, raw_d, inside)
+                if ROWS or TURN:
+                    mapped_raw = mapped(raw, inside, FEATURE, FAST).to(tl.float32)
+                if ROWS:
+                    total = tl.sum(tl.where(inside, mapped_raw * o, 0.0), 1)
+                    rows_at = rows_ptr + part.to(tl.int64) * B * N * H + line + at_n.to(tl.int64) * H
+                    tl.store(rows_at, total, mask=at_n < tl.minimum(high, n))
+                if TURN:
+                    place = (at_n - (0 if TOTAL else low)).to(tl.float32) - centre
+                    turn += tl.sum(tl.where(inside, place[:, None] * mapped_raw * torque, 0.0), 0)
+                o = feature_slope(o, raw.to(tl.float32), FEATURE)
             if MASK == 2:
-                in_x = in_x & (tl.load(mask_ptr + at_n.to(tl.int64) * mask_n, mask=in_x, other=0) != 0)
-            if NEEDS_EXTRA:
-                extra = extra_next
-                ahead = at_n - C if REVERSE else at_n + C
-                extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < high), other=0.0)
-            pairs, near, far, whole, log_whole = decays(
-                g_ptr, g2, g_n, t, high - t, r, at_n < high, C, DECAY, REVERSE, STRICT,
-                OUTPUT and not TOTAL, PAIRS,
-            )  # fmt: skip
-            if TWO:
-                cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r), FAST)  # [n d], [n e] or [n 1]
-
-            # y and w: what is added to the state
-            if not TOTAL:
-                inside = in_y[:, None] if D == BLOCK_D else in_y[:, None] & (d[None, :] < D)
-                y = tile(y_ptr, at_n, d, y_n, y_d, inside)  # [j d]
-                y = mapped(y, inside, XY, FAST)
-                inside = in_y[:, None] if WHOLE_E else in_y[:, None] & (e[None, :] < E)
-                w = tile(w_ptr, at_n, e, w_n, w_d, inside)  # [j e]
-                w = mapped(w, inside, VALUE, FAST)
-                if INNER:
-                    y_sin = operand(y * sin, OPERAND, PRECISION)
-                    y = y * cos
-                y = operand(y, OPERAND, PRECISION)
-                if OUTER:
-                    w_sin = w * sin
-                    w = w * cos
-                if SUM:
-                    y_extra = extra if EXTRA == 2 else tl.full([C], 1.0, tl.float32)
-                if SUM_E:
-                    y_more = tl.where(column[None, :] == 0, y_extra[:, None], 0.0)
-                    if INNER:
-                        y_more = y_more * cos + tl.where(column[None, :] == 1, y_extra[:, None] * sin, 0.0)
-                    y_more = operand(y_more, OPERAND, PRECISION)  # [j 16]
-
-            if OUTPUT:
-                inside = in_x[:, None] if D == BLOCK_D else in_x[:, None] & (d[None, :] < D)
-                x = tile(x_ptr, at_n, d, x_n, x_d, inside)  # [i d]
-                x = mapped(x, inside, XY, FAST)
-                if INNER:
-                    x_sin = operand(x * sin, OPERAND, PRECISION)
-                    x = x * cos
-                x = operand(x, OPERAND, PRECISION)
-
-                # from the state [i e]
-                o = dot(x, upright(operand(state, OPERAND, PRECISION), ACROSS), None, PRECISION, ACROSS)
-                if INNER:
-                    o = dot(x_sin, upright(operand(sine, OPERAND, PRECISION), ACROSS), o, PRECISION, ACROSS)
-                elif TWO:
-                    o_sin = dot(
-                        x, upright(operand(sine, OPERAND, PRECISION), ACROSS), None, PRECISION, ACROSS
-                    )
-                if SUM_D:
-                    den = dot(operand(z, OPERAND, PRECISION), tl.trans(x), None, PRECISION, False)  # [16 i]
-                    if INNER:
-                        den = dot(operand(z_sine, OPERAND, PRECISION), tl.trans(x_sin), den, PRECISION, False)
-                if SUM_E:
-                    x_extra = extra if EXTRA == 1 else tl.full([C], 1.0, tl.float32)
-                    x_more = tl.where(column[:, None] == 0, x_extra[None, :], 0.0)
-                    if INNER:
-                        x_more = x_more * tl.trans(cos)
-                        x_more += tl.where(column[:, None] == 1, x_extra[None, :] * tl.trans(sin), 0.0)
-                    x_more = operand(x_more, OPERAND, PRECISION)  # [16 i]
-                    o = dot(operand(z, OPERAND, PRECISION), x_more, o, PRECISION, False)
-                    if OUTER:
-                        o_sin = dot(operand(z_sine, OPERAND, PRECISION), x_more, o_sin, PRECISION, False)
-                if DECAY > 0:
-                    near *= early
-                    o = kept(o, of_i(near, ACROSS), SELECT)
-                    if OUTER:
-                        o_sin = kept(o_sin, of_i(near, ACROSS), SELECT)
-                    if SUM_D:
-                        den = kept(den, near[None, :], SELECT)
-                elif not LATE:
-                    o *= early
-                    if OUTER:
-                        o_sin *= early
-                    if SUM_D:
-                        den *= early
-
-                # from the block itself: pairs [i j]
-                if not TOTAL:
-                    p = dot(x, tl.trans(y), None, PRECISION, PAIRS)
-                    if INNER:
-                        p = dot(x_sin, tl.trans(y_sin), p, PRECISION, PAIRS)
-                    if SUM_E:
-                        p = dot(tl.trans(x_more), tl.trans(y_more), p, PRECISION, PAIRS)
-                    p = upright(operand(p * (pairs * early), OPERAND, PRECISION), PAIRS)
-                    if SUM_D:
-                        den = dot(tl.full([16, C], 1.0, OPERAND), tl.trans(p), den, PRECISION, False)
-                    o = dot(p, operand(w, OPERAND, PRECISION), o, PRECISION, ACROSS)
-                    if OUTER:
-                        o_sin = dot(p, operand(w_sin, OPERAND, PRECISION), o_sin, PRECISION, ACROSS)
-
-                if SUM_D:
-                    total = tl.sum(den, 0) * 0.0625  # [i]; 16 equal rows
-                if LATE:
-                    total *= scale
-                    o *= of_i(scale / tl.where(total <= eps, eps, total), ACROSS)
-                if ACROSS:
-                    o = tl.trans(o)
-                    if OUTER:
-                        o_sin = tl.trans(o_sin)
-                inside = in_x[:, None] if WHOLE_E else in_x[:, None] & (e[None, :] < E)
-                if OUTER:
-                    torque = o_sin * cos - o * sin
-                    o = o * cos + o_sin * sin
-                if NEEDS_RAW:
-                    raw = tile(raw_ptr, at_n, e, raw_n, raw_d, inside)
-                    if ROWS or TURN:
-                        mapped_raw = mapped(raw, inside, FEATURE, FAST).to(tl.float32)
-                    if ROWS:
-                        total = tl.sum(tl.where(inside, mapped_raw * o, 0.0), 1)
-                        rows_at = rows_ptr + part.to(tl.int64) * B * N * H + line + at_n.to(tl.int64) * H
-                        tl.store(rows_at, total, mask=at_n < tl.minimum(high, n))
-                    if TURN:
-                        place = (at_n - (0 if TOTAL else low)).to(tl.float32) - centre
-                        turn += tl.sum(tl.where(inside, place[:, None] * mapped_raw * torque, 0.0), 0)
-                    o = feature_slope(o, raw.to(tl.float32), FEATURE)
-                if MASK == 2:
-                    o = tl.where(in_x[:, None], o, 0.0)
-                    exists = (at_n < tl.minimum(high, n))[:, None]
-                    inside = exists if WHOLE_E else exists & (e[None, :] < E)
-                if SUM_D and RAW > 0:
-                    rows_at = rows_ptr + line + at_n.to(tl.int64) * H
-                    if RAW == 2:
-                        total += tl.load(rows_at, mask=in_x, other=0.0)
-                    tl.store(rows_at, total, mask=in_x & (part == 0))
-                out_at = out_ptr + at_n[:, None].to(tl.int64) * out_n + e[None, :].to(tl.int64) * out_d
+                o = tl.where(in_x[:, None], o, 0.0)
+                inside = (at_n < tl.minimum(high, n))[:, None] & (e[None, :] < E)
+            if SUM_D and RAW > 0:
+                rows_at = rows_ptr + line + at_n.to(tl.int64) * H
                 if RAW == 2:
-                    o += tl.load(out_at, mask=inside, other=0.0)
-                tl.store(out_at, o.to(out_ptr.dtype.element_ty), mask=inside)
+                    total += tl.load(rows_at, mask=in_x, other=0.0)
+                tl.store(rows_at, total, mask=in_x & (part == 0))
+            out_at = out_ptr + at_n[:, None].to(tl.int64) * out_n + e[None, :].to(tl.int64) * out_d
+            if RAW == 2:
+                o += tl.load(out_at, mask=inside, other=0.0)
+            tl.store(out_at, o.to(out_ptr.dtype.element_ty), mask=inside)
 
-            if not TOTAL:
-                if DECAY == 2 and not OUTPUT:
-                    log_decay += log_whole
-                if DECAY > 0:
-                    state = kept(state, whole, SELECT)
-                    w = w * far[:, None]
-                    if TWO:
-                        sine = kept(sine, whole, SELECT)
-                    if OUTER:
-                        w_sin = w_sin * far[:, None]
-                    if SUM_D:
-                        y_extra = y_extra * far
-                    if SUM:
-                        z = kept(z, whole, SELECT)
-                    if (SUM_D and TWO) or (SUM_E and OUTER):
-                        z_sine = kept(z_sine, whole, SELECT)
-                w = operand(w, OPERAND, PRECISION)
-                state = dot(tl.trans(y), w, state, PRECISION, ACROSS)
-                if INNER:
-                    sine = dot(tl.trans(y_sin), w, sine, PRECISION, ACROSS)
+        if not TOTAL:
+            if DECAY == 2 and not OUTPUT:
+                log_decay += log_whole
+            if DECAY > 0:
+                state = kept(state, whole)
+                w = w * far[:, None]
+                if TWO:
+                    sine = kept(sine, whole)
                 if OUTER:
-                    w_sin = operand(w_sin, OPERAND, PRECISION)
-                    sine = dot(tl.trans(y), w_sin, sine, PRECISION, ACROSS)
+                    w_sin = w_sin * far[:, None]
                 if SUM_D:
-                    ones = operand(y_extra[None, :] + tl.zeros([16, C], tl.float32), OPERAND, PRECISION)
-                    z = dot(ones, y, z, PRECISION, False)
-                    if INNER:
-                        z_sine = dot(ones, y_sin, z_sine, PRECISION, False)
-                if SUM_E:
-                    z = dot(tl.trans(w), y_more, z, PRECISION, False)
-                    if OUTER:
-                        z_sine = dot(tl.trans(w_sin), y_more, z_sine, PRECISION, False)
+                    y_extra = y_extra * far
+                if SUM:
+                    z = kept(z, whole)
+                if (SUM_D and TWO) or (SUM_E and OUTER):
+                    z_sine = kept(z_sine, whole)
+            w = operand(w, OPERAND, PRECISION)
+            state = dot(tl.trans(y), w, state, PRECISION, ACROSS)
+            if INNER:
+                sine = dot(tl.trans(y_sin), w, sine, PRECISION, ACROSS)
+            if OUTER:
+                w_sin = operand(w_sin, OPERAND, PRECISION)
+                sine = dot(tl.trans(y), w_sin, sine, PRECISION, ACROSS)
+            if SUM_D:
+                ones = operand(y_extra[None, :] + tl.zeros([16, C], tl.float32), OPERAND, PRECISION)
+                z = dot(ones, y, z, PRECISION, False)
+                if INNER:
+                    z_sine = dot(ones, y_sin, z_sine, PRECISION, False)
+            if SUM_E:
+                z = dot(tl.trans(w), y_more, z, PRECISION, False)
+                if OUTER:
+                    z_sine = dot(tl.trans(w_sin), y_more, z_sine, PRECISION, False)
 
     if DECAY == 2 and not OUTPUT:
         tl.store(rows_ptr + unit * H + h, log_decay, mask=part == 0)
     if TURN:
         tl.store(turn_ptr + (unit * H + h) * E + e, turn, mask=e < E)
     if has_final != 0:
-        if SUM:
-            if SUM_D:
-                z0 = tl.sum(z, 0) * 0.0625
-                z1 = tl.sum(z_sine, 0) * 0.0625 if TWO else z0
-            else:
-                z0 = column_of(z, 0)
-                z1 = column_of(z_sine, 0) if OUTER else column_of(z, 1)
+        if SUM_D:
+            z0 = tl.sum(z, 0) * 0.0625
+            z1 = tl.sum(z_sine, 0) * 0.0625 if TWO else z0
+        if SUM_E:
+            z0 = column_of(z, 0)
+            z1 = column_of(z_sine, 0) if OUTER else column_of(z, 1)
         if TWO and not SPLIT:
             if REVERSE:
                 sine = -sine
@@ -404,8 +383,7 @@ def product(
                     z1 = -z1
             else:
                 cos_to, sin_to = across(turns, n.to(tl.float64))
-                cos_s = cos_to[:, None] if FIRST else cos_to[None, :]
-                sin_s = sin_to[:, None] if FIRST else sin_to[None, :]
+                cos_s, sin_s = of_i(cos_to, not FIRST), of_i(sin_to, not FIRST)
                 state, sine = turned(state, sine, cos_s, sin_s)
                 if SUM:
                     z0, z1 = turned(z0, z1, cos_to, sin_to)

@@ -27,15 +27,15 @@ def scan(
     final_ptr, has_final,  # [S H F E] float32: and after it
     g_ptr, g_h,  # log decay [H] with DECAY 1, of each segment [units H] with DECAY 2
     theta_ptr, angle,
-    slots_ptr, length_ptr, pool,  # [S]: rows of start and final; [pool] int64: what they have seen; with SLOTS
+    slots_ptr, length_ptr, pool,  # [S]: rows of start and final; [pool] int64: what they have seen
     borders_ptr, S, N, H, D, E, segments, SEGMENT,
     BLOCK: tl.constexpr, ANGLES: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
     BORDERS: tl.constexpr, TOTAL: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK numbers of one sequence's and head's state, through its segments in order.
 
-    TOTAL writes the sum over all segments as it is, and leaves the parts alone. SLOTS: states before and after
-    are rows of a pool; COUNTS: and so is the number of tokens.
+    TOTAL writes the sum over all segments as it is, and leaves the parts alone. SLOTS: states before and
+    after are rows of a pool; COUNTS: and so is the number of tokens.
     """
     TWO: tl.constexpr = ANGLES > 0
     tiles = tl.cdiv(D * E, BLOCK)
@@ -86,9 +86,9 @@ def scan(
                 whole = power(g2, tl.minimum(n - segment * SEGMENT, SEGMENT))
             else:
                 whole = tl.exp(tl.load(g_ptr + (first + segment) * H + h))
-            state = kept(state, whole, True)
+            state = kept(state, whole)
             if TWO:
-                sine = kept(sine, whole, True)
+                sine = kept(sine, whole)
         state += part
         if TWO:
             sine += part_sine

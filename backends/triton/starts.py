@@ -130,24 +130,26 @@ def run(
         return
     out_strides = out.stride()
     strides = x.stride(), y.stride(), w.stride(), raw.stride(), out_strides, g_strides, mask_strides
-    theta, marks, none = side.theta, side.borders, one(torch.float32, x.device)  # a pointer of the right type
+    theta, marks, none = side.theta, side.borders, one(torch.float32, x.device)  # none: of the right type
     constants = (
         d, e, blocks.c, plan.padded(d), blocks.block_e, OPERANDS[problem.dtype], precision(problem),
         problem.feature_map or "none", angles, kind, reverse, strict, gradient, normalize, extra_on, mask,
-        borders, side.split, total, output, sums, want_rows, turn is not None,
-        slots is not None, blocks.stages, blocks.across,
+        borders, side.split, total, output, sums, want_rows, turn is not None, slots is not None,
+        blocks.stages, blocks.across,
     )  # fmt: skip
     product(
         units * problem.heads * slices,
         (x.dtype, do_dtype(y, w), out.dtype, g.dtype, None if marks is None else marks.dtype,
-         None if theta is None else theta.dtype, None if slots is None else slots.rows.dtype, x.device, strides, constants, blocks.warps),
+         None if theta is None else theta.dtype, None if slots is None else slots.rows.dtype, x.device,
+         strides, constants, blocks.warps),
         (
             x, *strides[0], y, *strides[1], w, *strides[2], raw, *strides[3], out, *out_strides,
             g, *g_strides, x if theta is None else theta, angle, mask_ptr, *mask_strides,
             x if extra is None else extra, 0 if extra is None else extra.shape[2],
             none if start is None else start, none if start_z is None else start_z, int(start is not None),
             none if final is None else final, none if final_z is None else final_z, int(final is not None),
-            *((x, x, 0) if slots is None else slots.arguments), x if rows is None else rows, x if turn is None else turn, x if marks is None else marks,
+            *((x, x, 0) if slots is None else slots.arguments), x if rows is None else rows,
+            x if turn is None else turn, x if marks is None else marks,
             problem.batch, problem.sequences, n, m, problem.heads, side.segments, side.size, int(all_parts),
             float(centre), float(problem.scale if scale is None else scale), problem.eps,
         ),
