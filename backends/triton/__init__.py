@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from linattn.arrays import Array
 from linattn.backends import Gradients, Saved
@@ -73,11 +73,10 @@ class TritonBackend:
         cu_seqlens: Array | None,
         state: State | None,
     ) -> tuple[Array, State | None]:
-        from linattn.backends.triton import launch
-
-        inputs = Saved(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
+        launch = _module("launch")
+        inputs = Inputs(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
         with launch.on(problem):
-            return launch.forward(problem, inputs)
+            return launch.forward(problem, inputs)  # type: ignore[no-any-return]
 
     def forward_in_pool(self, problem: Problem, saved: Saved, slots: Array) -> Array:
         from linattn.backends.triton import launch
@@ -86,10 +85,8 @@ class TritonBackend:
             return launch.forward_in_pool(problem, saved, slots)
 
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
-        from linattn.backends.triton import backward, launch
-
-        with launch.on(problem):
-            return backward.backward(problem, saved, do, dstate)
+        with _module("launch").on(problem):
+            return _module("backward").backward(problem, saved, do, dstate)  # type: ignore[no-any-return]
 
     def decode_step(
         self,
@@ -102,10 +99,28 @@ class TritonBackend:
         state: State,
         slots: Array | None,
     ) -> Array:
-        from linattn.backends.triton import decode, launch
+        with _module("launch").on(problem):
+            return _module("decode").decode_step(problem, q, k, v, log_decay, theta, state, slots)
 
-        with launch.on(problem):
-            return decode.decode_step(problem, q, k, v, log_decay, theta, state, slots)
+
+class Inputs(NamedTuple):
+    """The arrays of a forward pass: `Saved`, which costs microseconds to fill, without what it lacks."""
+
+    q: Array
+    k: Array
+    v: Array
+    log_decay: Array | None
+    theta: Array | None
+    key_mask: Array | None
+    lengths: Array | None
+    cu_seqlens: Array | None
+    state: State | None
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    """A module with kernels, which needs torch and Triton; an import statement costs more on every call."""
+    return importlib.import_module(f"linattn.backends.triton.{name}")
 
 
 @functools.cache

@@ -21,10 +21,14 @@ NOTHING = contextlib.nullcontext()
 
 def on(problem: Problem) -> Any:
     """Make the tensors' device the current one, if it is not: kernels start on the current device."""
-    if not problem.device.startswith("cuda"):
-        return NOTHING
-    index = int(problem.device.partition(":")[2] or 0)
-    return NOTHING if torch.cuda.current_device() == index else torch.cuda.device(index)
+    index = _index(problem.device)
+    return NOTHING if index is None or torch.cuda.current_device() == index else torch.cuda.device(index)
+
+
+@functools.cache
+def _index(device: str) -> int | None:
+    """The number of a CUDA device; None for others."""
+    return int(device.partition(":")[2] or 0) if device.startswith("cuda") else None
 
 
 def side_of(problem: Problem, x: Any) -> Side:

@@ -17,14 +17,23 @@ Tensor = torch.Tensor
 Parts = tuple[Tensor | None, ...]
 
 
+Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+
+
+def _kind(x: Tensor) -> Kind:
+    return tuple(x.shape), x.stride(), x.dtype, x.device
+
+
 class Tape:
     """The launches of one pass, with holes where addresses of its inputs and buffers go."""
 
     def __init__(self, owner: Any, inputs: Parts) -> None:
         self.owner = owner  # kept, so that its id stays its own
         self.slots: dict[int, int] = {}
-        self.rooms: list[tuple[tuple[int, ...], torch.dtype, torch.device, bool]] = []
-        self.steps: list[tuple[Any, int, list[Any], tuple[tuple[int, int], ...]]] = []
+        self.rooms: list[tuple[Kind, bool, int | None]] = []  # zeros? an input of the same kind
+        self.kinds: dict[Kind, int] = {}
+        # what starts a kernel, its arguments, where addresses go
+        self.steps: list[tuple[Any, list[Any], tuple[tuple[int, int], ...]]] = []
         self.inputs = len(inputs)
         self.good = True
         self.results: tuple[int | None, ...] = ()
@@ -32,6 +41,7 @@ class Tape:
         for slot, x in enumerate(inputs):
             if x is not None:
                 self.index = x.device.index or 0
+                self.kinds.setdefault(_kind(x), slot)
                 self._name(x, slot)
 
     def _name(self, x: Tensor, slot: int) -> None:
@@ -43,7 +53,8 @@ class Tape:
     def room(self, x: Tensor, zero: bool) -> None:
         """A buffer was made."""
         self._name(x, self.inputs + len(self.rooms))
-        self.rooms.append((tuple(x.shape), x.dtype, x.device, zero))
+        kind = _kind(x)
+        self.rooms.append((kind, zero, None if zero else self.kinds.get(kind)))
 
     def step(self, kernel: Any, programs: int, flat: list[Any], pointers: tuple[int, ...]) -> None:
         """A kernel was started."""
@@ -51,11 +62,12 @@ class Tape:
         for i in pointers:
             slot = self.slots.get(flat[i])
             if slot is not None:
-                holes.append((i, slot))
+                holes.append((BEFORE + i, slot))
             elif flat[i] not in _constants:
                 self.good = False
                 return
-        self.steps.append((kernel, programs, flat, tuple(holes)))
+        start = [programs, 1, 1, 0, kernel.function, kernel.packed_metadata, None, None, None]
+        self.steps.append((kernel.run, start + flat, tuple(holes)))
 
     def finish(self, results: Parts) -> bool:
         """Whether it can be played: every result is one of its buffers."""
@@ -65,27 +77,36 @@ class Tape:
 
     def play(self, inputs: Parts) -> Parts | None:
         """Run the pass on other tensors of the same kind; None if their alignment is another."""
-        addresses = [0 if x is None else x.data_ptr() for x in inputs]
-        for address in addresses:
-            if address & 15:
-                return None
+        addresses, odd = [], 0
+        for given in inputs:
+            address = 0 if given is None else given.data_ptr()
+            odd |= address
+            addresses.append(address)
+        if odd & 15:
+            return None
         rooms: list[Tensor] = []
-        for shape, dtype, device, zero in self.rooms:
-            x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+        for (shape, strides, dtype, device), zero, twin in self.rooms:
+            like = None if twin is None else inputs[twin]
+            if zero:
+                x = torch.zeros(shape, dtype=dtype, device=device)
+            elif like is not None:  # torch.empty costs most
+                x = torch.empty_like(like)
+            else:
+                x = torch.empty_strided(shape, strides, dtype=dtype, device=device)
             rooms.append(x)
             addresses.append(x.data_ptr())
         stream = torch._C._cuda_getCurrentRawStream(self.index)
-        for kernel, programs, template, holes in self.steps:
-            flat = template.copy()
+        for run, template, holes in self.steps:
+            start = template.copy()
+            start[STREAM] = stream
             for i, slot in holes:
-                flat[i] = addresses[slot]
-            kernel.run(
-                programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *flat
-            )
+                start[i] = addresses[slot]
+            run(*start)
         first = self.inputs
         return tuple(None if slot is None else rooms[slot - first] for slot in self.results)
 
 
+STREAM, BEFORE = 3, 9  # what a compiled kernel's `run` takes before the kernel's own arguments
 LIMIT = 512  # passes to remember
 _tapes: dict[tuple[Any, int], Tape | Any] = {}
 _here = threading.local()  # `tape`: the one that this thread records

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 import linattn
-from linattn import registry
+from linattn import prepared, registry
 from linattn.backends.triton import TritonBackend, launcher
 
 Tensor = torch.Tensor
@@ -62,11 +62,11 @@ class Jit:
         return start
 
 
-def aligned(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
-    x = torch.randn(*shape, dtype=dtype)
+def aligned(*shape: int, turned: bool = False, grad: bool = False) -> Tensor:
+    x = torch.randn(*shape)
     assert x.data_ptr() % 16 == 0
     seen(x)
-    return x.requires_grad_(grad)
+    return (x.transpose(1, 2) if turned else x).requires_grad_(grad)
 
 
 def calls() -> dict[str, dict[str, Any]]:
@@ -76,6 +76,7 @@ def calls() -> dict[str, dict[str, Any]]:
     return {
         "plain": {},
         "decay": {"log_decay": decay},
+        "turned": {"log_decay": decay},
         "cosformer": {"feature_map": "relu", "reweight": linattn.Cosine(90), "normalize": True},
         "cosformer, not causal": {
             "feature_map": "relu", "reweight": linattn.Cosine(90), "normalize": True, "causal": False,
@@ -100,10 +101,10 @@ def results(keywords: dict[str, Any], inputs: list[Tensor], do: Tensor, backend:
 @contextlib.contextmanager
 def untaped() -> Iterator[None]:
     """Every pass is worked out."""
-    from linattn.backends.triton import backward, launch
+    from linattn.backends.triton import backward, decode, launch
 
     with contextlib.ExitStack() as stack:
-        for module in (launch, backward):
+        for module in (launch, backward, decode):
             stack.enter_context(
                 mock.patch.object(module, "repeatable", lambda name, owner, inputs, work: work())
             )
@@ -112,21 +113,14 @@ def untaped() -> Iterator[None]:
 
 def check_passes() -> int:
     """Every kind of call, forward and backward; returns how often a tape was played."""
-    played = 0
-    play = launcher.Tape.play
-
-    def counted(self: launcher.Tape, inputs: Any) -> Any:
-        nonlocal played
-        found = play(self, inputs)
-        played += found is not None
-        return found
-
-    with mock.patch.object(launcher.Tape, "play", counted):
+    with counted() as played:
         for name, keywords in calls().items():
             for x in keywords.values():
                 seen(x.theta if isinstance(x, linattn.LRPE) else x if isinstance(x, Tensor) else None)
             for turn in range(4):
                 inputs = [aligned(1, 50, 2, 16, grad=True) for _ in range(3)]
+                if name == "turned":
+                    inputs = [aligned(1, 2, 50, 16, turned=True, grad=True) for _ in range(3)]
                 do = aligned(1, 50, 2, 16)
                 got = results(keywords, inputs, do, "triton")
                 with untaped():
@@ -135,7 +129,49 @@ def check_passes() -> int:
                     assert torch.equal(a, b), (
                         f"{name}, call {turn}: result {i} differs by {(a - b).abs().max()}"
                     )
-    return played
+    return len(played)
+
+
+def check_steps() -> int:
+    """Steps with and without slots, on new arrays and states; returns how often a tape was played."""
+    decay = -torch.rand(2)
+    seen(decay)
+    with counted() as played, torch.no_grad(), mock.patch.object(prepared, "_on_host", lambda call: False):
+        for named in (False, True):
+            for turn in range(5):
+                q, k, v = (aligned(3, 2, 16) for _ in range(3))
+                slots = seen(torch.tensor([turn % 4, -1, (turn + 2) % 4])) if named else None
+                pools = [linattn.State.zeros(q, 4 if named else 3, 2, 16, 16) for _ in range(2)]
+                start = torch.randn_like(pools[0].kv)
+                for pool in pools:
+                    pool.kv.copy_(start)
+                    seen(pool.kv)
+                    seen(pool.length)
+                how: dict[str, Any] = {"log_decay": decay, "slots": slots}
+                got = linattn.decode_step(q, k, v, pools[0], backend="triton", **how)
+                with untaped():
+                    want = linattn.decode_step(q, k, v, pools[1], backend="untaped", **how)
+                assert torch.equal(got, want), f"slots {named}, step {turn}"
+                for part in ("kv", "length"):
+                    after = [getattr(pool, part) for pool in pools]
+                    assert torch.equal(*after), f"slots {named}, step {turn}: {part}"
+    return len(played)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[launcher.Tape]]:
+    """The tapes that are played inside."""
+    played: list[launcher.Tape] = []
+    play = launcher.Tape.play
+
+    def counting(self: launcher.Tape, inputs: Any) -> Any:
+        found = play(self, inputs)
+        if found is not None:
+            played.append(self)
+        return found
+
+    with mock.patch.object(launcher.Tape, "play", counting):
+        yield played
 
 
 def main() -> None:
@@ -151,26 +187,29 @@ def main() -> None:
     for module, name in places:
         known = getattr(module, name)
         known.jit = Jit(known.jit)
-    make = {"empty": torch.empty, "zeros": torch.zeros, "ones": torch.ones}
+    names = ("empty", "empty_strided", "empty_like", "zeros", "ones")
+    make = {name: getattr(torch, name) for name in names}
 
     def made(name: str) -> Any:
         def build(*shape: Any, **how: Any) -> Tensor:
             x: Tensor = make[name](*shape, **how)
-            if name == "empty" and x.is_floating_point():
+            if name.startswith("empty") and x.is_floating_point():
                 x.fill_(float("nan"))
             seen(x)
             return x
 
         return build
 
-    with (
-        mock.patch.object(torch, "empty", made("empty")),
-        mock.patch.object(torch, "zeros", made("zeros")),
-        mock.patch.object(torch, "ones", made("ones")),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
-    ):
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(torch, name, made(name)))
+        stack.enter_context(
+            mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True)
+        )
         played = check_passes()
+        steps = check_steps()
     assert played >= 20, f"tapes were played {played} times only"
+    assert steps >= 6, f"tapes of steps were played {steps} times only"
     print(f"played {played}")
 
 
