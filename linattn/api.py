@@ -80,9 +80,8 @@ def attention(
 
 def _run(call: Call, check: bool, backend: BackendLike) -> tuple[Any, State | None]:
     if kind_of(call.q) == "torch":
-        from linattn import autograd
-
-        return autograd.run(call, check, backend)
+        out: tuple[Any, State | None] = route.torch_calls().run(call, check, backend)
+        return out
     problem = problem_of(call)
     check_values(call, device_too=check)
     return route.forward(problem, registry.choose(problem, registry.requested(backend)), call)

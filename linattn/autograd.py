@@ -10,12 +10,14 @@ import torch
 from linattn import eager, registry, route
 from linattn.arrays import accumulate_dtype, dtype_name
 from linattn.checks import Call, problem_of, sequences_of
+from linattn.decode import of_one_token
 from linattn.errors import GradientError, OptionError
-from linattn.prepared import LIMIT, PLAIN, prepared
+from linattn.prepared import Known, facts_of, prepared, seen
 from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
 from linattn.state import State, check_recorded, reweight_name
+from linattn.surroundings import is_plain, lowered, lowers, refuse_transforms, wants_grad, watched
 from linattn.values import check_values
 
 Tensor = torch.Tensor
@@ -31,82 +33,39 @@ OPTIONS = (
 )
 
 
-def wants_grad(call: Call) -> bool:
-    """Whether autograd has to record this call."""
-    if not torch.is_grad_enabled():
-        return False
-    tensors = [call.q, call.k, call.v, call.log_decay, call.theta]
-    if isinstance(call.initial_state, State):
-        tensors += [call.initial_state.kv, call.initial_state.z]
-    return any(x is not None and isinstance(x, Tensor) and x.requires_grad for x in tensors)
-
-
-def lowered(call: Call) -> Call:
-    """Under autocast, q, k and v in its dtype, as torch's own attention has it."""
-    where = call.q.device.type
-    if where not in ("cpu", "cuda") and not torch.amp.is_autocast_available(where):
-        return call
-    if not torch.is_autocast_enabled(where):
-        return call
-    dtype = torch.get_autocast_dtype(where)
-    cast = [
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in (call.q, call.k, call.v)
-    ]
-    return replace(call, q=cast[0], k=cast[1], v=cast[2])
-
-
-def _refuse_transforms(call: Call) -> None:
-    """torch.func and forward mode would need rules of their own; without them, no silent wrong answer."""
-    if torch._C._functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0:
-        return
-    state = call.initial_state
-    parts = (state.kv, state.z) if isinstance(state, State) else ()
-    given = (call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask, *parts)
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
-        raise GradientError(
-            "torch.func transforms (vmap, grad, jvp) are not offered: attention has a batch axis of its own, "
-            "and its gradients come from autograd (backward) or linattn.attention_vjp"
-        )
-    if torch.autograd.forward_ad._current_level >= 0:
-        for x in tensors:
-            if x.is_floating_point() and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
-                raise GradientError(
-                    "forward-mode derivatives are not offered; use reverse mode (backward, vjp)"
-                )
-
-
-def _plain(call: Call) -> bool:
-    """Ordinary tensors and no mode that watches ops: then a backend may run without going through one."""
-    if torch._C._len_torch_dispatch_stack():
-        return False
-    return type(call.q) in PLAIN and type(call.k) in PLAIN and type(call.v) in PLAIN
-
-
 def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | None]:
     """`attention` for torch tensors: checked here unless a compiler is tracing, then through the op if
     needed.
     """
-    call = lowered(call)
     if torch.compiler.is_compiling():  # `use_backend` is read when the op runs: compilers cannot trace it
+        call = lowered(call)
         _check_while_tracing(call)
         key = registry.key_of(backend)
         if call.slots is not None and call.initial_state is not None:
             return _with_slots(call, key)
         return _through_op(call, key)
-    key = registry.requested(backend)
-    _refuse_transforms(call)
-    needs_grad = wants_grad(call)
-    problem, chosen, on_host = prepared(call, key, needs_grad)
-    plain = _plain(call)
-    if plain and (on_host or check is not False):
+    key, needs_grad, plain = registry.requested(backend), wants_grad(call), True
+    facts = None if watched() else facts_of(call, key, needs_grad)
+    known = seen(facts)
+    if known is None or lowers(known.where):
+        call, given = lowered(call), call
+        refuse_transforms(call)
+        if facts is None or call is not given:
+            facts = facts_of(call, key, needs_grad)
+        known, plain = prepared(call, key, needs_grad, facts), is_plain(call)
+    if plain and (known.on_host or check is not False):
         check_values(call, device_too=check)
     if not plain and call.slots is None:
-        return _through_op(call, registry.key_of(chosen))
+        return _through_op(call, registry.key_of(known.backend))
     if needs_grad and call.slots is None:
-        return eager.differentiable(problem, chosen, call)
-    return route.forward(problem, chosen, call)
+        return eager.differentiable(known.problem, known.backend, call)
+    if known.direct is not None:
+        out: tuple[Tensor, State | None] = known.direct(
+            known.problem, call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask, call.lengths,
+            call.cu_seqlens, call.initial_state,
+        )  # fmt: skip
+        return out
+    return route.forward(known.problem, known.backend, call)
 
 
 def _check_while_tracing(call: Call) -> None:
@@ -348,36 +307,58 @@ def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
     return call, state, key
 
 
-def decode(
-    call: Call, state: State, check: bool, backend: BackendLike, rows: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    """`decode_step` for torch tensors; q, k, v with an axis of one token."""
+def decode(rows: Call, state: State, check: bool, backend: BackendLike) -> Tensor:
+    """`decode_step` for torch tensors; q, k, v as they came, without an axis of one token."""
+    tracing = torch.compiler.is_compiling()
+    if not (tracing or watched() or wants_grad(rows)):
+        known = seen(facts_of(rows, registry.requested(backend), False, step=True))
+        if known is not None and known.writable and not lowers(known.where) and _may_change(state.kv):
+            return _step(known, rows, state, check)
+    call = of_one_token(rows)
     narrow = lowered(call)
     if narrow is not call:
-        call, rows = narrow, (narrow.q[:, 0], narrow.k[:, 0], narrow.v[:, 0])
+        call = narrow
+        rows = replace(rows, q=narrow.q[:, 0], k=narrow.k[:, 0], v=narrow.v[:, 0])
     if wants_grad(call):
         raise GradientError(
             "decode_step changes the state in place, so no gradient passes through it: use torch.no_grad(), "
             "or attention with initial_state and return_state"
         )
-    if torch.compiler.is_compiling():
+    if tracing:
         _check_while_tracing(call)
         return _decode_through_op(call, state, registry.key_of(backend))
-    _refuse_transforms(call)
-    if not _plain(call):
+    refuse_transforms(call)
+    if not is_plain(call):
         return _decode_through_op(call, state, registry.key_of(backend))
-    problem, chosen, on_host = prepared(call, registry.requested(backend), False)
-    if on_host or check is not False:
+    key = registry.requested(backend)
+    known = prepared(call, key, False, facts_of(rows, key, False, step=True), step=True)
+    if known.on_host or check is not False:
         check_values(call, device_too=check)
-    if _writable.get(id(problem)) is not problem or state.kv.is_inference():
-        route.check_writable(state, "state")
-        if len(_writable) >= LIMIT:
-            _writable.clear()
-        _writable[id(problem)] = problem  # it stands for the strides that were looked at
-    return route.decode(problem, chosen, call, state, rows)  # type: ignore[no-any-return]
+    route.check_writable(state, "state")
+    known.writable = True
+    return _stepped(known, call, rows, state)
 
 
-_writable: dict[int, Problem] = {}
+def _may_change(x: Tensor) -> bool:
+    """Whether inference mode, which is no fact of a tensor, lets it change in place."""
+    return not x.is_inference() or torch.is_inference_mode_enabled()
+
+
+def _step(known: Known, rows: Call, state: State, check: bool) -> Tensor:
+    """A step like one before it: only values are looked at, where they lie on the host."""
+    o: Tensor
+    if known.direct is not None and check is False and not known.on_host:
+        o = known.direct(known.problem, rows.q, rows.k, rows.v, rows.log_decay, rows.theta, state, rows.slots)
+        return o
+    call = of_one_token(rows)
+    if known.on_host or check is not False:
+        check_values(call, device_too=check)
+    return _stepped(known, call, rows, state)
+
+
+def _stepped(known: Known, call: Call, rows: Call, state: State) -> Tensor:
+    o: Tensor = route.decode(known.problem, known.backend, call, state, (rows.q, rows.k, rows.v))
+    return o
 
 
 def _decode_through_op(call: Call, state: State, key: str) -> Tensor:

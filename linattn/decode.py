@@ -47,21 +47,33 @@ def decode_step(
     Raises what `attention` raises, and GradientError if grad mode is on and an input requires grad.
     Source: TransNormerLLM, arXiv:2307.14995, "robust inference"; extended to reweighting.
     """
-    _check_ranks(q, k, v, state, log_decay)
-    if log_decay is not None and log_decay.ndim == 2:
-        log_decay = log_decay[:, None]
-    call = Call(
-        q[:, None], k[:, None], v[:, None], log_decay=log_decay, reweight=reweight, feature_map=feature_map,
-        normalize=normalize, eps=eps, scale=scale, initial_state=state, slots=slots, precision=precision,
+    rows = Call(
+        q, k, v, log_decay, reweight, feature_map, normalize, eps, scale=scale, initial_state=state,
+        slots=slots, precision=precision,
     )  # fmt: skip
     if kind_of(q) == "torch":
-        from linattn import autograd
-
-        return autograd.decode(call, state, check, backend, (q, k, v))
+        return route.torch_calls().decode(rows, state, check, backend)
+    call = of_one_token(rows)
     problem = problem_of(call)
     check_values(call, device_too=check)
     route.check_writable(state, "state")
     return route.decode(problem, registry.choose(problem, registry.requested(backend)), call, state)
+
+
+def of_one_token(rows: Call) -> Call:
+    """The call of one token that a step is: q, k, v and decays per row get its axis.
+
+    Raises for arrays that have no place for it.
+    """
+    q, k, v, log_decay = rows.q, rows.k, rows.v, rows.log_decay
+    _check_ranks(q, k, v, rows.initial_state, log_decay)
+    if log_decay is not None and log_decay.ndim == 2:
+        log_decay = log_decay[:, None]
+    return Call(
+        q[:, None], k[:, None], v[:, None], log_decay, rows.reweight, rows.feature_map, rows.normalize,
+        rows.eps, scale=rows.scale, initial_state=rows.initial_state, slots=rows.slots,
+        precision=rows.precision,
+    )  # fmt: skip
 
 
 def _check_ranks(q: Any, k: Any, v: Any, state: Any, log_decay: Any) -> None:

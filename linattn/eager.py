@@ -29,14 +29,13 @@ def options_of(call: Call, key: str) -> tuple[Any, ...]:
 
 def tables_of(call: Call) -> tuple[Optional, Optional]:
     """Decays and angles as tensors: tables from the host come beside q, in the accumulation dtype."""
-    acc = accumulate_dtype(dtype_name(call.q))
-    decay: Any = call.log_decay
-    if decay is not None and not isinstance(decay, Tensor):
-        decay = table(decay, call.q, acc)
-    theta: Any = call.reweight.theta if isinstance(call.reweight, LRPE) else None
-    if theta is not None and not isinstance(theta, Tensor):
-        theta = table(theta, call.q, acc)
-    return decay, theta
+
+    def beside(x: Any) -> Optional:
+        if x is None or isinstance(x, Tensor):
+            return x
+        return table(x, call.q, accumulate_dtype(dtype_name(call.q)))  # type: ignore[no-any-return]
+
+    return beside(call.log_decay), beside(call.theta)
 
 
 class Attention(torch.autograd.Function):
@@ -123,7 +122,8 @@ def differentiable(problem: Problem, backend: Backend, call: Call) -> tuple[Tens
         call = replace(call, reweight=LRPE(theta))
     state = call.initial_state
     parts = (None, None) if state is None else (state.kv, state.z)
-    call = replace(call, log_decay=decay)
+    if decay is not call.log_decay:
+        call = replace(call, log_decay=decay)
     out = Attention.apply(  # type: ignore[no-untyped-call]
         problem, backend, call, call.q, call.k, call.v, decay, theta, *parts
     )

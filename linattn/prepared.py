@@ -5,6 +5,8 @@ Only facts are remembered (shapes, strides, dtypes, devices, options), never val
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,20 +15,34 @@ from linattn import registry
 from linattn.checks import Call, problem_of
 from linattn.problem import Problem
 from linattn.reweight import LRPE, Cosine
+from linattn.route import decodes
 from linattn.state import State
 
 if TYPE_CHECKING:
     from linattn.backends import Backend
 
+Facts = tuple[Any, ...] | None  # None: there is an unusual argument
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """What follows from the facts of a call."""
+
+    problem: Problem
+    backend: Backend
+    on_host: bool  # values of it lie where they can be read without waiting for a device
+    where: str  # the type of its device
+    direct: Callable[..., Any] | None  # the backend's method, if it takes the call's arrays as they are
+    writable: bool = False  # the strides of a state to change in place have been looked at
+
+
 LIMIT = 4096  # calls to remember; then everything is forgotten, so that no length of the day stays for good
 
-_known: dict[Any, tuple[Problem, Backend, bool]] = {}
+_known: dict[Any, Known] = {}
+_latest: list[tuple[Facts, Known | None]] = [(None, None)]  # a model's layers ask for the same in turn
 _registered: list[Any] = [None]  # the registry that the backends above come from
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-NAMES = (str, type(None))
 
 
 class _Unusual(Exception):
@@ -37,35 +53,63 @@ def _tensor(x: Any) -> Any:
     """What decides about a tensor that may be missing."""
     if x is None:
         return None
-    if type(x) not in PLAIN:
+    if type(x) not in PLAIN or x.layout is not torch.strided:
         raise _Unusual
-    return x.shape, x.stride(), x.dtype, x.device, x.layout
+    return x.shape, x.stride(), x.dtype, x.device
 
 
-def _facts(call: Call, key: str, needs_grad: bool) -> tuple[Any, ...]:
+def facts_of(call: Call, key: str, needs_grad: bool, *, step: bool = False) -> Facts:
+    """What decides about a call; True is no 1 here, as it is to a dictionary.
+
+    step: it is one of `decode_step`, whose q, k and v have no axis of tokens.
+    """
     q, k, v = call.q, call.k, call.v
-    flags = call.normalize, call.causal, call.return_state, call.batch_invariant
-    if (
-        type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN
-        or type(call.eps) is not float or type(call.scale) is not float
-        or type(call.feature_map) not in NAMES or type(call.precision) is not str
+    name, normalize, causal = call.feature_map, call.normalize, call.causal
+    final, invariant, strided = call.return_state, call.batch_invariant, torch.strided
+    if not (
+        type(q) in PLAIN and type(k) in PLAIN and type(v) in PLAIN
+        and q.layout is strided and k.layout is strided and v.layout is strided
+        and type(call.eps) is float and type(call.scale) is float and type(call.precision) is str
+        and (name is None or type(name) is str)
+        and (normalize is False or normalize is True) and (causal is True or causal is False)
+        and (final is False or final is True) and (invariant is False or invariant is True)
+    ):  # fmt: skip
+        return None
+    try:
+        return (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device, _tensor(call.log_decay), name, normalize, causal, final, invariant,
+            call.eps, call.scale, call.precision, key, needs_grad, step,
+            None if call.initial_state is None and call.slots is None
+            else _memory(call.initial_state, call.slots),
+            None if call.reweight is None and call.key_mask is None and call.lengths is None
+            and call.cu_seqlens is None else _rare(call),
+        )  # fmt: skip
+    except _Unusual:
+        return None
+
+
+def _memory(state: Any, slots: Any) -> tuple[Any, ...]:
+    """Facts about a state and the rows of it."""
+    if type(state) is not State:
+        raise _Unusual
+    kv, length, name, reweight, d = state.kv, state.length, state.feature_map, state.reweight, state.d
+    if not (
+        type(kv) in PLAIN and type(length) in PLAIN and kv.layout is length.layout is torch.strided
+        and (name is None or type(name) is str) and (reweight is None or type(reweight) is str)
+        and (d is None or type(d) is int)
     ):  # fmt: skip
         raise _Unusual
-    for flag in flags:
-        if flag is not True and flag is not False:
-            raise _Unusual
     return (
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
-        k.device, v.device, q.layout, k.layout, v.layout, _tensor(call.log_decay), call.feature_map, flags,
-        call.eps, call.scale, call.precision, key, needs_grad,
-        None if call.reweight is None and call.initial_state is None and call.key_mask is None
-        and call.lengths is None and call.cu_seqlens is None else _rare(call),
+        kv.shape, length.shape, kv.stride(), length.stride(), kv.dtype, length.dtype, kv.device,
+        length.device, None if state.z is None else _tensor(state.z),
+        None if slots is None else _tensor(slots), name, reweight, d,
     )  # fmt: skip
 
 
 def _rare(call: Call) -> tuple[Any, ...]:
     """Facts about what most calls do not have."""
-    state, reweight = call.initial_state, call.reweight
+    reweight = call.reweight
     turned: Any = None
     if type(reweight) is Cosine:
         turned = ("cosine", reweight.max_len)
@@ -73,20 +117,7 @@ def _rare(call: Call) -> tuple[Any, ...]:
         turned = ("lrpe", _tensor(reweight.theta))
     elif reweight is not None:
         raise _Unusual
-    memory: Any = None
-    if state is not None:
-        if type(state) is not State or not {type(state.feature_map), type(state.reweight)} <= {*NAMES}:
-            raise _Unusual
-        memory = (
-            _tensor(state.kv), _tensor(state.z), _tensor(state.length), state.feature_map, state.reweight,
-            state.d if type(state.d) is int else None,
-        )  # fmt: skip
-        if state.d is not None and type(state.d) is not int:
-            raise _Unusual
-    return (
-        turned, memory, _tensor(call.key_mask), _tensor(call.lengths), _tensor(call.cu_seqlens),
-        _tensor(call.slots),
-    )  # fmt: skip
+    return turned, _tensor(call.key_mask), _tensor(call.lengths), _tensor(call.cu_seqlens)
 
 
 def _on_host(call: Call) -> bool:
@@ -100,24 +131,45 @@ def _on_host(call: Call) -> bool:
     return any(x is not None and (not isinstance(x, torch.Tensor) or x.device.type == "cpu") for x in given)
 
 
-def prepared(call: Call, key: str, needs_grad: bool) -> tuple[Problem, Backend, bool]:
-    """The problem of a call, the backend that takes it, and whether values of it lie on the host.
+def _direct(problem: Problem, backend: Backend, call: Call, step: bool) -> Callable[..., Any] | None:
+    """The method that takes a call without a table to bring beside q and without slots to gather."""
+    sums = getattr(torch, problem.accumulate)
+    if not all(x is None or getattr(x, "dtype", None) is sums for x in (call.log_decay, call.theta)):
+        return None
+    if step:
+        return backend.decode_step if decodes(backend) else None
+    return backend.forward if call.slots is None else None
+
+
+def seen(facts: Facts) -> Known | None:
+    """What follows from facts that were seen before."""
+    if _registered[0] is not registry.known():
+        _known.clear()
+        _latest[0] = None, None
+        _registered[0] = registry.known()
+    if facts is None:
+        return None
+    latest, found = _latest[0]
+    if facts == latest:
+        return found
+    found = _known.get(facts)
+    if found is not None:
+        _latest[0] = facts, found
+    return found
+
+
+def prepared(call: Call, key: str, needs_grad: bool, facts: Facts, *, step: bool = False) -> Known:
+    """What is known about a call from now on; step: it is the one token of a `decode_step`.
 
     Raises what `problem_of` and `registry.choose` raise.
     """
-    try:
-        facts = _facts(call, key, needs_grad)
-    except _Unusual:
-        facts = None
-    if _registered[0] is not registry.known():
-        _known.clear()
-        _registered[0] = registry.known()
-    if facts is not None:
-        found = _known.get(facts)
-        if found is not None:
-            return found
+    found = seen(facts)
+    if found is not None:
+        return found
     problem = problem_of(call, needs_grad=needs_grad)
-    found = problem, registry.choose(problem, key), _on_host(call)
+    backend = registry.choose(problem, key)
+    direct = _direct(problem, backend, call, step)
+    found = Known(problem, backend, _on_host(call), call.q.device.type, direct)
     if facts is not None:
         if len(_known) >= LIMIT:
             _known.clear()

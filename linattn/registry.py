@@ -128,7 +128,7 @@ def names_of(key: str, kind: str) -> list[str]:
 
 def requested(backend: BackendLike) -> str:
     """The key of the argument, or of `use_backend` around it if the argument is "auto"."""
-    key = key_of(backend)
+    key = backend if isinstance(backend, str) else key_of(backend)
     return key_of(_chosen.get()) if key == "auto" else key
 
 

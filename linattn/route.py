@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -15,6 +15,19 @@ from linattn.problem import Problem
 from linattn.registry import get
 from linattn.slots import Slots
 from linattn.state import State
+
+_torch_calls: Any = None
+
+
+def torch_calls() -> Any:
+    """`linattn.autograd`, which imports torch; to import it in every call would cost more."""
+    global _torch_calls
+    if _torch_calls is None:
+        from linattn import autograd
+
+        _torch_calls = autograd
+    return _torch_calls
+
 
 _protocols: dict[tuple[type, type], bool] = {}
 

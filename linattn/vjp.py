@@ -31,9 +31,9 @@ def _call(q: Array, k: Array, v: Array, keywords: dict[str, Any]) -> tuple[Call,
             raise ArgumentTypeError(f"attention has no keyword {name!r}")
     call = Call(q, k, v, **keywords)
     if kind_of(q) == "torch":
-        from linattn import autograd
+        from linattn import surroundings
 
-        call = autograd.lowered(call)
+        call = surroundings.lowered(call)
     return call, check, backend
 
 
@@ -129,9 +129,9 @@ def explain(
     call, check, backend = _call(q, k, v, keywords)
     needs_grad = False
     if kind_of(q) == "torch":
-        from linattn import autograd
+        from linattn import surroundings
 
-        needs_grad = autograd.wants_grad(call)
+        needs_grad = surroundings.wants_grad(call)
     problem = problem_of(call, needs_grad=needs_grad)
     check_values(call, device_too=check)
     return explain_problem(problem, backend)

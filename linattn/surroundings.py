@@ -1,0 +1,83 @@
+"""What surrounds a call in torch: autograd, autocast, transforms, and modes that watch every op."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.autograd import forward_ad
+
+from linattn.checks import Call
+from linattn.errors import GradientError
+from linattn.prepared import PLAIN
+from linattn.state import State
+
+Tensor = torch.Tensor
+
+_transform = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def wants_grad(call: Call) -> bool:
+    """Whether autograd has to record this call."""
+    if not torch.is_grad_enabled():
+        return False
+    state = call.initial_state
+    parts = (state.kv, state.z) if isinstance(state, State) else ()
+    for x in (call.q, call.k, call.v, call.log_decay, call.theta, *parts):
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
+
+
+def lowers(where: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    if where not in ("cpu", "cuda") and not torch.amp.is_autocast_available(where):
+        return False
+    return torch.is_autocast_enabled(where)
+
+
+def lowered(call: Call) -> Call:
+    """Under autocast, q, k and v in its dtype, as torch's own attention has it."""
+    where = call.q.device.type
+    if not lowers(where):
+        return call
+    dtype = torch.get_autocast_dtype(where)
+    cast = [
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in (call.q, call.k, call.v)
+    ]
+    return replace(call, q=cast[0], k=cast[1], v=cast[2])
+
+
+def refuse_transforms(call: Call) -> None:
+    """torch.func and forward mode would need rules of their own; without them, no silent wrong answer."""
+    if _transform() is None and forward_ad._current_level < 0:
+        return
+    state = call.initial_state
+    parts = (state.kv, state.z) if isinstance(state, State) else ()
+    given = (call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask, *parts)
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+        raise GradientError(
+            "torch.func transforms (vmap, grad, jvp) are not offered: attention has a batch axis of its own, "
+            "and its gradients come from autograd (backward) or linattn.attention_vjp"
+        )
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            if x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+                raise GradientError(
+                    "forward-mode derivatives are not offered; use reverse mode (backward, vjp)"
+                )
+
+
+def is_plain(call: Call) -> bool:
+    """Ordinary tensors and no mode that watches ops: then a backend may run without going through one."""
+    if _modes():
+        return False
+    return type(call.q) in PLAIN and type(call.k) in PLAIN and type(call.v) in PLAIN
+
+
+def watched() -> bool:
+    """Whether a transform or a mode sees every op: then a call may not be what its arguments look like."""
+    return _transform() is not None or forward_ad._current_level >= 0 or _modes() > 0
