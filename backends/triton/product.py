@@ -9,8 +9,7 @@ Two ways to hold it, for the same numbers: with ACROSS the state, the pairs and 
 ([e d], [j i], [e i]), and a wide state enters matrix products from registers; without, factors of tokens lie
 along rows, of which a thread has few.
 Letters: i rows of x and out, j rows of y and w (both C a block), d features that are contracted, e features
-of w (a slice). A trailing [i e] is the shape of the block on that line, without ACROSS. Flags are listed at
-`product`.
+of w (a slice). A trailing [i e] is the shape of the block on that line, without ACROSS.
 """
 
 import triton
@@ -182,14 +181,12 @@ def product(
             z_sine = tl.where(column[None, :] == 0, z1[:, None], 0.0)
         elif INNER:
             z += tl.where(column[None, :] == 1, z1[:, None], 0.0)
-    if TURN:
-        turn = tl.zeros([BLOCK_E], tl.float32)
+    turn = tl.zeros([BLOCK_E], tl.float32)
     log_decay = low.to(tl.float32) * 0  # of the whole segment
     if NEEDS_EXTRA:  # read one block ahead of its use
         last = tl.minimum(high, n if EXTRA == 1 else m)
         ahead = (low + (count - 1) * C if REVERSE else low) + r
         extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < last), other=0.0)
-
     early = 1.0 if LATE else scale
 
     for step in tl.range(0, count, num_stages=STAGES):

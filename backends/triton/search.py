@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from linattn.backends.triton import plan
@@ -140,12 +140,15 @@ def candidates(family: Family, *, quick: bool = False) -> list[Blocks]:
     tokens = [c for c in TOKENS if c > 16 or family.operand == "float32"]
     slices = [size for size in SLICES if size <= family.e]
     stages = STAGES[:2] if quick else STAGES
-    found = itertools.starmap(Blocks, itertools.product(tokens, slices, WARPS, stages))
+    ways = (True,) if family.operand == "float32" else (True, False)
+    found = itertools.starmap(Blocks, itertools.product(tokens, slices, WARPS, stages, ways))
     return [blocks for blocks in found if _fits(blocks, family, quick)]
 
 
 def _fits(blocks: Blocks, family: Family, quick: bool) -> bool:
-    if blocks.c == 128 and (quick or blocks.warps < 8 or blocks.stages > 2 or family.two):
+    if blocks.c == 128 and (quick or blocks.warps < 8 or blocks.stages > 3 - blocks.across or family.two):
+        return False
+    if not blocks.across and blocks.block_e > 64:
         return False
     if blocks.warps == 8 and blocks.c * blocks.block_e < 2048:
         return False
@@ -211,7 +214,7 @@ class Outcome:
         if self.best is None or self.answer is None:
             return None
         blocks = self.best
-        sizes = {"c": blocks.c, "block_e": blocks.block_e, "warps": blocks.warps, "stages": blocks.stages}
+        sizes = asdict(blocks)
         ms = {"ms": [round(x, 5) for x in self.answer.ms]}
         return {**sizes, **ms, "shipped_ms": [round(x, 5) for x in self.answer.shipped]}
 
@@ -314,5 +317,6 @@ class Search:
 
 
 def text(blocks: Blocks) -> str:
-    """A configuration in a word: "64x128, 8 warps, 3 stages"."""
-    return f"{blocks.c}x{blocks.block_e}, {blocks.warps} warps, {blocks.stages} stages"
+    """A configuration in a word: "64x128, 8 warps, 3 stages, across"."""
+    way = ", across" if blocks.across else ""
+    return f"{blocks.c}x{blocks.block_e}, {blocks.warps} warps, {blocks.stages} stages{way}"

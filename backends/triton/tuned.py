@@ -1,6 +1,6 @@
 """Launch configurations that `linattn tune` found for a GPU: the file they lie in, and their lookup.
 
-A file is JSON: {"tuned": {KEY: {FAMILY: {"c", "block_e", "warps", "stages", ...}}}}. KEY names the GPU, its
+A file is JSON: {"tuned": {KEY: {FAMILY: {"c", "block_e", "warps", "stages", "across", ...}}}}. KEY names the GPU, its
 compute capability, Triton's version and FORMAT; what stands under another key is ignored. Nothing here needs
 torch or Triton before a call on a GPU asks.
 """
@@ -22,7 +22,7 @@ from typing import Any
 from linattn.backends.triton.plan import Blocks, padded
 from linattn.errors import LinattnError
 
-FORMAT = 1
+FORMAT = 2
 """What a configuration means: raised whenever the kernels change so that older ones mean something else."""
 
 TOKENS, SLICES, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)
@@ -243,4 +243,7 @@ def _blocks(path: Path, family: str, entry: Any) -> Blocks:
         raise LinattnError(
             f"{path}: {family!r} has block_e = {entry['block_e']}, expected at most {sizes[1]}"
         )
-    return Blocks(*(entry[name] for name in allowed))
+    across = entry.get("across", True)
+    if type(across) is not bool:
+        raise LinattnError(f"{path}: {family!r} has across = {across!r}, expected true or false")
+    return Blocks(*(entry[name] for name in allowed), across)

@@ -138,5 +138,5 @@ class Process:
         return said[-1].strip()[:300] if said and status != 0 else ended
 
 
-def _numbers(blocks: Blocks) -> list[int]:
-    return [blocks.c, blocks.block_e, blocks.warps, blocks.stages]
+def _numbers(blocks: Blocks) -> list[int | bool]:
+    return [blocks.c, blocks.block_e, blocks.warps, blocks.stages, blocks.across]

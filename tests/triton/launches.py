@@ -77,7 +77,7 @@ def launch_of(kernel: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Lau
 class Recorder:
     """In place of a kernel: takes note, and runs nothing."""
 
-    def __init__(self, kernel: Any, seen: dict[Launch, None]) -> None:
+    def __init__(self, kernel: Any, seen: dict[Launch, Any]) -> None:
         self.kernel, self.seen = kernel, seen
 
     def __getitem__(self, grid: Any) -> Any:
@@ -88,9 +88,9 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[dict[Launch, None]]:
-    """Launches inside go into the dictionary that this yields, on a device that is not there."""
-    seen: dict[Launch, None] = {}
+def recorded() -> Iterator[dict[Launch, Any]]:
+    """Launches inside go into the dictionary that this yields, each with the keys under which it is kept."""
+    seen: dict[Launch, Any] = {}
 
     def note(
         self: Launcher,
@@ -100,7 +100,8 @@ def recorded() -> Iterator[dict[Launch, None]]:
         constants: tuple[Any, ...],
         **options: int,
     ) -> None:
-        seen[launch_of(self.jit, (*arguments, *constants), options)] = None
+        one = launch_of(self.jit, (*arguments, *constants), options)
+        seen[one] = [*(seen.get(one) or []), (self.jit.__name__, key)]
 
     with contextlib.ExitStack() as stack:
         for module in (launch, backward):
@@ -113,12 +114,17 @@ def recorded() -> Iterator[dict[Launch, None]]:
         yield seen
 
 
-def launches(
+def launches(*sizes: int, **options: Any) -> list[Launch]:
+    """Every different launch of `attention` on tensors of these shapes, and of its backward pass."""
+    return list(kept(*sizes, **options))
+
+
+def kept(
     b: int = 2, h: int = 4, n: int = 256, d: int = 64, e: int = 64, m: int | None = None, *,
     dtype: str = "bfloat16", decay: str | None = None, reweight: str | None = None, gradients: bool = True,
     state: bool = False, **options: Any,
-) -> list[Launch]:  # fmt: skip
-    """Every different launch of `attention` on tensors of these shapes, and of its backward pass."""
+) -> dict[Launch, Any]:  # fmt: skip
+    """The same, each with the keys under which it is kept."""
     with recorded() as seen:
 
         def x(*shape: int, of: str = "float32") -> Any:
@@ -158,7 +164,7 @@ def launches(
         launch.forward(problem, saved)
         if gradients:
             backward.backward(problem, saved, do, memory if state else None)
-    return list(seen)
+    return seen
 
 
 def compiled(one: Launch, capability: int) -> Any:

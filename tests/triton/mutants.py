@@ -53,7 +53,7 @@ def returning(place: int, value: int) -> Any:
 
 def flat(right: Any) -> Any:
     """Makes a slope of 1."""
-    return lambda *given: 1.0
+    return lambda o, *given: o
 
 
 def nothing(right: Any) -> Any:
@@ -83,6 +83,14 @@ MUTANTS = {
     "the denominator has no gradient": Mutant(GRADIENTS, {"normalize": True}, {"product": {"EXTRA": 0}}),
     "feature maps have no slope": Mutant(
         GRADIENTS, {"feature_map": "silu"}, patch=(product_module, "feature_slope", flat)
+    ),
+    "rows of a pool are taken in their order": Mutant(
+        "continues_only_named_rows",
+        {},
+        {"product": {"SLOTS": False}, "scan": {"SLOTS": False, "COUNTS": False}},
+    ),
+    "what a pool has seen is not counted": Mutant(
+        "continues_only_named_rows", {}, {"scan": {"COUNTS": False}}
     ),
     "angles do not turn from segment to segment": Mutant(
         GRADIENTS, {"reweight": "lrpe", "causal": True}, patch=(backward, "_crossing", nothing)

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
 pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
 
-from tests.triton.launches import Launch, compiled, launches, spilled
+from tests.triton.launches import Launch, compiled, kept, launches, spilled
 
 SHARED = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that a program may have; Triton finds out at its start."""
@@ -105,3 +105,15 @@ def test_usual_calls_share_their_kernels() -> None:
         return {Launch(one.kernel, (), one.constants, (), one.options) for one in found}
 
     assert len(set().union(*(variants(b, n) for b in (4, 8, 16) for n in (512, 1000, 1024, 3001)))) == 1
+
+
+def test_a_kernel_is_kept_for_arguments_of_one_type() -> None:
+    """What a kernel's key leaves out cannot change what it is compiled for: a state that is there, or not."""
+    compiled_for: dict[Any, tuple[Any, ...]] = {}
+    for options in USUAL.values():
+        for state in (False, options.get("causal", True)):
+            for one, keys in kept(**options | {"state": state}).items():
+                # sizes are not compiled in, and the width of one does not decide about another kernel
+                types = tuple(kind for _, kind in one.signature if kind.startswith("*"))
+                for key in keys:
+                    assert compiled_for.setdefault(key, types) == types, (one, key)

@@ -55,3 +55,7 @@ def test_every_property_holds(mode: str, name: str) -> None:
 
 def test_wrong_kernels_are_noticed() -> None:
     interpret("mutants.py")
+
+
+def test_pools_change_in_place_and_nowhere_else() -> None:
+    interpret("pooled.py")

@@ -107,7 +107,7 @@ def test_the_fastest_that_is_right_is_kept():
     assert outcome.best == C
     assert outcome.skipped == {B: "o is not finite"}
     assert outcome.entry() == {
-        "c": 64, "block_e": 64, "warps": 8, "stages": 3, "ms": [1.2], "shipped_ms": [2.0],
+        "c": 64, "block_e": 64, "warps": 8, "stages": 3, "across": True, "ms": [1.2], "shipped_ms": [2.0],
     }  # fmt: skip
 
 

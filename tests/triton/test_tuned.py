@@ -57,10 +57,10 @@ def test_an_entry_of_another_format_is_ignored_whatever_it_says(home, monkeypatc
     path = home / "mine.json"
     tuned.save(path, GPU, {WIDE: ENTRY})
     content = json.loads(path.read_text())
-    content["tuned"][GPU.replace("format 1", "format 0")] = {"anything": 3}
+    content["tuned"][GPU.replace(f"format {tuned.FORMAT}", "format 0")] = {"anything": 3}
     path.write_text(json.dumps(content))
     assert tuned.load(path) == {GPU: {str(WIDE): FASTEST}}
-    monkeypatch.setattr(tuned, "FORMAT", 2)
+    monkeypatch.setattr(tuned, "FORMAT", tuned.FORMAT + 1)
     assert tuned.load(path) == {}
 
 
@@ -203,3 +203,12 @@ def test_the_plan_takes_what_was_tuned_and_otherwise_what_is_shipped(home):
     assert plan.blocks("bfloat16", 128, 128, False, True, "cuda:0") == ours
     tuned.use(None)
     assert plan.blocks("bfloat16", 128, 128, False, False, "cuda:0") == shipped
+
+
+def test_an_entry_says_how_a_state_is_held(home):
+    path = home / "mine.json"
+    tuned.save(path, GPU, {WIDE: {**ENTRY, "across": False}})
+    assert tuned.load(path)[GPU][str(WIDE)].across is False
+    with pytest.raises(LinattnError, match="has across = 0, expected true or false"):
+        tuned.save(path, GPU, {WIDE: {**ENTRY, "across": 0}})
+    assert tuned.load(path)[GPU][str(WIDE)].across is False
