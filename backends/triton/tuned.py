@@ -1,8 +1,8 @@
 """Launch configurations that `linattn tune` found for a GPU: the file they lie in, and their lookup.
 
-A file is JSON: {"tuned": {KEY: {FAMILY: {"c", "block_e", "warps", "stages", "across", ...}}}}. KEY names the GPU, its
-compute capability, Triton's version and FORMAT; what stands under another key is ignored. Nothing here needs
-torch or Triton before a call on a GPU asks.
+A file is JSON: {"tuned": {KEY: {FAMILY: {"c", "block_e", "warps", "stages", "across", ...}}}}. KEY names the
+GPU, its compute capability, Triton's version and FORMAT; what stands under another key is ignored. Nothing
+here needs torch or Triton before a call on a GPU asks.
 """
 
 from __future__ import annotations
@@ -246,4 +246,5 @@ def _blocks(path: Path, family: str, entry: Any) -> Blocks:
     across = entry.get("across", True)
     if type(across) is not bool:
         raise LinattnError(f"{path}: {family!r} has across = {across!r}, expected true or false")
-    return Blocks(*(entry[name] for name in allowed), across)
+    c, block_e, warps, stages = (entry[name] for name in allowed)
+    return Blocks(c, block_e, warps, stages, across)

@@ -11,6 +11,7 @@ import torch
 import linattn
 from linattn import LRPE, State, testing, tolerance
 from tests.gpu.calls import HEADS, D, both, captured, drawn, same
+from tests.triton import pooled
 
 pytestmark = pytest.mark.gpu
 
@@ -143,6 +144,13 @@ def test_one_kernel_for_any_length_and_batch() -> None:
             testing.properties.matches_the_reference(of, case)
             if n < 200:
                 testing.properties.gradients_match_the_reference(of, case)
+
+
+@pytest.mark.parametrize("name", ["plain", "per head", "per token, lrpe", "packed", "lengths"])
+def test_a_pool_changes_in_place_and_nowhere_else(name: str) -> None:
+    for dtype, slots in ((torch.int64, [3, -1, 0]), (torch.int32, [4, 2, 1])):
+        for _ in range(4):  # from the third time on it is replayed
+            pooled.check(name, "triton", "cuda", slots, dtype)
 
 
 def test_under_autocast() -> None:
