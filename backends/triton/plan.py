@@ -45,9 +45,9 @@ def shipped(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
                 if gradient:
                     return Blocks(64, min(slices, 64), 4, 2)
                 return Blocks(32, min(slices, 64), 4, 3) if slices > 16 else Blocks(64, 16, 8, 3)
-            if gradient or slices < 64:
-                return Blocks(64, min(slices, 64), 4, 3, across=False)
-            return Blocks(128, 64, 8, 3, across=False)
+            if slices < 64:
+                return Blocks(64, slices, 4, 3)
+            return Blocks(64, 64, 4, 3, across=False) if gradient else Blocks(128, 64, 8, 3, across=False)
         if wide <= 128:
             if slices < 128:
                 return Blocks(32, slices, 4, 3)
@@ -58,12 +58,17 @@ def shipped(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
     return Blocks(16, min(slices, 32 if wide <= 128 else 16), 4, 1)
 
 
+UPRIGHT = 64
+"""Values of a slice that may be held upright."""
+
+
 def fitting(blocks: Blocks, summed: bool, wide_output: bool) -> Blocks:
     """A configuration as a launch takes it: beside a second state, or for an output in float32.
 
-    A second state is only held across, where the matrix products that it needs come out right.
+    A second state, and values that are few, are only held across: upright, their matrix products are 16 or 32
+    wide, and ptxas makes some of those wrong.
     """
-    if summed and not blocks.across:
+    if not blocks.across and (summed or blocks.block_e != UPRIGHT):
         blocks = Blocks(min(blocks.c, 64), blocks.block_e, 4, blocks.stages)
     if wide_output and blocks.stages > 2:
         blocks = replace(blocks, stages=2)

@@ -148,7 +148,7 @@ def candidates(family: Family, *, quick: bool = False) -> list[Blocks]:
 def _fits(blocks: Blocks, family: Family, quick: bool) -> bool:
     if blocks.c == 128 and (quick or blocks.warps < 8 or blocks.stages > 3 - blocks.across or family.two):
         return False
-    if not blocks.across and blocks.block_e > 64:
+    if not blocks.across and blocks.block_e != plan.UPRIGHT:
         return False
     if blocks.warps == 8 and blocks.c * blocks.block_e < 2048:
         return False
