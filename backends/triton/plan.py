@@ -70,8 +70,8 @@ def fitting(blocks: Blocks, summed: bool, wide_output: bool) -> Blocks:
     """
     if not blocks.across and (summed or blocks.block_e != UPRIGHT):
         blocks = Blocks(min(blocks.c, 64), blocks.block_e, 4, blocks.stages)
-    if wide_output and blocks.stages > 2:
-        blocks = replace(blocks, stages=2)
+    if wide_output and blocks.stages > 2 and max(blocks.c, blocks.block_e) == 128:
+        blocks = replace(blocks, stages=2)  # or there is no room for it in shared memory
     return blocks
 
 

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
 pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
 
+from linattn.backends.triton import plan
 from tests.triton.launches import Launch, compiled, kept, launches, spilled
 
 SHARED = {80: 163 << 10, 90: 227 << 10}
@@ -61,6 +62,12 @@ FULL: dict[str, dict[str, Any]] = {
         },
         "elu": {"feature_map": "elu+1", "normalize": True, "state": True},
         "both ways": {"decay": "head", "causal": False},
+        "both ways, normalized": {
+            "decay": "head",
+            "causal": False,
+            "feature_map": "elu+1",
+            "normalize": True,
+        },
     }.items()
 }
 
@@ -83,6 +90,20 @@ def test_compiles(capability: int, name: str) -> None:
 def test_compiles_at_full_size(capability: int, name: str) -> None:
     for one in launches(**FULL[name]):
         assert compiled(one, capability).metadata.shared <= SHARED[capability], one
+
+
+def test_outputs_in_float32_leave_room() -> None:
+    for one in launches(**FULL["bfloat16 128 both ways, normalized"]):
+        assert compiled(one, 90).metadata.shared <= SHARED[90], one
+
+
+def test_a_configuration_fits_what_it_is_used_for() -> None:
+    upright, wide = plan.Blocks(128, 64, 8, 3, across=False), plan.Blocks(64, 128, 8, 3)
+    assert plan.fitting(upright, False, False) == upright
+    assert plan.fitting(wide, True, False) == wide
+    assert plan.fitting(upright, True, False) == plan.Blocks(64, 64, 4, 3)
+    assert plan.fitting(upright, False, True).stages == plan.fitting(wide, True, True).stages == 2
+    assert plan.fitting(plan.Blocks(64, 16, 4, 3, across=False), False, True) == plan.Blocks(64, 16, 4, 3)
 
 
 @pytest.mark.parametrize("d", [64, 128])
