@@ -59,13 +59,9 @@ def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0, least: int =
     least: the number of segments from which on it pays.
     """
     problem = side.problem
-    length = plan.length_of(problem)
     if size:
-        return split_side(side, max(1, -(-length // size)), size)
-    if problem.batch_invariant:
-        return side
-    programs = problem.sequences * problem.heads * -(-e // blocks.block_e)
-    count, size = plan.segments(programs * blocks.warps, length, multiprocessors(problem.device), least)
+        return split_side(side, max(1, -(-plan.length_of(problem) // size)), size)
+    count, size = plan.cut(problem, blocks, e, multiprocessors(problem.device), least)
     return side if count == 1 else split_side(side, count, size)
 
 

@@ -104,3 +104,43 @@ def segments(warps: int, length: int, multiprocessors: int, least: int = 3) -> t
 def length_of(problem: Problem) -> int:
     """The longest way through a sequence."""
     return max(problem.n, problem.m)
+
+
+def cut(problem: Problem, blocks: Blocks, e: int, multiprocessors: int, least: int = 3) -> tuple[int, int]:
+    """How many segments a call is cut into, of how many tokens, if outputs have e features."""
+    length = length_of(problem)
+    if problem.batch_invariant:
+        return 1, max(length, 1)
+    programs = problem.sequences * problem.heads * -(-e // blocks.block_e)
+    return segments(programs * blocks.warps, length, multiprocessors, least)
+
+
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def described(problem: Problem, multiprocessors: int) -> dict[str, str]:
+    """What a forward pass is on a GPU with so many multiprocessors, in words, and the least that it moves."""
+    operand = "bfloat16" if problem.dtype == "bfloat16" else "float32"
+    found = blocks(operand, problem.d, problem.e, problem.reweight is not None, False, problem.device)
+    shape = fitting(found, problem.normalize, False)
+    slices = -(-problem.e // shape.block_e)
+    programs = problem.sequences * problem.heads * slices
+    way = "across" if shape.across else "upright"
+    if problem.causal:
+        count, size = cut(problem, found, problem.e, multiprocessors)
+        steps = "one launch"
+        if count > 1:
+            steps = f"{count} segments of {size} tokens: their states, carried through, then outputs"
+            programs *= count
+    elif problem.decay is None:
+        steps = "segments of keys into one state for each head, which every query reads"
+    else:
+        steps = "one launch in each direction, added up"
+    cells = problem.batch * problem.heads * (problem.n + problem.m) * (problem.d + problem.e)
+    return {
+        "blocks": f"{shape.c} tokens, {shape.block_e} values, {way}",
+        "compiled for": f"{shape.warps} warps, {shape.stages} stages",
+        "programs": f"{programs} on {multiprocessors} multiprocessors",
+        "passes": steps,
+        "least bytes": f"{cells * SIZES[problem.dtype] / 1e6:.1f} MB (q, k, v and o once)",
+    }

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from linattn.backends.triton import tuned
-from linattn.cli.output import print_json
+from linattn.cli.output import print_json, print_lines
 from linattn.errors import OptionError, ShapeError
 from linattn.problem import Problem
 from linattn.vjp import explain_problem
@@ -136,10 +136,22 @@ def explain(
     )
     decision = explain_problem(problem, backend or "auto")
     said = tuned.in_use(device) if decision.chosen == "triton" else None
+    steps = plan(problem) if decision.chosen == "triton" else None
     if as_json:
         answer = {"call": str(problem), "chosen": decision.chosen, "backends": decision.reasons}
-        print_json(answer | {"tuned": said})
+        print_json(answer | {"tuned": said, "plan": steps})
     else:
         typer.echo(str(decision))
+        if steps is not None:
+            typer.echo("plan:")
+            print_lines(steps)
         if said is not None:
             typer.echo(f"tuned: {said}")
+
+
+def plan(problem: Problem) -> dict[str, str]:
+    """How the Triton backend would run a forward pass on the device that the problem names."""
+    from linattn.backends.triton.launch import multiprocessors
+    from linattn.backends.triton.plan import described
+
+    return described(problem, multiprocessors(problem.device))

@@ -86,3 +86,36 @@ def test_what_the_call_would_refuse_is_refused(arguments, sentence):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {sentence}")
+
+
+@pytest.fixture
+def shipped():
+    """Nothing that was tuned for a GPU, which need not be here."""
+    from linattn.backends.triton import tuned
+
+    tuned.use(None)
+    yield
+    tuned.use_default()
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "expected"),
+    [
+        ((4, 8192, 32, 128), {"decay": "head"}, {"passes": "one launch", "least bytes": "1073.7 MB"}),
+        (
+            (1, 131072, 8, 128),
+            {"decay": "head"},
+            {"passes": "16 segments of 8192 tokens", "programs": "128 on 132 multiprocessors"},
+        ),
+        ((8, 4096, 16, 64), {}, {"blocks": "128 tokens, 64 values, upright"}),
+        ((8, 4096, 16, 64), {"normalize": True}, {"blocks": "64 tokens, 64 values, across"}),
+        ((1, 100, 2, 16), {"causal": False}, {"passes": "segments of keys into one state"}),
+        ((1, 100, 2, 16), {"causal": False, "decay": "head"}, {"passes": "one launch in each direction"}),
+    ],
+)
+def test_it_says_what_a_forward_pass_would_be(shipped, shape, options, expected):
+    from linattn.backends.triton.plan import described
+
+    found = described(describe(shape, kind="torch", device="cuda", dtype="bfloat16", **options), 132)
+    for name, beginning in expected.items():
+        assert found[name].startswith(beginning), found
