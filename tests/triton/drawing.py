@@ -68,10 +68,11 @@ def check(of: testing.Subject, name: str, cases: Iterator[testing.Case]) -> int:
 
 
 @contextlib.contextmanager
-def segmented(grain: int, block: int = 0) -> Iterator[None]:
+def segmented(grain: int, block: int = 0, *, across: bool = True) -> Iterator[None]:
     """Cut sequences into segments of so few tokens that short calls have several of them.
 
-    block: tokens and values that a program works on at a time; 0 leaves the shipped configurations.
+    block: tokens and values that a program works on at a time; 0 leaves the shipped configurations. across:
+    how it holds its state, where it may choose.
     """
     from linattn.backends.triton import backward, launch, launcher, plan
 
@@ -84,7 +85,8 @@ def segmented(grain: int, block: int = 0) -> Iterator[None]:
         (backward, "total_size", lambda problem: grain),
     ]
     if block:
-        changes.append((plan, "blocks", lambda *sizes, **device: plan.Blocks(block, block, 4, 1)))
+        shape = plan.Blocks(block, block, 4, 1, across)
+        changes += [(plan, "blocks", lambda *sizes, **device: shape), (plan, "UPRIGHT", block)]
     plan.segments.cache_clear()
     launcher._tapes.clear()  # passes that are remembered as they were
     with contextlib.ExitStack() as stack:

@@ -1,8 +1,9 @@
 """The conformance suite on interpreted kernels; run as a program, with TRITON_INTERPRET=1.
 
-    python tests/triton/interpreted.py (whole | cut) SHARE PROPERTY...
+    python tests/triton/interpreted.py (whole | cut | upright) SHARE PROPERTY...
 
 whole: as the library would launch them here. cut: small blocks and short segments, which small sizes fill.
+upright: the same, with states upright, as only narrow types on a GPU have them.
 SHARE: 1 tries every combination of options, 2 every second one, and so on; each mode others.
 """
 
@@ -17,7 +18,9 @@ from linattn import testing
 from linattn.backends.triton import TritonBackend
 from tests.triton.drawing import check, drawn, rows, segmented
 
-LENGTHS = {"whole": (1, 17, 33, 50, 70), "cut": (0, 5, 16, 33, 40, 70)}
+LENGTHS = {
+    "whole": (1, 17, 33, 50, 70), "cut": (0, 5, 16, 33, 40, 70), "upright": (0, 5, 16, 33, 40, 70),
+}  # fmt: skip
 
 
 class Interpreted(testing.BackendSubject):
@@ -41,7 +44,8 @@ class Interpreted(testing.BackendSubject):
 def run(mode: str, share: int, names: list[str]) -> None:
     """Assert properties, each on one case for every row of options that is tried."""
     of = Interpreted(mode)
-    with segmented(32, 16) if mode == "cut" else contextlib.nullcontext():
+    short = segmented(32, 16, across=mode == "cut")
+    with contextlib.nullcontext() if mode == "whole" else short:
         for name in names:
             began = time.perf_counter()
             chosen = rows(of, name)[list(LENGTHS).index(mode) % share :: share]

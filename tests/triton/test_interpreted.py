@@ -46,8 +46,15 @@ def test_properties_hold(mode: str, names: tuple[str, ...]) -> None:
     interpret("interpreted.py", mode, str(GROUPS[names]), *names)
 
 
+UPRIGHT = ("matches_the_reference", "gradients_match_the_reference", "splits_anywhere", "is_causal")
+
+
+def test_properties_hold_upright() -> None:
+    interpret("interpreted.py", "upright", "3", *UPRIGHT)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", (*MODES, "upright"))
 @pytest.mark.parametrize("name", sorted(testing.PROPERTIES.keys() - ELSEWHERE))
 def test_every_property_holds(mode: str, name: str) -> None:
     interpret("interpreted.py", mode, "1", name)
