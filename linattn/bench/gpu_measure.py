@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from typing import Any, Protocol
@@ -99,12 +100,17 @@ class Cuda:
         for _ in range(10):
             work()
         rounds = []
-        for _ in range(ROUNDS):
-            self.torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                work()
-            rounds.append(time.perf_counter() - start)
+        gc.collect()
+        gc.disable()  # as timeit does: what peers and compilers left behind is not a call's
+        try:
+            for _ in range(ROUNDS):
+                self.torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    work()
+                rounds.append(time.perf_counter() - start)
+        finally:
+            gc.enable()
         self.torch.cuda.synchronize()
         return statistics.median(rounds) / CALLS * 1e6
 
