@@ -312,7 +312,7 @@ def decode(rows: Call, state: State, check: bool, backend: BackendLike) -> Tenso
     tracing = torch.compiler.is_compiling()
     if not (tracing or watched() or wants_grad(rows)):
         known = seen(facts_of(rows, registry.requested(backend), False, step=True))
-        if known is not None and known.writable and not lowers(known.where) and _may_change(state.kv):
+        if known is not None and known.writable and not lowers(known.where) and _may_change(state):
             return _step(known, rows, state, check)
     call = of_one_token(rows)
     narrow = lowered(call)
@@ -339,9 +339,10 @@ def decode(rows: Call, state: State, check: bool, backend: BackendLike) -> Tenso
     return _stepped(known, call, rows, state)
 
 
-def _may_change(x: Tensor) -> bool:
-    """Whether inference mode, which is no fact of a tensor, lets it change in place."""
-    return not x.is_inference() or torch.is_inference_mode_enabled()
+def _may_change(state: State) -> bool:
+    """Whether inference mode, which is no fact of a tensor, lets every part change in place."""
+    kept = state.kv.is_inference() or state.length.is_inference()
+    return torch.is_inference_mode_enabled() or not (kept or (state.z is not None and state.z.is_inference()))
 
 
 def _step(known: Known, rows: Call, state: State, check: bool) -> Tensor:

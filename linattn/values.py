@@ -91,7 +91,10 @@ def _check_positions(
         before = readable(call.initial_state.length)
         if before is None or (call.slots is not None and slots is None):
             return
-        ends = ends + (before if slots is None else np.where(slots >= 0, before[np.maximum(slots, 0)], 0))
+        if slots is not None:
+            rows = np.append(before, 0)  # a pool may have no rows: then there is padding only
+            before = np.where(slots >= 0, rows[np.clip(slots, 0, len(before))], 0)
+        ends = ends + before
     if (ends > max_len).any():
         raise ValueRangeError(
             f"Cosine(max_len={max_len}) is shorter than the {int(ends.max())} positions that state and call "

@@ -82,7 +82,9 @@ class TritonBackend:
         from linattn.backends.triton import launch
 
         with launch.on(problem):
-            return launch.forward_in_pool(problem, saved, slots)
+            o = launch.forward_in_pool(problem, saved, slots)
+        _changed(saved.state)
+        return o
 
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
         with _module("launch").on(problem):
@@ -100,7 +102,16 @@ class TritonBackend:
         slots: Array | None,
     ) -> Array:
         with _module("launch").on(problem):
-            return _module("decode").decode_step(problem, q, k, v, log_decay, theta, state, slots)
+            o = _module("decode").decode_step(problem, q, k, v, log_decay, theta, state, slots)
+        _changed(state)
+        return o
+
+
+def _changed(state: Any) -> None:
+    """Tell autograd what kernels wrote: a graph that kept the old values must not go on with the new ones."""
+    parts = [x for x in (state.kv, state.z, state.length) if x is not None and not x.is_inference()]
+    if parts:
+        _torch().autograd.graph.increment_version(parts)
 
 
 class Inputs(NamedTuple):

@@ -195,3 +195,29 @@ def test_a_layout_without_strides_is_refused() -> None:
     x = torch.ones(1, B, H, D)
     with pytest.raises(errors.ArgumentTypeError, match="k must be a dense tensor"):
         linattn.attention(x, ONES[0].to_sparse_csr(), x)
+
+
+@pytest.mark.parametrize("part", ["kv", "z", "length"])
+def test_every_part_of_a_state_is_asked_whether_it_may_change(part: str) -> None:
+    x = torch.rand(2, 3, 4)
+
+    def one(state: State) -> None:
+        linattn.decode_step(x, x, x, state, normalize=True)
+
+    for _ in range(3):
+        one(State.zeros(x, 2, 3, 4, 4, normalize=True))
+    state = State.zeros(x, 2, 3, 4, 4, normalize=True)
+    with torch.inference_mode():
+        made = getattr(state, part).clone()
+    parts = {"kv": state.kv, "z": state.z, "length": state.length} | {part: made}
+    with pytest.raises(errors.StateError, match=rf"{part} was made in inference mode"):
+        one(State(parts["kv"], parts["z"], parts["length"]))
+    assert not parts["kv"].any()
+
+
+def test_a_pool_without_rows_serves_padding_with_a_fixed_length_too() -> None:
+    x = torch.ones(1, 2, 3, 4)
+    c = linattn.Cosine(9)
+    pool = State.zeros(x, 0, 3, 4, 4, reweight=c)
+    o = linattn.attention(x, x, x, initial_state=pool, slots=torch.tensor([-1]), reweight=c)
+    assert not o.any()

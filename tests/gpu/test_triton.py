@@ -154,6 +154,10 @@ def test_a_pool_changes_in_place_and_nowhere_else(name: str) -> None:
             pooled.check(name, "triton", "cuda", slots, dtype)
 
 
+def test_autograd_sees_what_kernels_wrote() -> None:
+    pooled.check_that_autograd_sees_it("triton", "cuda")
+
+
 def test_under_autocast() -> None:
     q, k, v = drawn(dtype=torch.float32)
     with torch.autocast("cuda", torch.bfloat16):

@@ -77,8 +77,31 @@ def check(name: str, backend: str | Backend, device: str, slots: list[int], dtyp
             assert torch.equal(mine[row].nan_to_num(7), other[row].nan_to_num(7)), (name, row)
 
 
+def check_that_autograd_sees_it(backend: str | Backend, device: str) -> None:
+    """A graph that kept a state refuses to go on when a kernel has written over it."""
+    y = torch.rand(2, 20, HEADS, D, device=device)
+    steps = (
+        lambda pool: linattn.attention(
+            y, y, y, initial_state=pool, slots=torch.tensor([0, 1], device=device), backend=backend
+        ),
+        lambda pool: linattn.decode_step(y[:, 0], y[:, 0], y[:, 0], pool, backend=backend),
+    )
+    for change in steps:
+        pool, q = State.zeros(y, 2, HEADS, D, D), y.clone().requires_grad_()
+        o = linattn.attention(q, y, y, initial_state=pool, backend=backend)
+        with torch.no_grad():
+            change(pool)
+        try:
+            torch.autograd.grad(o.sum(), q)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error), error
+        else:
+            raise AssertionError("a gradient of a state that is no more")
+
+
 def main() -> None:
     backend = TritonBackend(interpreted=True)
+    check_that_autograd_sees_it(backend, "cpu")
     with segmented(32, 16):
         for name in kinds("cpu"):
             check(name, backend, "cpu", [3, -1, 0], torch.int64)
