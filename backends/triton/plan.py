@@ -66,7 +66,7 @@ def fitting(blocks: Blocks, summed: bool, wide_output: bool) -> Blocks:
     """A configuration as a launch takes it: beside a second state, or for an output in float32.
 
     A second state, and values that are few, are only held across: upright, their matrix products are 16 or 32
-    wide, and ptxas makes some of those wrong.
+    wide, and some of those come out wrong on Hopper (docs/triton.md).
     """
     if not blocks.across and (summed or blocks.block_e != UPRIGHT):
         blocks = Blocks(min(blocks.c, 64), blocks.block_e, 4, blocks.stages)
