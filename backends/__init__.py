@@ -35,6 +35,7 @@ class Saved:
     o: Array | None = None  # only for a backward pass, and only with normalize
     want_log_decay: bool = True  # False: its gradient may be left out
     want_theta: bool = True
+    kept: Array | None = None  # what the backend's own `forward_keeping` returned for it, if that ran
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Backend(Protocol):
     """One implementation of the specification.
 
     name: what users write. arrays: the kinds it takes ("numpy", "torch", "cupy"), each with True if "auto"
-    may choose it for them, False if it wants to be named. Two more methods are optional,
+    may choose it for them, False if it wants to be named. More methods are optional, above all
     `Differentiable.backward` and `Decoding.decode_step`. Without them the built-in backend for the same
     arrays differentiates, and `forward` over one token decodes.
     """
@@ -99,6 +100,14 @@ class Differentiable(Protocol):
 
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
         """Gradients of every input, from those of o [B, N, H, E] and of the returned state (None: zeros)."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A `Differentiable` backend whose forward pass keeps denominators for its backward pass."""
+
+    def forward_keeping(self, problem: Problem, saved: Saved) -> tuple[Array, State | None, Array]:
+        """`forward` of a normalized call, and its row sums of weights [B, N, H], not clamped, float32."""
 
 
 @runtime_checkable

@@ -43,12 +43,12 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, backend: Backend, call: Call, *inputs: Optional) -> Any:
-        o, state = route.forward(problem, backend, call)
+        o, state, kept = route.forward_keeping(problem, backend, call)
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.backend = problem, backend
         ctx.options = options_of(call, registry.key_of(backend))
         masks = (call.key_mask, call.lengths, call.cu_seqlens)
-        ctx.save_for_backward(*inputs, *masks, o if problem.normalize else None)
+        ctx.save_for_backward(*inputs, *masks, o if problem.normalize else None, kept)
         if state is None:
             return o
         return (o, state.kv, state.length) if state.z is None else (o, state.kv, state.length, state.z)
@@ -57,36 +57,22 @@ class Attention(torch.autograd.Function):
     def backward(
         ctx: Any, do: Optional, dkv: Optional = None, dlength: Any = None, dz: Optional = None
     ) -> Any:
-        q, k, v, decay, theta, kv, z, key_mask, lengths, cu_seqlens, o = ctx.saved_tensors
+        q, k, v, decay, theta, kv, z, key_mask, lengths, cu_seqlens, o, kept = ctx.saved_tensors
         problem: Problem = ctx.problem
         if do is None and dkv is None and dz is None:
             return (None,) * 10
         wants = ctx.needs_input_grad[6], ctx.needs_input_grad[7]
         if torch.is_grad_enabled():  # somebody differentiates again: the op has the sentence for that
             grads = torch.ops.linattn.attention_backward(
-                do,
-                dkv,
-                dz,
-                o,
-                *wants,
-                q,
-                k,
-                v,
-                decay,
-                theta,
-                key_mask,
-                lengths,
-                cu_seqlens,
-                kv,
-                z,
+                do, dkv, dz, o, kept, *wants, q, k, v, decay, theta, key_mask, lengths, cu_seqlens, kv, z,
                 *ctx.options,
-            )
+            )  # fmt: skip
         else:
             if do is None:
                 do = q.new_zeros(*q.shape[:3], v.shape[3])
             state = None if kv is None else State(kv, z, kv.new_zeros(kv.shape[:1], dtype=torch.int64))
             decays, angles = (route.beside(x, q, problem.accumulate) for x in (decay, theta))
-            saved = Saved(q, k, v, decays, angles, key_mask, lengths, cu_seqlens, state, o, *wants)
+            saved = Saved(q, k, v, decays, angles, key_mask, lengths, cu_seqlens, state, o, *wants, kept)
             found = route.backward(problem, ctx.backend, saved, do, dstate_of(problem, q, dkv, dz))
             grads = found.q, found.k, found.v, found.log_decay, found.theta, found.kv, found.z
         needed = ctx.needs_input_grad[3:]

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from linattn.arrays import Array, cast, device_name, kind_of, namespace, table
-from linattn.backends import Backend, Decoding, Differentiable, Gradients, Pooling, Saved
+from linattn.backends import Backend, Decoding, Differentiable, Gradients, Keeping, Pooling, Saved
 from linattn.checks import Call
 from linattn.errors import StateError
 from linattn.problem import Problem
@@ -64,17 +64,25 @@ def pools(backend: Backend) -> TypeGuard[Pooling]:
     return _offers(backend, Pooling)
 
 
+def keeps(backend: Backend) -> TypeGuard[Keeping]:
+    """Whether a backend's forward pass keeps denominators for its backward pass."""
+    return _offers(backend, Keeping)
+
+
 def _whole(pool: State) -> bool:
     """Whether a torch pool's arrays lie without gaps."""
     return all(x is None or x.is_contiguous() for x in (pool.kv, pool.z, pool.length))
 
 
-def saved_of(problem: Problem, call: Call, state: State | None, o: Array | None = None) -> Saved:
+def saved_of(
+    problem: Problem, call: Call, state: State | None, o: Array | None = None, kept: Array | None = None
+) -> Saved:
     """The arrays of a call as backends take them."""
     decay = beside(call.log_decay, call.q, problem.accumulate)
     theta = beside(call.theta, call.q, problem.accumulate)
     return Saved(
-        call.q, call.k, call.v, decay, theta, call.key_mask, call.lengths, call.cu_seqlens, state, o
+        call.q, call.k, call.v, decay, theta, call.key_mask, call.lengths, call.cu_seqlens, state, o,
+        kept=kept,
     )  # fmt: skip
 
 
@@ -106,6 +114,15 @@ def forward(problem: Problem, backend: Backend, call: Call) -> tuple[Array, Stat
     rows.write(pool, final)
     o = rows.without_padding(o, call.cu_seqlens)
     return o, final if problem.return_state else None
+
+
+def forward_keeping(
+    problem: Problem, backend: Backend, call: Call
+) -> tuple[Array, State | None, Array | None]:
+    """Run a call without slots that will be differentiated: o, final state, denominators if they are kept."""
+    if problem.normalize and keeps(backend):
+        return backend.forward_keeping(problem, saved_of(problem, call, call.initial_state))
+    return *forward(problem, backend, call), None
 
 
 def backward(problem: Problem, backend: Backend, saved: Saved, do: Array, dstate: State | None) -> Gradients:

@@ -53,8 +53,8 @@ def attention_vjp(
     problem = problem_of(call, needs_grad=True)
     check_values(call, device_too=check)
     chosen = registry.choose(problem, registry.requested(backend))
-    o, state = route.forward(problem, chosen, call)
-    saved = route.saved_of(problem, call, call.initial_state, o if problem.normalize else None)
+    o, state, kept = route.forward_keeping(problem, chosen, call)
+    saved = route.saved_of(problem, call, call.initial_state, o if problem.normalize else None, kept)
 
     def vjp(do: Array | None, dstate: State | None = None) -> dict[str, Any]:
         given = zeros_like_kind(o, tuple(o.shape), problem.dtype) if do is None else do

@@ -78,6 +78,11 @@ class TritonBackend:
         with launch.on(problem):
             return launch.forward(problem, inputs)  # type: ignore[no-any-return]
 
+    def forward_keeping(self, problem: Problem, saved: Saved) -> tuple[Array, State | None, Array]:
+        launch = _module("launch")
+        with launch.on(problem):
+            return launch.forward_keeping(problem, saved)  # type: ignore[no-any-return]
+
     def forward_in_pool(self, problem: Problem, saved: Saved, slots: Array) -> Array:
         from linattn.backends.triton import launch
 

@@ -76,7 +76,7 @@ def backward(problem: Problem, x: Saved, do: Tensor, dstate: State | None) -> Gr
     ends = (None, None) if dstate is None else (dstate.kv, dstate.z)
     borders = x.cu_seqlens if problem.packed else x.lengths
     tables = (x.log_decay, x.theta, x.key_mask, borders)
-    inputs = (x.q, x.k, x.v, *tables, *parts, x.o, do, *ends)
+    inputs = (x.q, x.k, x.v, *tables, *parts, x.o, x.kept, do, *ends)
     strides = tuple(None if part is None else part.stride() for part in (do, x.o, *ends))
     name = ("backward", strides, do.dtype, x.want_log_decay, x.want_theta)
     return Gradients(*repeatable(name, problem, inputs, partial(_backward, problem, x, do, dstate)))
@@ -125,12 +125,7 @@ def _through_denominator(side: Side, x: Saved, start: State | None, do: Tensor) 
     """do / den [B N H E] and the denominator's gradient [B H N], float32."""
     problem = side.problem
     b, n, h, e = do.shape
-    den = fresh(problem, do, (b, n, h, 1), torch.float32)
-    ones = one(x.v.dtype, do.device).expand(b, problem.m, h, 1)
-    begin = None if start is None or start.z is None else replace(start, kv=start.z[..., None], z=None)
-    plain = replace(side, problem=replace(problem, e=1))
-    if n:
-        sums(plain, x.q, x.k, ones, den, begin, None, False)
+    den = _denominators(side, x, start, do) if x.kept is None else x.kept
     narrow = problem.dtype == "bfloat16"
     num = room((b, n, h, e), do.dtype if narrow else torch.float32, do.device)
     extra = room((b, h, n), torch.float32, do.device)
@@ -144,6 +139,19 @@ def _through_denominator(side: Side, x: Saved, start: State | None, do: Tensor) 
             (block, plan.padded(e)), num_warps=4, num_stages=2,
         )  # fmt: skip
     return num, extra
+
+
+def _denominators(side: Side, x: Saved, start: State | None, do: Tensor) -> Tensor:
+    """Row sums of weights [B N H 1], not clamped: the same sum with ones for values."""
+    problem = side.problem
+    b, n, h, _ = do.shape
+    den = fresh(problem, do, (b, n, h, 1), torch.float32)
+    ones = one(x.v.dtype, do.device).expand(b, problem.m, h, 1)
+    begin = None if start is None or start.z is None else replace(start, kv=start.z[..., None], z=None)
+    plain = replace(side, problem=replace(problem, e=1))
+    if n:
+        sums(plain, x.q, x.k, ones, den, begin, None, False)
+    return den
 
 
 def _rows(problem: Problem, like: Tensor, blocks: plan.Blocks) -> Tensor:
@@ -172,8 +180,7 @@ def _one_way(
     value_blocks = plan.blocks(name, problem.d, problem.e, two, False, problem.device)
     want_theta = problem.reweight == "lrpe" and x.want_theta
     want_decay = problem.decay is not None and x.want_log_decay
-    least = 2 if two else 3  # the states of two passes serve three: with angles that pays sooner
-    side = planned(side, grad_blocks, problem.d, ANGLE_SEGMENT if want_theta else 0, least)
+    side = planned(side, grad_blocks, problem.d, ANGLE_SEGMENT if want_theta else 0)
     final = dstart = None
     need_end = dstate is not None and (want_theta or want_decay)
     if need_end:
@@ -182,8 +189,11 @@ def _one_way(
         dstart = empty_state(problem, do, problem.e, problem.normalize)
     forth = back = None
     if side.split:
-        forth = carried(side, x.k, x.v, start, final, normalize=problem.normalize, reverse=flip)
-        back = carried(side, x.q, late.do, dstate, dstart, extra=late.extra, reverse=not flip, mask=0)
+        fold = not want_theta  # whose gradient needs the states themselves
+        forth = carried(side, x.k, x.v, start, final, normalize=problem.normalize, reverse=flip, fold=fold)
+        back = carried(
+            side, x.q, late.do, dstate, dstart, extra=late.extra, reverse=not flip, mask=0, fold=fold
+        )
     rows_q = rows_k = turn_q = turn_k = None
     if want_decay:
         rows_q, rows_k = (_rows(problem, t, grad_blocks) for t in (x.q, x.k))
@@ -232,7 +242,9 @@ def _one_way(
 def _ends(side: Side, states: Carried | None, start: State | None, final: State | None) -> dict[str, Any]:
     """Where a product's state begins and ends: at borders of segments, or at those of the sequence."""
     if states is not None:
-        return {"start": states.kv, "start_z": states.z, "final": None, "final_z": None}
+        return {
+            "start": states.kv, "start_z": states.z, "final": None, "final_z": None, "fold": states.fold
+        }  # fmt: skip
     return {
         "start": None if start is None else start.kv,
         "start_z": None if start is None else start.z,

@@ -30,26 +30,24 @@ def halves(x):
     return hi.to(tl.float32), (x - hi + x * 8.673617379884035e-19).to(tl.float32)  # 2^-60
 
 
-# Series rather than the library's functions: those branch, and loads that come before them sink below. Sums
-# of products rather than tl.fma, which would round these numbers to float32.
+# A series rather than the library's function, which branches: loads that come before it would sink below.
+# Sums of products rather than tl.fma, which would round these numbers to float32.
 
 
 @triton.jit
 def exponential(g):
-    """e^g for g <= 0, float64; far below the smallest float32 it stops falling."""
+    """e^g for g <= 0, float64, to 2^-50; far below the smallest float32 it stops falling."""
     x = tl.maximum(g, -128.0).to(tl.float64) * 1.4426950408889634
-    n = tl.floor(x + 0.5)
-    r = (x - n) * 0.6931471805599453
+    n = tl.floor(x * 16 + 0.5)  # sixteenths of a power of 2, and a rest
+    r = (x - n * 0.0625) * 0.6931471805599453
     y = r * r
-    z = y * y
-    low = (r * 0.008333333333333333 + 0.041666666666666664) + y * (
-        r * 0.0001984126984126984 + 0.001388888888888889
-    )
-    low = z * low + (y * (r * 0.16666666666666666 + 0.5) + (r + 1.0))
-    high = z * (r * 1.6059043836821613e-10 + 2.08767569878681e-09)
-    high += y * (r * 2.505210838544172e-08 + 2.755731922398589e-07)
-    high += r * 2.7557319223985893e-06 + 2.48015873015873e-05
-    return (z * z * high + low) * ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    rest = (r * 0.008333333333333333 + 0.041666666666666664) + y * 0.001388888888888889
+    rest = (r + 1.0) + y * ((r * 0.16666666666666666 + 0.5) + y * rest)
+    n = n.to(tl.int64)
+    one = tl.full([1], 1.0, tl.float64)
+    root = tl.where((n & 1) != 0, 1.0442737824274138, one) * tl.where((n & 2) != 0, 1.0905077326652577, one)
+    root *= tl.where((n & 4) != 0, 1.189207115002721, one) * tl.where((n & 8) != 0, 1.4142135623730951, one)
+    return rest * root * (((n >> 4) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -134,14 +132,16 @@ def decode(
     e = (e_slice * STEPS * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
     within = d < D
 
-    # The state is on its way before anything else is read: no load is moved over a barrier.
+    # the state first: it is most of what is read
     to_state = kv_ptr + row * kv_s + h * kv_h
     to_sine = to_state + tl.full([1, 1], D, tl.int64) * kv_f
     to_v = v_ptr + b * v_b + h * v_h
     at = d[:, None] * kv_f + e[None, :] * kv_e  # [d e]
     inside = within[:, None] & (e < E)[None, :] & real  # [d e]
     cosine, sine, v = part(to_state, to_sine, at, inside, to_v, e, v_e, E, ANGLES)
-    tl.debug_barrier()
+    counts = (h == 0) & (e_slice == 0) & real
+    to_length = length_ptr + row * length_s
+    length = tl.load(to_length, mask=counts, other=0)
     fq = tl.load(q_ptr + b * q_b + h * q_h + d * q_d, mask=within, other=0.0).to(tl.float32)  # [d]
     fk = tl.load(k_ptr + b * k_b + h * k_h + d * k_d, mask=within, other=0.0).to(tl.float32)  # [d]
 
@@ -207,9 +207,7 @@ def decode(
         tl.store(to_o, o.to(o_ptr.dtype.element_ty), mask=at_e < E)
         cosine, sine, v = next_cosine, next_sine, next_v
 
-    if (h == 0) & (e_slice == 0) & real:
-        to_length = length_ptr + row * length_s
-        tl.store(to_length, tl.load(to_length) + 1)
+    tl.store(to_length, length + 1, mask=counts)
 
 
 @dataclass(frozen=True)
@@ -223,9 +221,9 @@ class Shape:
     warps: int
 
 
-# Up to how many programs of whole heads a row holds; numbers of the state in a block, and those of a thread.
-SLICED = ((256, 4096, 16), (1 << 62, 4096, 32))
-WHOLE = ((256, 8192, 16), (1 << 62, 4096, 16))
+NUMBERS = 4096  # of the state, in a block
+OF_A_THREAD = 32
+FEW = 256  # heads
 NARROWEST = 16
 MOST_WARPS = 16
 
@@ -234,12 +232,14 @@ MOST_WARPS = 16
 def shape(heads: int, d: int, e: int, turned: bool, normalize: bool) -> Shape:
     """The launch for `heads` = B H states of d features (twice as many if turned) and e values.
 
-    Few heads are cut into many small programs, many into ones large enough to hide their own latency. A
-    normalized head is never cut: each of its programs would need the z that another one overwrites.
+    A normalized head is never cut: each of its programs would need the z that another one overwrites. Few of
+    them take larger blocks, as none hides the latency of another.
     """
     block_d, most_e = triton.next_power_of_2(d), triton.next_power_of_2(e)
     features = block_d * (2 if turned else 1)
-    numbers, of_a_thread = next(row[1:] for row in (WHOLE if normalize else SLICED) if heads <= row[0])
+    numbers, of_a_thread = NUMBERS, OF_A_THREAD
+    if normalize:
+        numbers, of_a_thread = NUMBERS * (2 if heads <= FEW else 1), OF_A_THREAD // 2
     block_e = min(most_e, max(NARROWEST, numbers // features))
     warps = min(MOST_WARPS, max(1, features * block_e // (32 * of_a_thread)))
     blocks = triton.cdiv(e, block_e)

@@ -53,27 +53,29 @@ def split_side(side: Side, count: int, size: int) -> Side:
     return Side(problem, side.log_decay, side.theta, side.key_mask, side.borders, units, count, size)
 
 
-def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0, least: int = 3) -> Side:
-    """Cut sequences into segments where programs are few; `size` asks for segments of that length.
-
-    least: the number of segments from which on it pays.
-    """
+def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0) -> Side:
+    """Cut sequences into segments where programs are few; `size` asks for segments of that length."""
     problem = side.problem
     if size:
         return split_side(side, max(1, -(-plan.length_of(problem) // size)), size)
-    count, size = plan.cut(problem, blocks, e, multiprocessors(problem.device), least)
+    count, size = plan.cut(problem, blocks, e, multiprocessors(problem.device))
     return side if count == 1 else split_side(side, count, size)
 
 
 NO_STATE = State(None, None, None)
+FOLDED = 8  # segments up to which each adds up what those before it add: another launch would cost more
 
 
 @dataclass(frozen=True)
 class Carried:
-    """States at every segment's border [units H F E], and beside them z [units H F]."""
+    """States at every segment's border [units H F E], and beside them z [units H F].
+
+    fold: they are what each segment adds, and whoever reads them adds them up.
+    """
 
     kv: Tensor
     z: Tensor | None
+    fold: bool = False
 
 
 def carried(
@@ -89,8 +91,12 @@ def carried(
     mask: int = 1,
     total: bool = False,
     pool: Pool | None = None,
+    fold: bool = False,
 ) -> Carried:
-    """States of segments, carried through each sequence; `total` sums them up instead, [S H F E]."""
+    """States of segments, carried through each sequence; `total` sums them up instead, [S H F E].
+
+    fold: the caller's kernels may add them up, where that costs less.
+    """
     problem = side.problem
     h, f, e = problem.heads, problem.f, w.shape[3]
     summed = normalize or extra is not None
@@ -98,15 +104,20 @@ def carried(
     z = room((side.units, h, f, 1), torch.float32, y.device) if summed else None
     per_token = problem.decay == "token"
     logs = room((side.units, h), torch.float32, y.device) if per_token else None
-    blocks = plan.blocks(
-        operand_name(problem), y.shape[3], e, problem.reweight is not None, False, problem.device
+    everywhere = total or final is not None
+    working = side.units - (0 if everywhere else problem.sequences)
+    alone = working * h <= multiprocessors(problem.device) and not problem.batch_invariant
+    blocks = plan.for_states(
+        operand_name(problem), y.shape[3], e, problem.reweight is not None, alone, problem.device
     )
     length = y.shape[1] if total else plan.length_of(problem)
     run(
         side, y, y, w, w, n=length, blocks=blocks, extra=extra, extra_on=0 if extra is None else 2,
         final=kv, final_z=z, rows=logs, reverse=reverse, normalize=normalize, mask=mask, output=False,
-        all_parts=total or final is not None, slots=pool,
+        all_parts=everywhere, slots=pool,
     )  # fmt: skip
+    if fold and side.segments <= FOLDED and not (per_token or start or final or pool):
+        return Carried(kv, z, True)
     decay = None if total else logs if per_token else side.log_decay
     if total:
         sums = room((problem.sequences, h, f, e), torch.float32, y.device, zero=True)
@@ -153,30 +164,37 @@ def sums(
     final: State | None,
     normalize: bool,
     pool: Pool | None = None,
+    kept: Tensor | None = None,
 ) -> None:
-    """o of a whole call into `out`, and its final state into `final`; with `pool`, both are rows of one."""
+    """o of a whole call into `out`, and its final state into `final`; with `pool`, both are rows of one.
+
+    kept: denominators [B N H] are written there.
+    """
     problem = side.problem
     e = v.shape[3]
     blocks = plan.blocks(
         operand_name(problem), q.shape[3], e, problem.reweight is not None, False, problem.device
     )
     if not problem.causal:
-        _two_sided(side, q, k, v, out, blocks, normalize)
+        _two_sided(side, q, k, v, out, blocks, normalize, kept)
         return
     side = planned(side, blocks, e)
     if pool is not None and normalize and not side.split:
-        side = split_side(
-            side, 1, problem.n
-        )  # slices of one head share z, which must not change before all read it
+        # slices of one head share z, which must not change before all have read it
+        side = split_side(side, 1, problem.n)
     if not side.split:
         run(
             side, q, k, v, out, blocks=blocks, start=None if start is None else start.kv,
             start_z=None if start is None else start.z, final=None if final is None else final.kv,
-            final_z=None if final is None else final.z, normalize=normalize, slots=pool,
+            final_z=None if final is None else final.z, normalize=normalize, slots=pool, rows=kept,
+            want_rows=kept is not None,
         )  # fmt: skip
         return
-    states = carried(side, k, v, start, final, normalize=normalize, pool=pool)
-    run(side, q, k, v, out, blocks=blocks, start=states.kv, start_z=states.z, normalize=normalize, slots=pool)
+    states = carried(side, k, v, start, final, normalize=normalize, pool=pool, fold=True)
+    run(
+        side, q, k, v, out, blocks=blocks, start=states.kv, start_z=states.z, normalize=normalize, slots=pool,
+        fold=states.fold, rows=kept, want_rows=kept is not None,
+    )  # fmt: skip
 
 
 def fresh(problem: Problem, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -185,8 +203,9 @@ def fresh(problem: Problem, like: Tensor, shape: tuple[int, ...], dtype: torch.d
 
 
 def _two_sided(
-    side: Side, q: Tensor, k: Tensor, v: Tensor, out: Tensor, blocks: plan.Blocks, normalize: bool
-) -> None:
+    side: Side, q: Tensor, k: Tensor, v: Tensor, out: Tensor, blocks: plan.Blocks, normalize: bool,
+    kept: Tensor | None,
+) -> None:  # fmt: skip
     """A call that is not causal: one state for everybody without decay, a sum from either side with it."""
     problem = side.problem
     if problem.decay is None:
@@ -195,11 +214,13 @@ def _two_sided(
         queries = keys if q.shape[1] == k.shape[1] else planned_for(side, q.shape[1], keys.size)
         run(
             queries, q, k, v, out, blocks=blocks, start=states.kv, start_z=states.z, normalize=normalize,
-            total=True, mask=0,
+            total=True, mask=0, rows=kept, want_rows=kept is not None,
         )  # fmt: skip
         return
     both = fresh(problem, q, (*q.shape[:3], v.shape[3]), torch.float32)
-    den = fresh(problem, q, tuple(q.shape[:3]), torch.float32) if normalize else None
+    den = kept
+    if normalize and den is None:
+        den = fresh(problem, q, tuple(q.shape[:3]), torch.float32)
     run(side, q, k, v, both, blocks=blocks, normalize=normalize, sums=1, rows=den)
     run(side, q, k, v, both, blocks=blocks, normalize=normalize, sums=2, rows=den, reverse=True, strict=True)
     spoil()
@@ -226,15 +247,28 @@ def planned_for(side: Side, length: int, size: int) -> Side:
 
 def forward(problem: Problem, x: Any) -> tuple[Tensor, State | None]:
     """The whole call of a backend: o [B, N, H, E] in q's dtype, and the final state if it is asked for."""
+    return _whole(problem, x, False)[:2]
+
+
+def forward_keeping(problem: Problem, x: Any) -> tuple[Tensor, State | None, Tensor]:
+    """The same of a normalized call, and its denominators [B, N, H] as they are before the clamp."""
+    o, state, kept = _whole(problem, x, True)
+    assert kept is not None
+    return o, state, kept
+
+
+def _whole(problem: Problem, x: Any, keep: bool) -> tuple[Tensor, State | None, Tensor | None]:
     state = x.state
     parts = (None, None) if state is None else (state.kv, state.z)
     borders = x.cu_seqlens if problem.packed else x.lengths
     inputs = (x.q, x.k, x.v, x.log_decay, x.theta, x.key_mask, borders, *parts)
-    o, kv, z = repeatable("forward", problem, inputs, functools.partial(_forward, problem, x))
+    name = "forward, keeping" if keep else "forward"
+    o, kv, z, kept = repeatable(name, problem, inputs, functools.partial(_forward, problem, x, keep))
     assert o is not None
     if kv is None:
-        return o, None
-    return o, State(kv, z, _lengths(problem, x), problem.feature_map, problem.reweight, problem.d)
+        return o, None, kept
+    final = State(kv, z, _lengths(problem, x), problem.feature_map, problem.reweight, problem.d)
+    return o, final, kept
 
 
 def forward_in_pool(problem: Problem, x: Any, slots: Tensor) -> Tensor:
@@ -242,18 +276,8 @@ def forward_in_pool(problem: Problem, x: Any, slots: Tensor) -> Tensor:
     state = x.state
     borders = x.cu_seqlens if problem.packed else x.lengths
     inputs = (
-        x.q,
-        x.k,
-        x.v,
-        x.log_decay,
-        x.theta,
-        x.key_mask,
-        borders,
-        state.kv,
-        state.z,
-        state.length,
-        slots,
-    )
+        x.q, x.k, x.v, x.log_decay, x.theta, x.key_mask, borders, state.kv, state.z, state.length, slots
+    )  # fmt: skip
     (o,) = repeatable("pool", problem, inputs, functools.partial(_in_pool, problem, x, slots.contiguous()))
     assert o is not None
     return o
@@ -267,14 +291,15 @@ def _in_pool(problem: Problem, x: Any, slots: Tensor) -> tuple[Tensor]:
     return (o,)
 
 
-def _forward(problem: Problem, x: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _forward(problem: Problem, x: Any, keep: bool) -> tuple[Tensor | None, ...]:
     o = fresh(problem, x.q, (problem.batch, problem.n, problem.heads, problem.e), x.q.dtype)
+    kept = fresh(problem, x.q, (problem.batch, problem.n, problem.heads), torch.float32) if keep else None
     start, final = dense(x.state), None
     if problem.return_state:
         final = empty_state(problem, x.q, problem.e, problem.normalize)
     if problem.n or problem.return_state:
-        sums(side_of(problem, x), x.q, x.k, x.v, o, start, final, problem.normalize)
-    return (o, None, None) if final is None else (o, final.kv, final.z)
+        sums(side_of(problem, x), x.q, x.k, x.v, o, start, final, problem.normalize, kept=kept)
+    return (o, None, None, kept) if final is None else (o, final.kv, final.z, kept)
 
 
 def _lengths(problem: Problem, x: Any) -> Tensor:

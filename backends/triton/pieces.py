@@ -193,6 +193,15 @@ def tile(ptr, rows, columns, stride_n, stride_d, inside):
 
 
 @triton.jit
+def opaque(t):
+    """t, as something that the compiler cannot follow from block to block: it would keep a pointer to each row.
+
+    That is faster only where there are registers enough.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [t], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def mapped(x, inside, FEATURE: tl.constexpr, FAST: tl.constexpr):
     """phi of a block; what is outside stays 0, where phi(0) may not be."""
     if FEATURE == "relu" and x.dtype == tl.bfloat16:
@@ -267,6 +276,17 @@ def turned(cosine, sine, cos, sin):
 
 
 @triton.jit
+def other_end(cosine, sine, turns, n, BACK: tl.constexpr):
+    """A state between the frames of a sequence's first and last token; BACK: it was in the last one's."""
+    if BACK:
+        cos, sin = across(turns, n.to(tl.float64))
+        cosine, sine = turned(cosine, sine, cos, sin)
+    else:
+        sine = -sine
+    return cosine, sine
+
+
+@triton.jit
 def kept(state, whole):
     """A state times a decay, scaled or not; a decay of 0 forgets it, whatever it holds."""
     return tl.where(whole != 0, state * whole, 0.0)
@@ -276,3 +296,25 @@ def kept(state, whole):
 def start_of(ptr, x, SIZE: tl.constexpr, has_start):
     """A vector of a state that may not be there: float32, or zeros."""
     return tl.load(ptr + x, mask=(x < SIZE) & (has_start != 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gathered(
+    cosine, sine, parts, half, size, inside, unit, segment, SEGMENT, n, g2,
+    TWO: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """A state at a segment's border: what every segment before it on the way adds, the farthest first.
+
+    parts: where those of unit 0 lie, `size` apart, a sine `half` behind its cosine; n: the sequence's tokens.
+    """
+    before = (n - 1) // SEGMENT - segment if REVERSE else segment
+    for step in range(0, before):
+        back = before - step
+        part = parts + (unit + back if REVERSE else unit - back) * size
+        fade = 1.0
+        if DECAY == 1:  # only the sequence's last segment may be short
+            fade = power(g2, tl.minimum(n - (segment + back) * SEGMENT if REVERSE else n, SEGMENT))
+        cosine = kept(cosine, fade) + tl.load(part, mask=inside, other=0.0)
+        if TWO:
+            sine = kept(sine, fade) + tl.load(part + half, mask=inside, other=0.0)
+    return cosine, sine

@@ -58,6 +58,22 @@ def shipped(operand: str, d: int, e: int, two: bool, gradient: bool) -> Blocks:
     return Blocks(16, min(slices, 32 if wide <= 128 else 16), 4, 1)
 
 
+def for_states(operand: str, d: int, e: int, two: bool, alone: bool, device: str = "cpu") -> Blocks:
+    """For a launch that only sums up states: nothing of an output has to fit beside them.
+
+    alone: no two of its programs meet on one multiprocessor.
+    """
+    found = blocks(operand, d, e, two, False, device)
+    if found != shipped(operand, d, e, two, False):
+        return found
+    sizes = operand, padded(d), padded(e), two
+    if sizes == ("bfloat16", 128, 128, False):
+        return replace(found, stages=4)
+    if sizes == ("bfloat16", 64, 64, True):
+        return Blocks(128, 64, 8, 2) if alone else Blocks(64, 64, 4, 3)
+    return found
+
+
 UPRIGHT = 64
 """Values of a slice that may be held upright."""
 
@@ -86,7 +102,7 @@ FULL = 8
 
 
 @functools.lru_cache(maxsize=4096)
-def segments(warps: int, length: int, multiprocessors: int, least: int = 3) -> tuple[int, int]:
+def segments(warps: int, length: int, multiprocessors: int, least: int) -> tuple[int, int]:
     """How many segments a sequence is cut into, and how long each is (a multiple of GRAIN).
 
     warps: how many run side by side without any cut. least: fewer segments than this are not worth the pass
@@ -106,8 +122,9 @@ def length_of(problem: Problem) -> int:
     return max(problem.n, problem.m)
 
 
-def cut(problem: Problem, blocks: Blocks, e: int, multiprocessors: int, least: int = 3) -> tuple[int, int]:
+def cut(problem: Problem, blocks: Blocks, e: int, multiprocessors: int) -> tuple[int, int]:
     """How many segments a call is cut into, of how many tokens, if outputs have e features."""
+    least = 3 if problem.reweight is None else 2  # with angles, states cost less beside outputs
     length = length_of(problem)
     if problem.batch_invariant:
         return 1, max(length, 1)

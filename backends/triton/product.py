@@ -16,22 +16,23 @@ import triton
 import triton.language as tl
 
 from linattn.backends.triton.pieces import (
-    across,
     column_of,
     cos_sin,
     decays,
     dot,
     feature_slope,
     fixed,
+    gathered,
     kept,
     mapped,
     of_i,
+    opaque,
     operand,
+    other_end,
     phases,
     sequence_of,
     start_of,
     tile,
-    turned,
     turns_of,
     upright,
 )
@@ -54,7 +55,7 @@ def product(
     start_ptr, start_z_ptr, has_start,  # states before: [.. H F E], [.. H F] float32
     final_ptr, final_z_ptr, has_final,  # and after
     slots_ptr, length_ptr, pool,  # [S]: rows of both; [pool] int64: what they have seen; with SLOTS
-    rows_ptr,  # [slices B N H] float32: phi(raw) * gradient with ROWS, denominators with RAW; else [units H]
+    rows_ptr,  # float32 [slices B N H]: phi(raw) * gradient with ROWS; [B N H]: denominators; else [units H]
     turn_ptr,  # [units H E] float32: the gradient of angles inside segments, with TURN
     borders_ptr, B, S, N, M, H, segments, SEGMENT, all_parts, centre, scale, eps,
     D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -62,7 +63,7 @@ def product(
     DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, GRADIENT: tl.constexpr,
     NORMALIZE: tl.constexpr, EXTRA: tl.constexpr, MASK: tl.constexpr, BORDERS: tl.constexpr,
     SPLIT: tl.constexpr, TOTAL: tl.constexpr, OUTPUT: tl.constexpr, RAW: tl.constexpr, ROWS: tl.constexpr,
-    TURN: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr, ACROSS: tl.constexpr,
+    TURN: tl.constexpr, SLOTS: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """One program: a slice of w's features, one head, one sequence or a segment of it.
 
@@ -71,7 +72,8 @@ def product(
     by the sum of weights. EXTRA: one more contracted feature, `extra` on x's side (1) or y's (2), ones on the
     other. MASK: 1 hides keys among y and w, 2 among x and out. BORDERS: see `sequence_of`. SPLIT: segments,
     each from a state of its own. TOTAL: every x reads one whole state. OUTPUT=False: states only. RAW: sums
-    undivided in float32, 2 adds them to those that are there. SLOTS: states are rows of a pool, in place.
+    undivided in float32, 2 adds them to those that are there. ROWS with NORMALIZE keeps denominators. SLOTS:
+    states are rows of a pool, in place. FOLD: `start` holds what each segment adds, not the states before it.
     """
     INNER: tl.constexpr = ANGLES == 1 or (ANGLES == 2 and not GRADIENT)  # angles turn x and y
     OUTER: tl.constexpr = ANGLES == 2 and GRADIENT  # angles turn w and out
@@ -156,19 +158,20 @@ def product(
         from_z = start_z_ptr + (from_unit * H + h) * (Z * PARTS)
         z0 = start_of(from_z, of_z, Z, has_start)
         z1 = start_of(from_z + Z, of_z, Z, has_start) if TWO else z0
+    if FOLD:  # then there is no state before the sequence
+        parts = start_ptr + h * (HALF * PARTS) + at
+        state, sine = gathered(state, sine if TWO else state, parts, HALF, H * HALF * PARTS, in_state, unit,
+                               segment, SEGMENT, longest, g2, TWO, DECAY, REVERSE)  # fmt: skip
+        if SUM:
+            parts = start_z_ptr + h * (Z * PARTS) + of_z
+            z0, z1 = gathered(z0, z1, parts, Z, H * Z * PARTS, of_z < Z, unit, segment, SEGMENT, longest, g2,
+                              TWO, DECAY, REVERSE)  # fmt: skip
     if TWO and not SPLIT and not TOTAL:
-        # the frame of the sequence's beginning: a state before it turns its sine round, one after it by n
-        if REVERSE:
-            if has_start != 0:
-                cos_to, sin_to = across(turns, n.to(tl.float64))
-                cos_s, sin_s = of_i(cos_to, not FIRST), of_i(sin_to, not FIRST)
-                state, sine = turned(state, sine, cos_s, sin_s)
-                if SUM:
-                    z0, z1 = turned(z0, z1, cos_to, sin_to)
-        else:
-            sine = -sine
+        turns_s = of_i(turns, not FIRST)
+        if has_start != 0:  # from its own frame to that of the sequence's beginning
+            state, sine = other_end(state, sine, turns_s, n, REVERSE)
             if SUM:
-                z1 = -z1
+                z0, z1 = other_end(z0, z1, turns, n, REVERSE)
     # z as an operand of matrix products: 16 equal rows, or columns of which one (two with INNER) count
     column = tl.arange(0, 16)
     if SUM_D:
@@ -193,6 +196,7 @@ def product(
         t = low + step * C
         if REVERSE:
             t = low + (count - 1 - step) * C
+        t = opaque(t) if ANGLES == 2 and FAST else t
         at_n = t + r
         in_x = at_n < tl.minimum(high, n)
         in_y = at_n < tl.minimum(high, m)
@@ -295,6 +299,8 @@ def product(
                 total = tl.sum(den, 0) * 0.0625  # [i]; 16 equal rows
             if LATE:
                 total *= scale
+                if ROWS:
+                    tl.store(rows_ptr + line + at_n.to(tl.int64) * H, total, mask=in_x & (part == 0))
                 o *= of_i(scale / tl.where(total <= eps, eps, total), ACROSS)
             if ACROSS:
                 o = tl.trans(o)
@@ -374,16 +380,9 @@ def product(
             z0 = column_of(z, 0)
             z1 = column_of(z_sine, 0) if OUTER else column_of(z, 1)
         if TWO and not SPLIT:
-            if REVERSE:
-                sine = -sine
-                if SUM:
-                    z1 = -z1
-            else:
-                cos_to, sin_to = across(turns, n.to(tl.float64))
-                cos_s, sin_s = of_i(cos_to, not FIRST), of_i(sin_to, not FIRST)
-                state, sine = turned(state, sine, cos_s, sin_s)
-                if SUM:
-                    z0, z1 = turned(z0, z1, cos_to, sin_to)
+            state, sine = other_end(state, sine, of_i(turns, not FIRST), n, not REVERSE)
+            if SUM:
+                z0, z1 = other_end(z0, z1, turns, n, not REVERSE)
         to_state = final_ptr + (to_unit * H + h) * (HALF * PARTS) + at
         tl.store(to_state, state, mask=in_state)
         if TWO:

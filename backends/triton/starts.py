@@ -99,6 +99,7 @@ def run(
     scale: float | None = None,
     all_parts: bool = True,
     slots: Pool | None = None,
+    fold: bool = False,
 ) -> None:
     """Launch `product` once; shapes as it says, `sums` is its RAW."""
     problem = side.problem
@@ -135,7 +136,7 @@ def run(
         d, e, blocks.c, plan.padded(d), blocks.block_e, OPERANDS[problem.dtype], precision(problem),
         problem.feature_map or "none", angles, kind, reverse, strict, gradient, normalize, extra_on, mask,
         borders, side.split, total, output, sums, want_rows, turn is not None, slots is not None,
-        blocks.stages, blocks.across,
+        fold, blocks.stages, blocks.across,
     )  # fmt: skip
     product(
         units * problem.heads * slices,
@@ -146,7 +147,8 @@ def run(
             x, *strides[0], y, *strides[1], w, *strides[2], raw, *strides[3], out, *out_strides,
             g, *g_strides, x if theta is None else theta, angle, mask_ptr, *mask_strides,
             x if extra is None else extra, 0 if extra is None else extra.shape[2],
-            none if start is None else start, none if start_z is None else start_z, int(start is not None),
+            none if start is None else start, none if start_z is None else start_z,
+            int(start is not None and not fold),
             none if final is None else final, none if final_z is None else final_z, int(final is not None),
             *((x, x, 0) if slots is None else slots.arguments), x if rows is None else rows,
             x if turn is None else turn, x if marks is None else marks,
