@@ -194,7 +194,7 @@ def tile(ptr, rows, columns, stride_n, stride_d, inside):
 
 @triton.jit
 def opaque(t):
-    """t, as something that the compiler cannot follow from block to block: it would keep a pointer to each row.
+    """t, which the compiler can no longer follow from block to block: it would keep a pointer to each row.
 
     That is faster only where there are registers enough.
     """
