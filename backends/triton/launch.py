@@ -63,7 +63,6 @@ def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0) -> Side:
 
 
 NO_STATE = State(None, None, None)
-FOLDED = 8  # segments up to which each adds up what those before it add: another launch would cost more
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def carried(
         final=kv, final_z=z, rows=logs, reverse=reverse, normalize=normalize, mask=mask, output=False,
         all_parts=everywhere, slots=pool,
     )  # fmt: skip
-    if fold and side.segments <= FOLDED and not (per_token or start or final or pool):
+    if fold and start is None and final is None and plan.folds(problem, side.segments):
         return Carried(kv, z, True)
     decay = None if total else logs if per_token else side.log_decay
     if total:

@@ -132,6 +132,15 @@ def cut(problem: Problem, blocks: Blocks, e: int, multiprocessors: int) -> tuple
     return segments(programs * blocks.warps, length, multiprocessors, least)
 
 
+FOLDED = 8
+"""Segments up to which each adds up what those before it add: another launch would cost more."""
+
+
+def folds(problem: Problem, count: int) -> bool:
+    """Whether segments' states may be added up by those who read them."""
+    return count <= FOLDED and problem.decay != "token" and not problem.slots
+
+
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -147,7 +156,9 @@ def described(problem: Problem, multiprocessors: int) -> dict[str, str]:
         count, size = cut(problem, found, problem.e, multiprocessors)
         steps = "one launch"
         if count > 1:
-            steps = f"{count} segments of {size} tokens: their states, carried through, then outputs"
+            alone = folds(problem, count) and not (problem.initial_state or problem.return_state)
+            step = "" if alone else "carried through, "
+            steps = f"{count} segments of {size} tokens: their states, {step}then outputs"
             programs *= count
     elif problem.decay is None:
         steps = "segments of keys into one state for each head, which every query reads"

@@ -105,8 +105,18 @@ def shipped():
         (
             (1, 131072, 8, 128),
             {"decay": "head"},
-            {"passes": "16 segments of 8192 tokens", "programs": "128 on 132 multiprocessors"},
+            {
+                "passes": "16 segments of 8192 tokens: their states, carried through, then outputs",
+                "programs": "128 on 132 multiprocessors",
+            },
         ),
+        ((1, 8192, 32, 128), {}, {"passes": "4 segments of 2048 tokens: their states, then outputs"}),
+        (
+            (1, 8192, 32, 128),
+            {"return_state": True},
+            {"passes": "4 segments of 2048 tokens: their states, ca"},
+        ),
+        ((1, 8192, 32, 128), {"decay": "token"}, {"passes": "4 segments of 2048 tokens: their states, c"}),
         ((8, 4096, 16, 64), {}, {"blocks": "128 tokens, 64 values, upright"}),
         ((8, 4096, 16, 64), {"normalize": True}, {"blocks": "64 tokens, 64 values, across"}),
         ((1, 100, 2, 16), {"causal": False}, {"passes": "segments of keys into one state"}),
