@@ -113,7 +113,7 @@ def shipped():
         ((1, 8192, 32, 128), {}, {"passes": "4 segments of 2048 tokens: their states, then outputs"}),
         (
             (1, 8192, 32, 128),
-            {"return_state": True},
+            {"state": True},
             {"passes": "4 segments of 2048 tokens: their states, ca"},
         ),
         ((1, 8192, 32, 128), {"decay": "token"}, {"passes": "4 segments of 2048 tokens: their states, c"}),
