@@ -11,6 +11,7 @@ from linattn.bench.gpu_work import Outputs, Work
 from linattn.errors import LinattnError
 
 GIB = 2**30
+SHORT, MEDIANS = 0.1, 3  # milliseconds; a host that is late for a moment shows in so short a call
 CALLS, ROUNDS = 200, 5  # of a tiny shape, for the time on the host
 
 
@@ -27,7 +28,7 @@ class Meter(Protocol):
         """Milliseconds of one call after one that is not timed."""
 
     def milliseconds(self, work: Work) -> float:
-        """The median over many calls, the L2 cache flushed before each."""
+        """The median over many calls, the L2 cache flushed before each; of short calls the best of three."""
 
     def replayed(self, work: Work) -> float | None:
         """The same in a CUDA graph; None where the call cannot be captured."""
@@ -76,7 +77,10 @@ class Cuda:
         from triton.testing import do_bench
 
         rep = min(max(self.rep, 12 * self.once(work)), 6 * self.rep)
-        return float(do_bench(work, warmup=self.rep / 4, rep=rep, return_mode="median"))
+        found = [float(do_bench(work, warmup=self.rep / 4, rep=rep, return_mode="median"))]
+        while found[0] < SHORT and len(found) < MEDIANS:
+            found.append(float(do_bench(work, warmup=self.rep / 4, rep=rep, return_mode="median")))
+        return min(found)
 
     def replayed(self, work: Work) -> float | None:
         torch = self.torch
