@@ -103,15 +103,24 @@ def entries(rows: Iterable[GpuRow]) -> list[tuple[str, ...]]:
 
 
 def reasons(results: GpuResults) -> list[str]:
-    """One line for each thing that was not measured, and why."""
+    """One line for each reason for which something was not measured: what, or in how many cases."""
     found = [
-        f"{label(row)}, {entry.name}: {entry.why}"
+        (entry.why, entry.name, label(row))
         for row in (*results.rows, *results.curves)
         for entry in (row.ours, *row.peers)
-        if entry.why is not None
     ]
-    found += [f"{cost.what}, {cost.who}: {cost.why}" for cost in results.costs if cost.why is not None]
-    return list(dict.fromkeys(found))
+    found += [(cost.why, cost.who, cost.what) for cost in results.costs]
+    lines: dict[str, dict[str, list[str]]] = {}
+    for why, who, what in dict.fromkeys(found):
+        if why is not None:
+            lines.setdefault(why, {}).setdefault(who, []).append(what)
+    return [f"{_missing(whom)}: {why}" for why, whom in lines.items()]
+
+
+def _missing(whom: dict[str, list[str]]) -> str:
+    if sum(map(len, whom.values())) == 1:
+        return next(f"{what[0]}, {who}" for who, what in whom.items())
+    return "; ".join(f"{who} in {len(what)} case{'s' * (len(what) > 1)}" for who, what in whom.items())
 
 
 def verdict(results: GpuResults) -> str:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,6 +212,10 @@ def test_cells_and_judgements():
     assert gpu_report.reasons(found) == [
         "forward, decay per head, 4 32 8192 128, softmax: about 300 ms a call, not waited for"
     ]
+    again = replace(
+        found, rows=found.rows + tuple(replace(row, case=replace(row.case, n=99)) for row in found.rows)
+    )
+    assert gpu_report.reasons(again) == ["softmax in 2 cases: about 300 ms a call, not waited for"]
     assert [gpu_report.digits(x) for x in (0.00512, 0.0954, 0.35, 1.4, 13.08, 235.6)] == [
         "0.0051", "0.0954", "0.350", "1.40", "13.08", "236",
     ]  # fmt: skip
