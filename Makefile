@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist workstea
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 GPU = $(GPU_PYTHON) -m pytest -n $(JOBS) --dist worksteal -m gpu -W default -p no:cacheprovider
 
-.PHONY: help demo test test-full test-gpu test-gpu-all lint format clean
+.PHONY: help demo test test-full test-gpu test-gpu-all sanitize-gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-full  the same with every combination of options"
 	@echo "make test-gpu   every property and every kernel on a GPU, with PYTHON as it is: nothing is installed"
 	@echo "make test-gpu-all  the same with every combination of options"
+	@echo "make sanitize-gpu  small calls of every kind under compute-sanitizer: memory, races, what was not written"
 	@echo "make format     rewrite the sources as ruff formats them"
 	@echo "make clean      remove .venv and every build output"
 
@@ -50,6 +51,13 @@ test-gpu:
 
 test-gpu-all:
 	$(GPU) --all tests/gpu
+
+# the first run compiles: under a sanitizer that would take minutes
+sanitize-gpu:
+	$(GPU_PYTHON) -m tests.gpu.sanitized
+	for tool in memcheck racecheck initcheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m tests.gpu.sanitized || exit 1; \
+	done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --quiet .
