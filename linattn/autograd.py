@@ -17,7 +17,7 @@ from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
 from linattn.state import State, check_recorded, reweight_name
-from linattn.surroundings import is_plain, lowered, lowers, refuse_transforms, wants_grad, watched
+from linattn.surroundings import is_plain, lowered, lowers, refuse_transforms, signed, wants_grad, watched
 from linattn.values import check_values
 
 Tensor = torch.Tensor
@@ -48,7 +48,7 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
     facts = None if watched() else facts_of(call, key, needs_grad)
     known = seen(facts)
     if known is None or lowers(known.where):
-        call, given = lowered(call), call
+        call, given = signed(lowered(call)), call
         refuse_transforms(call)
         if facts is None or call is not given:
             facts = facts_of(call, key, needs_grad)
@@ -58,7 +58,7 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
     if not plain and call.slots is None:
         return _through_op(call, registry.key_of(known.backend))
     if needs_grad and call.slots is None:
-        return eager.differentiable(known.problem, known.backend, call)
+        return eager.differentiable(known, call)
     if known.direct is not None:
         out: tuple[Tensor, State | None] = known.direct(
             known.problem, call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask, call.lengths,
@@ -136,7 +136,7 @@ def _call(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Call, str]
         q, k, v, decay, reweight, feature_map or None, normalize, eps, causal, scale, key_mask, lengths,
         cu_seqlens, state, return_state, None, precision, invariant,
     )  # fmt: skip
-    return call, backend
+    return signed(call), backend
 
 
 @torch.library.custom_op(
@@ -218,8 +218,7 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
     chosen = registry.choose(problem, registry.requested(key))
     saved = route.saved_of(problem, call, call.initial_state, o, kept)
     saved = replace(saved, want_log_decay=wants[0], want_theta=wants[1])
-    if do is None:
-        do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+    do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) if do is None else do.resolve_neg()
     grads = route.backward(problem, chosen, saved, do, eager.dstate_of(problem, call.q, dkv, dz))
 
     def like(grad: Optional, x: Optional) -> Tensor:
@@ -309,7 +308,7 @@ def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
         feature_map=feature_map or None, normalize=normalize, eps=eps, scale=scale,
         initial_state=state, slots=slots, precision=precision,
     )  # fmt: skip
-    return call, state, key
+    return signed(call), state, key
 
 
 def decode(rows: Call, state: State, check: bool, backend: BackendLike) -> Tensor:
@@ -320,10 +319,13 @@ def decode(rows: Call, state: State, check: bool, backend: BackendLike) -> Tenso
         if known is not None and known.writable and not lowers(known.where) and _may_change(state):
             return _step(known, rows, state, check)
     call = of_one_token(rows)
-    narrow = lowered(call)
+    narrow = lowered(call) if tracing else signed(lowered(call))
     if narrow is not call:
-        call = narrow
-        rows = replace(rows, q=narrow.q[:, 0], k=narrow.k[:, 0], v=narrow.v[:, 0])
+        call, decay = narrow, narrow.log_decay
+        rows = replace(
+            rows, q=call.q[:, 0], k=call.k[:, 0], v=call.v[:, 0], reweight=call.reweight,
+            log_decay=decay[:, 0] if decay is not None and decay.ndim == 3 else decay,
+        )  # fmt: skip
     if wants_grad(call):
         raise GradientError(
             "decode_step changes the state in place, so no gradient passes through it: use torch.no_grad(), "

@@ -132,9 +132,7 @@ def _check_arrays(call: Call) -> None:
             )
         check_dense(name, x)
     q, k, v = call.q, call.k, call.v
-    kinds = [kind_of(x) for x in (q, k, v)]
-    if len(set(kinds)) > 1:
-        raise ArgumentTypeError(f"q, k and v must be one kind of array, got {', '.join(map(str, kinds))}")
+    check_one_kind(q, k, v)
     for name in ("q", "k", "v"):
         if getattr(call, name).ndim != 4:
             letter = {"q": "N, H, D", "k": "M, H, D", "v": "M, H, E"}[name]
@@ -165,6 +163,13 @@ def _check_arrays(call: Call) -> None:
     for name, size in (("H", q.shape[2]), ("D", q.shape[3]), ("E", v.shape[3])):
         if size == 0:
             raise ShapeError(f"{name} must be at least 1, got {_shapes(q, k, v)}")
+
+
+def check_one_kind(q: Array, k: Array, v: Array) -> None:
+    """Refuse a mixture of NumPy, torch and CuPy."""
+    kinds = [kind_of(x) for x in (q, k, v)]
+    if len(set(kinds)) > 1:
+        raise ArgumentTypeError(f"q, k and v must be one kind of array, got {', '.join(map(str, kinds))}")
 
 
 def _shapes(*arrays: Array) -> str:

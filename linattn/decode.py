@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from linattn import registry, route
 from linattn.arrays import Array, kind_of
-from linattn.checks import Call, problem_of
+from linattn.checks import Call, check_one_kind, problem_of
 from linattn.errors import ArgumentTypeError, ShapeError
 from linattn.registry import BackendLike
 from linattn.signatures import known_keywords
-from linattn.state import Reweight, State
+from linattn.state import Reweight, State, check_dense
 from linattn.values import check_values
 
 if TYPE_CHECKING:
@@ -80,8 +80,10 @@ def _check_ranks(q: Any, k: Any, v: Any, state: Any, log_decay: Any) -> None:
     for name, x, letters in (("q", q, "B, H, D"), ("k", k, "B, H, D"), ("v", v, "B, H, E")):
         if kind_of(x) is None:
             raise ArgumentTypeError(f"{name} must be a NumPy, torch or CuPy array, got {type(x).__name__}")
+        check_dense(name, x)
         if x.ndim != 3:
             raise ShapeError(f"decode_step: {name} must have shape [{letters}], got {tuple(x.shape)}")
+    check_one_kind(q, k, v)
     if q.shape[0] != k.shape[0] or q.shape[0] != v.shape[0]:
         raise ShapeError(
             f"decode_step: q, k and v must share B, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}"

@@ -9,8 +9,9 @@ import torch
 
 from linattn import registry, route
 from linattn.arrays import accumulate_dtype, dtype_name, table
-from linattn.backends import Backend, Saved
+from linattn.backends import Saved
 from linattn.checks import Call
+from linattn.prepared import Known
 from linattn.problem import Problem
 from linattn.reweight import LRPE
 from linattn.state import State
@@ -19,7 +20,7 @@ Tensor = torch.Tensor
 Optional = Tensor | None
 
 
-def options_of(call: Call, key: str) -> tuple[Any, ...]:
+def options_of(call: Call | Problem, key: str) -> tuple[Any, ...]:
     """The options of a call in the order in which the custom ops take them."""
     return (
         call.max_len, call.feature_map or "", call.normalize, call.eps, call.causal, call.scale,
@@ -42,12 +43,15 @@ class Attention(torch.autograd.Function):
     """o and the final state's parts, with the backend's own backward pass behind them."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, backend: Backend, call: Call, *inputs: Optional) -> Any:
-        o, state, kept = route.forward_keeping(problem, backend, call)
-        ctx.set_materialize_grads(False)
-        ctx.problem, ctx.backend = problem, backend
-        ctx.options = options_of(call, registry.key_of(backend))
+    def forward(ctx: Any, known: Known, call: Call, *inputs: Optional) -> Any:
+        problem, kept = known.problem, None
         masks = (call.key_mask, call.lengths, call.cu_seqlens)
+        if known.direct is not None and not problem.normalize:
+            o, state = known.direct(problem, *inputs[:5], *masks, call.initial_state)
+        else:
+            o, state, kept = route.forward_keeping(problem, known.backend, call)
+        ctx.set_materialize_grads(False)
+        ctx.known = known
         ctx.save_for_backward(*inputs, *masks, o if problem.normalize else None, kept)
         if state is None:
             return o
@@ -58,24 +62,23 @@ class Attention(torch.autograd.Function):
         ctx: Any, do: Optional, dkv: Optional = None, dlength: Any = None, dz: Optional = None
     ) -> Any:
         q, k, v, decay, theta, kv, z, key_mask, lengths, cu_seqlens, o, kept = ctx.saved_tensors
-        problem: Problem = ctx.problem
+        problem: Problem = ctx.known.problem
         if do is None and dkv is None and dz is None:
-            return (None,) * 10
-        wants = ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+            return (None,) * 9
+        wants = ctx.needs_input_grad[5], ctx.needs_input_grad[6]
         if torch.is_grad_enabled():  # somebody differentiates again: the op has the sentence for that
             grads = torch.ops.linattn.attention_backward(
                 do, dkv, dz, o, kept, *wants, q, k, v, decay, theta, key_mask, lengths, cu_seqlens, kv, z,
-                *ctx.options,
+                *options_of(problem, registry.key_of(ctx.known.backend)),
             )  # fmt: skip
         else:
-            if do is None:
-                do = q.new_zeros(*q.shape[:3], v.shape[3])
+            do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do.resolve_neg()
             state = None if kv is None else State(kv, z, kv.new_zeros(kv.shape[:1], dtype=torch.int64))
             decays, angles = (route.beside(x, q, problem.accumulate) for x in (decay, theta))
             saved = Saved(q, k, v, decays, angles, key_mask, lengths, cu_seqlens, state, o, *wants, kept)
-            found = route.backward(problem, ctx.backend, saved, do, dstate_of(problem, q, dkv, dz))
+            found = route.backward(problem, ctx.known.backend, saved, do, dstate_of(problem, q, dkv, dz))
             grads = found.q, found.k, found.v, found.log_decay, found.theta, found.kv, found.z
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[2:]
         inputs = (q, k, v, decay, theta, kv, z)
         out = [
             None
@@ -85,7 +88,7 @@ class Attention(torch.autograd.Function):
             else grad.to(x.dtype)
             for grad, x, need in zip(grads, inputs, needed, strict=True)
         ]
-        return None, None, None, *out
+        return None, None, *out
 
 
 def dstate_of(problem: Problem, like: Tensor, dkv: Optional, dz: Optional) -> State | None:
@@ -94,15 +97,15 @@ def dstate_of(problem: Problem, like: Tensor, dkv: Optional, dz: Optional) -> St
         return None
     acc = getattr(torch, problem.accumulate)
     shape = (problem.sequences, problem.heads, problem.f)
-    if dkv is None:
-        dkv = like.new_zeros(*shape, problem.e, dtype=acc)
-    if dz is None and problem.normalize:
-        dz = like.new_zeros(shape, dtype=acc)
+    dkv = like.new_zeros(*shape, problem.e, dtype=acc) if dkv is None else dkv.resolve_neg()
+    if problem.normalize:
+        dz = like.new_zeros(shape, dtype=acc) if dz is None else dz.resolve_neg()
     return State(dkv, dz if problem.normalize else None, dkv.new_zeros(shape[:1], dtype=torch.int64))
 
 
-def differentiable(problem: Problem, backend: Backend, call: Call) -> tuple[Tensor, State | None]:
+def differentiable(known: Known, call: Call) -> tuple[Tensor, State | None]:
     """A call that autograd records: o, and the final state if it is asked for."""
+    problem = known.problem
     decay, theta = tables_of(call)
     if theta is not None and isinstance(call.reweight, LRPE) and theta is not call.reweight.theta:
         call = replace(call, reweight=LRPE(theta))
@@ -111,7 +114,7 @@ def differentiable(problem: Problem, backend: Backend, call: Call) -> tuple[Tens
     if decay is not call.log_decay:
         call = replace(call, log_decay=decay)
     out = Attention.apply(  # type: ignore[no-untyped-call]
-        problem, backend, call, call.q, call.k, call.v, decay, theta, *parts
+        known, call, call.q, call.k, call.v, decay, theta, *parts
     )
     if not call.return_state:
         return out, None

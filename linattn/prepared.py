@@ -53,7 +53,7 @@ def _tensor(x: Any) -> Any:
     """What decides about a tensor that may be missing."""
     if x is None:
         return None
-    if type(x) not in PLAIN or x.layout is not torch.strided:
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or x.is_neg():
         raise _Unusual
     return x.shape, x.stride(), x.dtype, x.device
 
@@ -69,6 +69,7 @@ def facts_of(call: Call, key: str, needs_grad: bool, *, step: bool = False) -> F
     if not (
         type(q) in PLAIN and type(k) in PLAIN and type(v) in PLAIN
         and q.layout is strided and k.layout is strided and v.layout is strided
+        and not (q.is_nested or k.is_nested or v.is_nested or q.is_neg() or k.is_neg() or v.is_neg())
         and type(call.eps) is float and type(call.scale) is float and type(call.precision) is str
         and (name is None or type(name) is str)
         and (normalize is False or normalize is True) and (causal is True or causal is False)
@@ -97,7 +98,7 @@ def _memory(state: Any, slots: Any) -> tuple[Any, ...]:
     if not (
         type(kv) in PLAIN and type(length) in PLAIN and kv.layout is length.layout is torch.strided
         and (name is None or type(name) is str) and (reweight is None or type(reweight) is str)
-        and (d is None or type(d) is int)
+        and (d is None or type(d) is int) and not kv.is_neg()
     ):  # fmt: skip
         raise _Unusual
     return (

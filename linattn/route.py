@@ -175,13 +175,28 @@ def check_writable(state: State, name: str) -> None:
             raise StateError(f"{name}.{part} must be writable: it is changed in place")
         if kind_of(x) == "torch":
             torch = namespace("torch")
+            if x.is_neg():
+                raise StateError(f"{name}.{part} is a negated view (z.conj().imag): it is changed in place")
             if x.numel() and any(
                 step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)
             ):
                 raise StateError(
                     f"{name}.{part} is expanded: its rows share memory, and it is changed in place"
                 )
+            if _overlaps(x):
+                raise StateError(f"{name}.{part} overlaps itself (as_strided), and it is changed in place")
             if x.is_inference() and not torch.is_inference_mode_enabled():
                 raise StateError(
                     f"{name}.{part} was made in inference mode and cannot be changed outside of it"
                 )
+
+
+def _overlaps(x: Array) -> bool:
+    """Whether two elements of a tensor may lie in one place: slicing and turning never does that."""
+    reach = 0  # of the axes with smaller strides
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return bool(x.numel())
+            reach += step * (size - 1)
+    return False

@@ -168,7 +168,8 @@ def reweight_name(reweight: Reweight) -> str | None:
 def check_dense(name: str, x: Array) -> None:
     """Refuse sparse and nested tensors: their values do not lie where a stride says."""
     if kind_of(x) == "torch" and (str(x.layout) != "torch.strided" or x.is_nested):
-        raise ArgumentTypeError(f"{name} must be a dense tensor, its layout is {x.layout}")
+        what = "it is nested" if x.is_nested else f"its layout is {x.layout}"
+        raise ArgumentTypeError(f"{name} must be a dense tensor, {what}")
 
 
 def check_parts(state: State, name: str) -> None:

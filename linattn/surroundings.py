@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -10,6 +11,7 @@ from torch.autograd import forward_ad
 from linattn.checks import Call
 from linattn.errors import GradientError
 from linattn.prepared import PLAIN
+from linattn.reweight import LRPE
 from linattn.state import State
 
 Tensor = torch.Tensor
@@ -48,6 +50,25 @@ def lowered(call: Call) -> Call:
         for x in (call.q, call.k, call.v)
     ]
     return replace(call, q=cast[0], k=cast[1], v=cast[2])
+
+
+def signed(call: Call) -> Call:
+    """The same with every sign in memory: kernels know nothing of the bit that `z.conj().imag` has."""
+    state, turned = call.initial_state, call.reweight
+    parts = (state.kv, state.z) if isinstance(state, State) else ()
+    given = (call.q, call.k, call.v, call.log_decay, call.theta, *parts)
+    if not any(isinstance(x, Tensor) and x.is_neg() for x in given):
+        return call
+
+    def real(x: Any) -> Any:
+        return x.resolve_neg() if isinstance(x, Tensor) else x
+
+    if isinstance(state, State) and call.slots is None:  # a pool has to be the one that changes
+        state = replace(state, kv=real(state.kv), z=real(state.z))
+    return replace(
+        call, q=real(call.q), k=real(call.k), v=real(call.v), log_decay=real(call.log_decay),
+        initial_state=state, reweight=LRPE(real(turned.theta)) if isinstance(turned, LRPE) else turned,
+    )  # fmt: skip
 
 
 def refuse_transforms(call: Call) -> None:

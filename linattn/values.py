@@ -21,8 +21,8 @@ def check_values(call: Call, *, device_too: bool) -> None:
         raise ArgumentTypeError(f"check must be True or False, got {device_too!r}")
 
     def readable(x: Array | None) -> np.ndarray | None:
-        if x is None or not (device_too or device_name(x) == "cpu"):
-            return None
+        if x is None or not (device_too or device_name(x) == "cpu") or device_name(x) == "meta":
+            return None  # meta tensors have none
         return to_numpy(x)
 
     if (decay := readable(call.log_decay)) is not None:
