@@ -1,0 +1,161 @@
+"""MiniMax of Hugging Face transformers, its lightning attention computed by linattn; nothing else changes."""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+import linattn
+from linattn.decay import minimax
+from linattn.errors import ArgumentTypeError, StateError
+from linattn.registry import BackendLike
+from linattn.state import State
+
+__all__ = ["Patch", "patch_minimax"]
+
+Tensor = torch.Tensor
+
+
+def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") -> Patch:
+    """Let linattn compute `MiniMaxLightningAttention`: in one model; with a class or None in all of them.
+
+        patch_minimax(model)                 # from now on; .undo() goes back
+        with patch_minimax(model): ...       # inside only
+
+    Weights, configuration and the cache's interface stay as they are. What changes: the state of a cached
+    sequence is float32 whatever the weights are, and so are the decays, which casting a model rounds; several
+    tokens after a cache are one call instead of a loop over tokens; a causal mask by position, where the
+    original compares slope · lag with 0. Masked positions add nothing to a state, give 0, and count as tokens
+    for the decay, as in the original. A step without gradients changes the cached state in place.
+
+    model_or_class: a module that has MiniMax's lightning layers, a class of MiniMax's, or None. backend: as
+    in `linattn.attention`.
+
+    Raises ArgumentTypeError for anything without such layers.
+    Source: `transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention.forward`.
+    """
+    forward = functools.partialmethod(_forward, backend=backend) if backend != "auto" else _forward
+    if model_or_class is None or isinstance(model_or_class, type):
+        if model_or_class is not None and not model_or_class.__module__.startswith(
+            "transformers.models.minimax."
+        ):
+            raise ArgumentTypeError(
+                f"patch_minimax takes a MiniMax model or class, got class {model_or_class.__name__}"
+            )
+        return Patch([MiniMaxLightningAttention], lambda _: forward)
+    layers = []
+    if isinstance(model_or_class, torch.nn.Module):
+        layers = [part for part in model_or_class.modules() if isinstance(part, MiniMaxLightningAttention)]
+    if not layers:
+        raise ArgumentTypeError(
+            f"patch_minimax: {type(model_or_class).__name__} has no MiniMaxLightningAttention layer"
+        )
+
+    def bound(layer: Any) -> Any:
+        return MethodType(functools.partial(_forward, backend=backend), layer)
+
+    return Patch(layers, bound)
+
+
+class Patch:
+    """Layers, or their class, with another `forward`; `undo`, or the end of `with`, puts theirs back."""
+
+    def __init__(self, places: list[Any], forward_of: Any) -> None:
+        self._before = [(place, vars(place).get("forward")) for place in places]
+        for place in places:
+            _set(place, forward_of(place))
+
+    def undo(self) -> None:
+        """Put back what was there before; a second time does nothing."""
+        while self._before:
+            _set(*self._before.pop())
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def _set(place: Any, forward: Any) -> None:
+    """Put a `forward` on a class or a module, not among its parameters; None: go back to the class's."""
+    if isinstance(place, type):
+        setattr(place, "forward", forward)  # noqa: B010 (a type has no such attribute, this one does)
+    elif forward is None:
+        vars(place).pop("forward", None)
+    else:
+        vars(place)["forward"] = forward
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    *,
+    backend: BackendLike = "auto",
+    **keywords: Any,
+) -> tuple[Tensor, Tensor]:
+    """`MiniMaxLightningAttention.forward`: [B, N, hidden] -> the same, and the state [B, H, D, D] float32.
+
+    attention_mask [B, N or more], 1 for tokens; of a longer one the end counts.
+    """
+    batch, n, _ = hidden_states.shape
+    heads, d = self.num_attention_heads, self.head_dim
+    qkv = self.act_fn(self.qkv_proj(hidden_states)).view(batch, n, heads, 3 * d)
+    q, k, v = qkv.split(d, dim=3)
+    mask = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - n :].bool()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    decay = _log_decay(heads, self.layer_idx, self.num_hidden_layers, wide, q.device)
+    kv = _cached(past_key_values, self.layer_idx, q, wide)
+    state = None if kv is None else State(kv, None, _tokens(batch, q.device), d=d)
+    if state is not None and n == 1 and mask is None and not _recorded(qkv, state.kv):
+        o = linattn.decode_step(q[:, 0], k[:, 0], v[:, 0], state, log_decay=decay, backend=backend)
+    else:
+        o, state = linattn.attention(
+            q, k, v, log_decay=decay, key_mask=mask, initial_state=state, return_state=True, backend=backend
+        )  # fmt: skip
+    o = o.reshape(batch, n, heads * d)
+    if mask is not None:
+        o = o.masked_fill(~mask[..., None], 0)
+    o = self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * self.norm(o))
+    if past_key_values is not None:
+        past_key_values.set_linear_cache(self.layer_idx, state.kv)
+    return o, state.kv
+
+
+def _recorded(*given: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
+
+
+def _cached(cache: Any, layer: int, q: Tensor, wide: torch.dtype) -> Tensor | None:
+    """The state that a cache holds for a layer; None before the first token."""
+    known: list[Any] = [] if cache is None else cache.linear_cache
+    kv = known[layer] if layer < len(known) else None
+    if not isinstance(kv, Tensor):
+        return None  # a cache fills layers that it skips with empty lists
+    shape = (q.shape[0], q.shape[2], q.shape[3], q.shape[3])
+    if tuple(kv.shape) != shape:
+        raise StateError(f"the cache of layer {layer} must have shape {shape}, got {tuple(kv.shape)}")
+    return kv.to(wide)
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_decay(heads: int, layer: int, layers: int, wide: torch.dtype, device: torch.device) -> Tensor:
+    """Log decays [H]: the module's own buffers are rounded where a model is cast."""
+    with torch.inference_mode(False):
+        return torch.tensor(minimax(heads, layer, layers), dtype=wide, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _tokens(batch: int, device: torch.device) -> Tensor:
+    """Lengths of states [B], which nothing reads without angles; steps count in it, whatever the sequence."""
+    with torch.inference_mode(False):
+        return torch.zeros(batch, dtype=torch.int64, device=device)

@@ -1,0 +1,221 @@
+"""MiniMax of Hugging Face transformers on linattn: the same model where the original is right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import linattn
+from linattn import errors
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+
+from transformers import MiniMaxConfig, MiniMaxForCausalLM  # noqa: E402
+from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention  # noqa: E402
+
+from linattn.integrations.transformers import patch_minimax  # noqa: E402
+
+Tensor = torch.Tensor
+TOL = {"rtol": 1e-5, "atol": 1e-5}  # in float64; the original's slopes are rounded to float32
+
+
+@pytest.fixture(scope="module")
+def original() -> Any:
+    """Four layers, three of them lightning, blocks of 8 tokens: lengths below cross several.
+
+    The first is another: the cache counts its tokens, and where it is a lightning layer it counts none, so
+    that the mask of several tokens after a cache is wrong.
+    """
+    torch.manual_seed(0)
+    kinds = ["full_attention", "linear_attention", "linear_attention", "linear_attention"]
+    config = MiniMaxConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, block_size=8,
+        layer_types=kinds, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = MiniMaxForCausalLM(config).eval().double()
+    model.set_experts_implementation("eager")  # the others know no float64
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+@pytest.fixture
+def patched(original: Any) -> Iterator[Any]:
+    model = copy.deepcopy(original)
+    with patch_minimax(model):
+        yield model
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 7, 8, 41])
+def test_logits_are_the_original_s(original: Any, patched: Any, n: int) -> None:
+    ids = tokens(2, n)
+    mine, theirs = patched(ids), original(ids)
+    torch.testing.assert_close(mine.logits, theirs.logits, **TOL)
+    for layer, kv in enumerate(theirs.past_key_values.linear_cache):
+        if isinstance(kv, Tensor):
+            torch.testing.assert_close(mine.past_key_values.linear_cache[layer], kv, **TOL)
+
+
+@torch.no_grad()
+def test_states_and_attentions_are_the_original_s(original: Any, patched: Any) -> None:
+    ids = tokens(2, 19)
+    mine, theirs = (m(ids, output_attentions=True, output_hidden_states=True) for m in (patched, original))
+    for name in ("attentions", "hidden_states"):
+        for x, y in zip(mine[name], theirs[name], strict=True):
+            torch.testing.assert_close(x, y, **TOL)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_the_original_s(original: Any, patched: Any, side: str) -> None:
+    ids, mask = tokens(3, 21), torch.ones(3, 21, dtype=torch.int64)
+    for row, pads in enumerate((0, 4, 13)):
+        mask[row, slice(None, pads) if side == "left" else slice(21 - pads, None)] = 0
+    mine, theirs = patched(ids, attention_mask=mask), original(ids, attention_mask=mask)
+    torch.testing.assert_close(mine.logits[mask.bool()], theirs.logits[mask.bool()], **TOL)
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(patched: Any) -> None:
+    ids = tokens(1, 20)
+    whole = patched(ids).logits
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.int64), ids], 1)
+    mask = (torch.arange(29) >= 9).long()[None]
+    places = (torch.arange(29) - 9).clamp(min=0)[None]
+    found = patched(padded, attention_mask=mask, position_ids=places).logits[:, 9:]
+    torch.testing.assert_close(found, whole, **TOL)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [(20, 1, 1, 1), (5, 11, 7), (1, 22), (22, 1)])
+def test_a_sequence_may_be_continued_in_pieces(patched: Any, cuts: tuple[int, ...]) -> None:
+    ids = tokens(2, sum(cuts))
+    whole = patched(ids).logits
+    cache, found, at = MiniMaxCache(), [], 0
+    for n in cuts:
+        places = torch.arange(at, at + n)[None]
+        found.append(patched(ids[:, at : at + n], past_key_values=cache, use_cache=True, position_ids=places))
+        at += n
+    torch.testing.assert_close(torch.cat([x.logits for x in found], 1), whole, **TOL)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=str)
+def test_it_generates_what_the_original_does(original: Any, patched: Any, options: dict[str, Any]) -> None:
+    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.int64)
+    mask[1, :5] = 0
+
+    def run(model: Any) -> Any:
+        torch.manual_seed(1)
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=15, eos_token_id=None, output_logits=True,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+
+    mine, theirs = run(patched), run(original)
+    assert torch.equal(mine.sequences, theirs.sequences)
+    for x, y in zip(mine.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(x, y, **TOL)
+
+
+def test_gradients_are_the_original_s(original: Any, patched: Any) -> None:
+    ids = tokens(2, 30)
+    for model in (original, patched):
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    theirs = dict(original.named_parameters())
+    for name, weight in patched.named_parameters():
+        if theirs[name].grad is not None:
+            torch.testing.assert_close(weight.grad, theirs[name].grad, **TOL)
+    original.zero_grad()
+
+
+@torch.no_grad()
+def test_a_narrow_model_keeps_a_wide_state(original: Any, patched: Any) -> None:
+    """States and decays stay float32 in bfloat16: the original's state drifts, and its decays are rounded."""
+    ids, layer = tokens(1, 60), 2
+    wide = original(ids).past_key_values.linear_cache[layer]
+    error = {}
+    for name, model in (("ours", patched), ("theirs", copy.deepcopy(original))):
+        model.bfloat16()
+        cache = MiniMaxCache()
+        for i in range(ids.shape[1]):
+            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, position_ids=torch.tensor([[i]]))
+        kv = cache.linear_cache[layer]
+        error[name] = float((kv.float() - wide).norm() / wide.norm())
+        assert (kv.dtype == torch.float32) == (name == "ours")
+    assert error["ours"] < 0.6 * error["theirs"], error
+
+
+def test_it_is_undone(original: Any) -> None:
+    model = copy.deepcopy(original)
+    plain = MiniMaxLightningAttention.forward
+    first = patch_minimax(model)
+    assert all("forward" in vars(m) for m in model.modules() if isinstance(m, MiniMaxLightningAttention))
+    with patch_minimax(model, backend="torch"):
+        pass
+    assert all("forward" in vars(m) for m in model.modules() if isinstance(m, MiniMaxLightningAttention))
+    first.undo()
+    first.undo()
+    assert not any("forward" in vars(m) for m in model.modules())
+    with pytest.raises(RuntimeError, match="mine"), patch_minimax():
+        assert MiniMaxLightningAttention.forward is not plain
+        raise RuntimeError("mine")
+    assert MiniMaxLightningAttention.forward is plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", [None, MiniMaxForCausalLM, MiniMaxLightningAttention])
+@pytest.mark.parametrize("chosen", ["auto", "torch"])
+def test_every_model_at_once(
+    original: Any, target: Any, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, seen = tokens(1, 9), []
+    want = original(ids).logits
+    real = linattn.attention
+
+    def noted(*args: Any, **keywords: Any) -> Any:
+        seen.append(keywords["backend"])
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(linattn, "attention", noted)
+    with patch_minimax(target, backend=chosen):
+        torch.testing.assert_close(original(ids).logits, want, **TOL)
+    assert seen == [chosen] * 3
+    original(ids)
+    assert len(seen) == 3
+
+
+def test_refusals(patched: Any) -> None:
+    for wrong, says in (
+        (torch.nn.Linear(2, 2), "Linear has no MiniMaxLightningAttention layer"),
+        ("model", "str has no MiniMaxLightningAttention layer"),
+        (torch.nn.Linear, "takes a MiniMax model or class, got class Linear"),
+    ):
+        with pytest.raises(errors.ArgumentTypeError, match=says):
+            patch_minimax(wrong)
+    cache, layer, x = MiniMaxCache(), patched.model.layers[1].self_attn, torch.randn(3, 5, 32).double()
+    layer(x[:2], None, None, cache)
+    with pytest.raises(errors.StateError, match="the cache of layer 1 must have shape"):
+        layer(x, None, None, cache)
+
+
+def test_a_patched_model_is_copied_and_saved_as_any_other(original: Any, patched: Any, tmp_path: Any) -> None:
+    other = copy.deepcopy(patched)
+    layer = other.model.layers[1].self_attn
+    assert layer.forward.__self__ is layer
+    patched.save_pretrained(tmp_path)
+    loaded = MiniMaxForCausalLM.from_pretrained(tmp_path)
+    loaded.set_experts_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens(1, 5)).logits, original(tokens(1, 5)).logits, **TOL)
