@@ -35,7 +35,7 @@ class Saved:
     o: Array | None = None  # only for a backward pass, and only with normalize
     want_log_decay: bool = True  # False: its gradient may be left out
     want_theta: bool = True
-    kept: Array | None = None  # what the backend's own `forward_keeping` returned for it, if that ran
+    kept: Array | None = None  # sums of weights [B, N, H], as `Keeping.forward_keeping` returns them
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class Keeping(Protocol):
     """A `Differentiable` backend whose forward pass keeps denominators for its backward pass."""
 
     def forward_keeping(self, problem: Problem, saved: Saved) -> tuple[Array, State | None, Array]:
-        """`forward` of a normalized call, and its row sums of weights [B, N, H], not clamped, float32."""
+        """`forward` of a normalized call, and its row sums of weights [B, N, H]: scaled, not clamped, in the
+        accumulation dtype. Calls that compilers see do not come here: they form the sums again.
+        """
 
 
 @runtime_checkable

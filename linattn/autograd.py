@@ -99,7 +99,7 @@ def _through_op(call: Call, key: str) -> tuple[Tensor, State | None]:
     state = call.initial_state
     decay, theta = eager.tables_of(call)
     kv, z, length = (None, None, None) if state is None else (state.kv, state.z, state.length)
-    o, new_kv, new_z, _ = torch.ops.linattn.attention(
+    o, new_kv, new_z = torch.ops.linattn.attention(
         call.q, call.k, call.v, decay, theta, call.key_mask, call.lengths, call.cu_seqlens, kv, z,
         *eager.options_of(call, key),
     )  # fmt: skip
@@ -142,16 +142,16 @@ def _call(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Call, str]
 @torch.library.custom_op(
     "linattn::attention",
     mutates_args=(),
-    schema=f"({ARRAYS}, {OPTIONS}) -> (Tensor o, Tensor kv, Tensor z, Tensor kept)",
+    schema=f"({ARRAYS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def _attention(*args: Any) -> tuple[Tensor, ...]:
+def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, key = _call(args[:10], args[10:])
     problem = problem_of(call)
     chosen = registry.choose(problem, registry.requested(key))
-    o, state, kept = route.forward_keeping(problem, chosen, call)
+    o, state = route.forward(problem, chosen, call)
     parts = (None, None) if state is None else (state.kv, state.z)
-    found = (_nothing(problem, o) if x is None else x.contiguous() for x in (*parts, kept))
-    return o.contiguous(), *found
+    kv, z = (_nothing(problem, o) if x is None else x.contiguous() for x in parts)
+    return o.contiguous(), kv, z
 
 
 def _nothing(problem: Problem, like: Tensor) -> Tensor:
@@ -160,39 +160,38 @@ def _nothing(problem: Problem, like: Tensor) -> Tensor:
 
 
 @_attention.register_fake
-def _attention_fake(*args: Any) -> tuple[Tensor, ...]:
+def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, key = _call(args[:10], args[10:])
     problem = problem_of(call)
-    chosen = registry.choose(problem, registry.requested(key))
+    registry.choose(problem, registry.requested(key))
     b, n, h, _ = call.q.shape
     e = call.v.shape[3]
     o = call.q.new_empty(b, n, h, e)
     acc = getattr(torch, problem.accumulate)
-    kept = o.new_empty(b, n, h, dtype=acc) if problem.normalize and route.keeps(chosen) else None
     kv = z = None
     if call.return_state:
         s = sequences_of(call) if call.cu_seqlens is not None else b
         kv = o.new_empty(s, h, problem.f, e, dtype=acc)
         z = o.new_empty(s, h, problem.f, dtype=acc) if problem.normalize else None
-    return o, *(_nothing(problem, o) if x is None else x for x in (kv, z, kept))
+    kv, z = (_nothing(problem, o) if x is None else x for x in (kv, z))
+    return o, kv, z
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = inputs[10:]
-    kept = output[3]
-    ctx.save_for_backward(*inputs[:10], output[0] if inputs[12] else None, kept if kept.ndim == 3 else None)
+    ctx.save_for_backward(*inputs[:10], output[0] if inputs[12] else None)
 
 
-def _backward(ctx: Any, do: Optional, dkv: Optional, dz: Optional, dkept: Optional) -> tuple[Any, ...]:
-    *arrays, o, kept = ctx.saved_tensors
+def _backward(ctx: Any, do: Optional, dkv: Optional, dz: Optional) -> tuple[Any, ...]:
+    *arrays, o = ctx.saved_tensors
     none = [None] * len(ctx.options)
     if do is None and dkv is None and dz is None:
         return (*[None] * 10, *none)
     if not ctx.options[6]:
         dkv = dz = None
     wants = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-    grads = torch.ops.linattn.attention_backward(do, dkv, dz, o, kept, *wants, *arrays, *ctx.options)
+    grads = torch.ops.linattn.attention_backward(do, dkv, dz, o, *wants, *arrays, *ctx.options)
     q, k, v, decay, theta, kv, z = grads
     masks = (None, None, None)
     wanted = (wants[0], wants[1], arrays[8] is not None, arrays[9] is not None)
@@ -206,17 +205,16 @@ _attention.register_autograd(_backward, setup_context=_setup)
 @torch.library.custom_op(
     "linattn::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor? do, Tensor? dkv, Tensor? dz, Tensor? o, Tensor? kept, bool want_log_decay, "
-    f"bool want_theta, "
+    schema=f"(Tensor? do, Tensor? dkv, Tensor? dz, Tensor? o, bool want_log_decay, bool want_theta, "
     f"{ARRAYS}, {OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
-    do, dkv, dz, o, kept, *wants = args[:7]
-    call, key = _call(args[7:17], args[17:])
+    do, dkv, dz, o, *wants = args[:6]
+    call, key = _call(args[6:16], args[16:])
     problem = problem_of(call, needs_grad=True)
     chosen = registry.choose(problem, registry.requested(key))
-    saved = route.saved_of(problem, call, call.initial_state, o, kept)
+    saved = route.saved_of(problem, call, call.initial_state, o)
     saved = replace(saved, want_log_decay=wants[0], want_theta=wants[1])
     do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]) if do is None else do.resolve_neg()
     grads = route.backward(problem, chosen, saved, do, eager.dstate_of(problem, call.q, dkv, dz))
@@ -230,7 +228,7 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
         like(grads.k, call.k),
         like(grads.v, call.v),
         like(grads.log_decay, call.log_decay),
-        like(grads.theta, args[11]),
+        like(grads.theta, args[10]),
         like(grads.kv, None if state is None else state.kv),
         like(grads.z, None if state is None else state.z),
     )
@@ -238,13 +236,13 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
 
 @_attention_backward.register_fake
 def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    nothing = args[7].new_empty(0, dtype=getattr(torch, accumulate_dtype(dtype_name(args[7]))))
+    nothing = args[6].new_empty(0, dtype=getattr(torch, accumulate_dtype(dtype_name(args[6]))))
 
     def like(x: Optional) -> Tensor:
         return nothing.clone() if x is None else x.new_empty(x.shape)
 
-    q, k, v, decay, theta, kv, z = (args[i] for i in (7, 8, 9, 10, 11, 15, 16))
-    decay, theta = decay if args[5] else None, theta if args[6] else None
+    q, k, v, decay, theta, kv, z = (args[i] for i in (6, 7, 8, 9, 10, 14, 15))
+    decay, theta = decay if args[4] else None, theta if args[5] else None
     return like(q), like(k), like(v), like(decay), like(theta), like(kv), like(z)
 
 

@@ -68,7 +68,7 @@ class Attention(torch.autograd.Function):
         wants = ctx.needs_input_grad[5], ctx.needs_input_grad[6]
         if torch.is_grad_enabled():  # somebody differentiates again: the op has the sentence for that
             grads = torch.ops.linattn.attention_backward(
-                do, dkv, dz, o, kept, *wants, q, k, v, decay, theta, key_mask, lengths, cu_seqlens, kv, z,
+                do, dkv, dz, o, *wants, q, k, v, decay, theta, key_mask, lengths, cu_seqlens, kv, z,
                 *options_of(problem, registry.key_of(ctx.known.backend)),
             )  # fmt: skip
         else:

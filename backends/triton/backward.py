@@ -71,6 +71,8 @@ class Results:
 
 def backward(problem: Problem, x: Saved, do: Tensor, dstate: State | None) -> Gradients:
     """Gradients of every input, from those of o [B, N, H, E] and of the returned state."""
+    if x.kept is not None and not x.kept.is_contiguous():  # a hook gave back another layout
+        x = replace(x, kept=x.kept.contiguous())
     state = x.state
     parts = (None, None) if state is None else (state.kv, state.z)
     ends = (None, None) if dstate is None else (dstate.kv, dstate.z)

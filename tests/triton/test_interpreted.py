@@ -64,5 +64,9 @@ def test_wrong_kernels_are_noticed() -> None:
     interpret("mutants.py")
 
 
+def test_segments_add_up_what_lies_before_them() -> None:
+    interpret("folded.py")
+
+
 def test_pools_change_in_place_and_nowhere_else() -> None:
     interpret("pooled.py")
