@@ -38,7 +38,7 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
     Raises ArgumentTypeError for anything without such layers.
     Source: `transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention.forward`.
     """
-    forward = functools.partialmethod(_forward, backend=backend) if backend != "auto" else _forward
+    forward = functools.partialmethod(_forward, backend=backend)
     if model_or_class is None or isinstance(model_or_class, type):
         if model_or_class is not None and not model_or_class.__module__.startswith(
             "transformers.models.minimax."
