@@ -36,7 +36,7 @@ def halves(x):
 
 @triton.jit
 def exponential(g):
-    """e^g for g <= 0, float64, to 2^-50 near 1, 2^-46 at its end: far below the smallest float32 it is flat."""
+    """e^g for g <= 0, float64, to 2^-50 near g = 0 and 2^-46 at its end; below every float32 it is flat."""
     x = tl.maximum(g, -128.0).to(tl.float64) * 1.4426950408889634
     n = tl.floor(x * 16 + 0.5)  # sixteenths of a power of 2, and a rest
     r = (x - n * 0.0625) * 0.6931471805599453
