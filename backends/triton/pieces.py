@@ -293,6 +293,55 @@ def kept(state, whole):
 
 
 @triton.jit
+def at_end(
+    w, far, DECAY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr
+):  # fmt: skip
+    """Values of a block as its last token sees them, for `moved`: [j e], transposed if ACROSS."""
+    if DECAY > 0:
+        w = w * far[:, None]
+    return upright(operand(w, OPERAND, PRECISION), ACROSS)
+
+
+@triton.jit
+def added(state, y, w, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """A state with what a block adds to it; without it, if it is None."""
+    if ACROSS:
+        found = tl.dot(w, y, state, input_precision=PRECISION)
+    else:
+        found = tl.dot(tl.trans(y), w, state, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def moved(
+    state, y, w, whole, DECAY: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr
+):  # fmt: skip
+    """The state after a block. A decay of 0 forgets what it held: a wide state by a product of its own.
+
+    Selecting each of its numbers would cost as much as decaying them.
+    """
+    if DECAY == 0:
+        found = added(state, y, w, PRECISION, ACROSS)
+    elif not ACROSS:
+        found = added(kept(state, whole), y, w, PRECISION, ACROSS)
+    elif whole != 0:
+        found = added(state * whole, y, w, PRECISION, ACROSS)
+    else:
+        found = added(None, y, w, PRECISION, ACROSS)
+    return found
+
+
+@triton.jit
+def begun(ptr, inside, has_start, STATES: tl.constexpr):
+    """A state that may not be there: float32, or zeros."""
+    if STATES:
+        state = tl.load(ptr, mask=inside & (has_start != 0), other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros(inside.shape, tl.float32)
+    return state
+
+
+@triton.jit
 def start_of(ptr, x, SIZE: tl.constexpr, has_start):
     """A vector of a state that may not be there: float32, or zeros."""
     return tl.load(ptr + x, mask=(x < SIZE) & (has_start != 0), other=0.0).to(tl.float32)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 from linattn.backends.triton.pieces import (
+    at_end,
+    begun,
     column_of,
     cos_sin,
     decays,
@@ -25,6 +27,7 @@ from linattn.backends.triton.pieces import (
     gathered,
     kept,
     mapped,
+    moved,
     of_i,
     opaque,
     operand,
@@ -64,6 +67,7 @@ def product(
     NORMALIZE: tl.constexpr, EXTRA: tl.constexpr, MASK: tl.constexpr, BORDERS: tl.constexpr,
     SPLIT: tl.constexpr, TOTAL: tl.constexpr, OUTPUT: tl.constexpr, RAW: tl.constexpr, ROWS: tl.constexpr,
     TURN: tl.constexpr, SLOTS: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr, ACROSS: tl.constexpr,
+    STATES: tl.constexpr,
 ):  # fmt: skip
     """One program: a slice of w's features, one head, one sequence or a segment of it.
 
@@ -73,7 +77,7 @@ def product(
     other. MASK: 1 hides keys among y and w, 2 among x and out. BORDERS: see `sequence_of`. SPLIT: segments,
     each from a state of its own. TOTAL: every x reads one whole state. OUTPUT=False: states only. RAW: sums
     undivided in float32, 2 adds them to those that are there. ROWS with NORMALIZE keeps denominators. SLOTS:
-    states are rows of a pool, in place. FOLD: `start` holds what each segment adds, not the states before it.
+    states are rows of a pool, in place. FOLD: `start` holds what segments add. STATES=False: no states.
     """
     INNER: tl.constexpr = ANGLES == 1 or (ANGLES == 2 and not GRADIENT)  # angles turn x and y
     OUTER: tl.constexpr = ANGLES == 2 and GRADIENT  # angles turn w and out
@@ -91,8 +95,8 @@ def product(
     NEEDS_RAW: tl.constexpr = GRADIENT and (FEATURE != "none" or ROWS or TURN)
     NEEDS_EXTRA: tl.constexpr = EXTRA == 1 or (EXTRA == 2 and not TOTAL)
     FAST: tl.constexpr = tl.float32 != OPERAND
+    EARLY: tl.constexpr = ANGLES == 2 and INNER and OUTPUT and not TOTAL  # the state goes on before o ends
     SLICES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    WHOLE_E: tl.constexpr = E % BLOCK_E == 0
 
     pid = tl.program_id(0)
     part = pid % SLICES
@@ -150,9 +154,8 @@ def product(
     in_state = (d_s < D) & (e_s < E)
     at = e_s * D + d_s if GRADIENT else d_s * E + e_s
     from_state = start_ptr + (from_unit * H + h) * (HALF * PARTS) + at
-    state = tl.load(from_state, mask=in_state & (has_start != 0), other=0.0).to(tl.float32)
-    if TWO:
-        sine = tl.load(from_state + HALF, mask=in_state & (has_start != 0), other=0.0).to(tl.float32)
+    state = begun(from_state, in_state, has_start, STATES)
+    sine = begun(from_state + HALF, in_state, has_start, STATES) if TWO else state
     if SUM:
         of_z = e if GRADIENT else d
         from_z = start_z_ptr + (from_unit * H + h) * (Z * PARTS)
@@ -160,13 +163,13 @@ def product(
         z1 = start_of(from_z + Z, of_z, Z, has_start) if TWO else z0
     if FOLD:  # then there is no state before the sequence
         parts = start_ptr + h * (HALF * PARTS) + at
-        state, sine = gathered(state, sine if TWO else state, parts, HALF, H * HALF * PARTS, in_state, unit,
-                               segment, SEGMENT, longest, g2, TWO, DECAY, REVERSE)  # fmt: skip
+        state, sine = gathered(state, sine, parts, HALF, H * HALF * PARTS, in_state, unit, segment, SEGMENT,
+                               longest, g2, TWO, DECAY, REVERSE)  # fmt: skip
         if SUM:
             parts = start_z_ptr + h * (Z * PARTS) + of_z
             z0, z1 = gathered(z0, z1, parts, Z, H * Z * PARTS, of_z < Z, unit, segment, SEGMENT, longest, g2,
                               TWO, DECAY, REVERSE)  # fmt: skip
-    if TWO and not SPLIT and not TOTAL:
+    if STATES and TWO and not SPLIT and not TOTAL:
         turns_s = of_i(turns, not FIRST)
         if has_start != 0:  # from its own frame to that of the sequence's beginning
             state, sine = other_end(state, sine, turns_s, n, REVERSE)
@@ -217,12 +220,14 @@ def product(
 
         # y and w: what is added to the state
         if not TOTAL:
+            inside = in_y[:, None] if E % BLOCK_E == 0 else in_y[:, None] & (e[None, :] < E)
+            w = tile(w_ptr, at_n, e, w_n, w_d, inside)  # [j e]
+            w = mapped(w, inside, VALUE, FAST)
+            if EARLY:
+                w_far = at_end(w, far, DECAY, OPERAND, PRECISION, ACROSS)
             inside = in_y[:, None] if D == BLOCK_D else in_y[:, None] & (d[None, :] < D)
             y = tile(y_ptr, at_n, d, y_n, y_d, inside)  # [j d]
             y = mapped(y, inside, XY, FAST)
-            inside = in_y[:, None] if WHOLE_E else in_y[:, None] & (e[None, :] < E)
-            w = tile(w_ptr, at_n, e, w_n, w_d, inside)  # [j e]
-            w = mapped(w, inside, VALUE, FAST)
             if INNER:
                 y_sin = operand(y * sin, OPERAND, PRECISION)
                 y = y * cos
@@ -288,6 +293,9 @@ def product(
                     p = dot(x_sin, tl.trans(y_sin), p, PRECISION, ACROSS)
                 if SUM_E:
                     p = dot(tl.trans(x_more), tl.trans(y_more), p, PRECISION, ACROSS)
+                if EARLY:
+                    state = moved(state, y, w_far, whole, DECAY, PRECISION, ACROSS)
+                    sine = moved(sine, y_sin, w_far, whole, DECAY, PRECISION, ACROSS)
                 p = upright(operand(p * (pairs * early), OPERAND, PRECISION), ACROSS)
                 if SUM_D:
                     den = dot(tl.full([16, C], 1.0, OPERAND), tl.trans(p), den, PRECISION, False)
@@ -302,11 +310,10 @@ def product(
                 if ROWS:
                     tl.store(rows_ptr + line + at_n.to(tl.int64) * H, total, mask=in_x & (part == 0))
                 o *= of_i(scale / tl.where(total <= eps, eps, total), ACROSS)
-            if ACROSS:
-                o = tl.trans(o)
-                if OUTER:
-                    o_sin = tl.trans(o_sin)
-            inside = in_x[:, None] if WHOLE_E else in_x[:, None] & (e[None, :] < E)
+            o = upright(o, ACROSS)
+            if OUTER:
+                o_sin = upright(o_sin, ACROSS)
+            inside = in_x[:, None] if E % BLOCK_E == 0 else in_x[:, None] & (e[None, :] < E)
             if OUTER:
                 torque = o_sin * cos - o * sin
                 o = o * cos + o_sin * sin
@@ -338,41 +345,35 @@ def product(
         if not TOTAL:
             if DECAY == 2 and not OUTPUT:
                 log_decay += log_whole
-            if DECAY > 0:
-                state = kept(state, whole)
-                w = w * far[:, None]
-                if TWO:
-                    sine = kept(sine, whole)
-                if OUTER:
-                    w_sin = w_sin * far[:, None]
+            if SUM and DECAY > 0:
+                z = kept(z, whole)
+                if (SUM_D and TWO) or OUTER:
+                    z_sine = kept(z_sine, whole)
                 if SUM_D:
                     y_extra = y_extra * far
-                if SUM:
-                    z = kept(z, whole)
-                if (SUM_D and TWO) or (SUM_E and OUTER):
-                    z_sine = kept(z_sine, whole)
-            w = operand(w, OPERAND, PRECISION)
-            state = dot(tl.trans(y), w, state, PRECISION, ACROSS)
-            if INNER:
-                sine = dot(tl.trans(y_sin), w, sine, PRECISION, ACROSS)
+            if not EARLY:
+                w_far = at_end(w, far, DECAY, OPERAND, PRECISION, ACROSS)
+                state = moved(state, y, w_far, whole, DECAY, PRECISION, ACROSS)
+                if INNER:
+                    sine = moved(sine, y_sin, w_far, whole, DECAY, PRECISION, ACROSS)
             if OUTER:
-                w_sin = operand(w_sin, OPERAND, PRECISION)
-                sine = dot(tl.trans(y), w_sin, sine, PRECISION, ACROSS)
+                w_sin = at_end(w_sin, far, DECAY, OPERAND, PRECISION, ACROSS)
+                sine = moved(sine, y, w_sin, whole, DECAY, PRECISION, ACROSS)
             if SUM_D:
                 ones = operand(y_extra[None, :] + tl.zeros([16, C], tl.float32), OPERAND, PRECISION)
                 z = dot(ones, y, z, PRECISION, False)
                 if INNER:
                     z_sine = dot(ones, y_sin, z_sine, PRECISION, False)
             if SUM_E:
-                z = dot(tl.trans(w), y_more, z, PRECISION, False)
+                z = dot(upright(w_far, not ACROSS), y_more, z, PRECISION, False)
                 if OUTER:
-                    z_sine = dot(tl.trans(w_sin), y_more, z_sine, PRECISION, False)
+                    z_sine = dot(upright(w_sin, not ACROSS), y_more, z_sine, PRECISION, False)
 
     if DECAY == 2 and not OUTPUT:
         tl.store(rows_ptr + unit * H + h, log_decay, mask=part == 0)
     if TURN:
         tl.store(turn_ptr + (unit * H + h) * E + e, turn, mask=e < E)
-    if has_final != 0:
+    if STATES and has_final != 0:
         if SUM_D:
             z0 = tl.sum(z, 0) * 0.0625
             z1 = tl.sum(z_sine, 0) * 0.0625 if TWO else z0

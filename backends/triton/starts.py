@@ -131,12 +131,13 @@ def run(
         return
     out_strides = out.stride()
     strides = x.stride(), y.stride(), w.stride(), raw.stride(), out_strides, g_strides, mask_strides
+    states = angles != 2 or start is not None or final is not None  # compiled away where that pays
     theta, marks, none = side.theta, side.borders, one(torch.float32, x.device)  # none: of the right type
     constants = (
         d, e, blocks.c, plan.padded(d), blocks.block_e, OPERANDS[problem.dtype], precision(problem),
         problem.feature_map or "none", angles, kind, reverse, strict, gradient, normalize, extra_on, mask,
         borders, side.split, total, output, sums, want_rows, turn is not None, slots is not None,
-        fold, blocks.stages, blocks.across,
+        fold, blocks.stages, blocks.across, states,
     )  # fmt: skip
     product(
         units * problem.heads * slices,
