@@ -36,6 +36,14 @@ def ragged_block_decays_state_by_a_whole_block(honest, x, given):
 
 
 @lie("run")
+def wrong_where_nobody_asks_for_the_state(honest, x, given):
+    r = honest(x, given)
+    if r.kv is None and whole(x) and x.case.n > FAR:
+        r.o[:, FAR:] *= np.asarray(0.5, r.o.dtype)
+    return r
+
+
+@lie("run")
 def dead_token(honest, x, given):
     r = honest(x, given)
     r.o[:, x.case.n // 2 : x.case.n // 2 + 1] = 0
