@@ -314,15 +314,17 @@ def added(state, y, w, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
 
 @triton.jit
 def moved(
-    state, y, w, whole, DECAY: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr
+    state, y, w, whole,
+    DECAY: tl.constexpr, BRANCH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """The state after a block. A decay of 0 forgets what it held: a wide state by a product of its own.
+    """The state after a block. A decay of 0 forgets what it held.
 
-    Selecting each of its numbers would cost as much as decaying them.
+    BRANCH: by a product of its own, since selecting each number costs as much as decaying it. Only where y is
+    made, not loaded: the compiler lets the next block's loads overwrite what a branch has yet to read.
     """
     if DECAY == 0:
         found = added(state, y, w, PRECISION, ACROSS)
-    elif not ACROSS:
+    elif not BRANCH:
         found = added(kept(state, whole), y, w, PRECISION, ACROSS)
     elif whole != 0:
         found = added(state * whole, y, w, PRECISION, ACROSS)

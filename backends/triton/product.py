@@ -294,8 +294,8 @@ def product(
                 if SUM_E:
                     p = dot(tl.trans(x_more), tl.trans(y_more), p, PRECISION, ACROSS)
                 if EARLY:
-                    state = moved(state, y, w_far, whole, DECAY, PRECISION, ACROSS)
-                    sine = moved(sine, y_sin, w_far, whole, DECAY, PRECISION, ACROSS)
+                    state = moved(state, y, w_far, whole, DECAY, ACROSS, PRECISION, ACROSS)
+                    sine = moved(sine, y_sin, w_far, whole, DECAY, ACROSS, PRECISION, ACROSS)
                 p = upright(operand(p * (pairs * early), OPERAND, PRECISION), ACROSS)
                 if SUM_D:
                     den = dot(tl.full([16, C], 1.0, OPERAND), tl.trans(p), den, PRECISION, False)
@@ -353,12 +353,12 @@ def product(
                     y_extra = y_extra * far
             if not EARLY:
                 w_far = at_end(w, far, DECAY, OPERAND, PRECISION, ACROSS)
-                state = moved(state, y, w_far, whole, DECAY, PRECISION, ACROSS)
+                state = moved(state, y, w_far, whole, DECAY, False, PRECISION, ACROSS)
                 if INNER:
-                    sine = moved(sine, y_sin, w_far, whole, DECAY, PRECISION, ACROSS)
+                    sine = moved(sine, y_sin, w_far, whole, DECAY, False, PRECISION, ACROSS)
             if OUTER:
                 w_sin = at_end(w_sin, far, DECAY, OPERAND, PRECISION, ACROSS)
-                sine = moved(sine, y, w_sin, whole, DECAY, PRECISION, ACROSS)
+                sine = moved(sine, y, w_sin, whole, DECAY, False, PRECISION, ACROSS)
             if SUM_D:
                 ones = operand(y_extra[None, :] + tl.zeros([16, C], tl.float32), OPERAND, PRECISION)
                 z = dot(ones, y, z, PRECISION, False)

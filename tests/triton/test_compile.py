@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -116,6 +117,33 @@ def test_the_hot_kernels_spill_nothing(d: int, sizes: dict[str, int]) -> None:
         assert spilled(binary) == 0, one
         if one.kernel.__name__ == "product":
             assert "wgmma" in binary.asm["ptx"], one
+
+
+def test_lrpe_spills_little() -> None:
+    """Its state is half of all registers; the code that reads and writes states would take the others."""
+    for one in launches(decay="head", reweight="lrpe", gradients=False, b=4, h=32, n=8192, d=128, e=128):
+        assert spilled(compiled(one, 90)) <= 64, one
+
+
+def branches(text: str) -> list[tuple[str, str]]:
+    """Each `scf.if` inside a kernel's loop: its indentation, and what stands in it, either way."""
+    loop = text[text.index("scf.for") :]
+    return re.findall(r"^( *)%?[^\n]*scf\.if [^\n]*\n(.*?)^\1\}", loop, re.M | re.S)
+
+
+@pytest.mark.parametrize(
+    ("kind", "d", "there"), [("lrpe", 128, True), ("lightning", 128, False), ("lightning", 256, False)]
+)
+def test_no_branch_multiplies_what_loads_overwrite(kind: str, d: int, there: bool) -> None:
+    """Loads for later blocks are started before a branch has run: its operands must be copies."""
+    found = 0
+    for one in launches(**FULL[f"bfloat16 {d} {kind}"]):
+        if one.kernel.__name__ == "product":
+            for _, body in branches(compiled(one, 90).asm["ttgir"]):
+                products = [line for line in body.splitlines() if "dot " in line]
+                found += len(products)
+                assert not [line for line in products if "mutable" in line], (one, products)
+    assert (found > 0) == there
 
 
 def test_usual_calls_share_their_kernels() -> None:
