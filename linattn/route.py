@@ -16,17 +16,12 @@ from linattn.registry import get
 from linattn.slots import Slots
 from linattn.state import State
 
-_torch_calls: Any = None
-
 
 def torch_calls() -> Any:
-    """`linattn.autograd`, which imports torch; to import it in every call would cost more."""
-    global _torch_calls
-    if _torch_calls is None:
-        from linattn import autograd
+    """`linattn.autograd`, which imports torch. By a statement: compilers would guard a name that keeps it."""
+    from linattn import autograd
 
-        _torch_calls = autograd
-    return _torch_calls
+    return autograd
 
 
 _protocols: dict[tuple[type, type], bool] = {}

@@ -11,7 +11,6 @@ from linattn.bench.gpu_work import Outputs, Work
 from linattn.errors import LinattnError
 
 GIB = 2**30
-SHORT, MEDIANS = 0.1, 3  # milliseconds; a host that is late for a moment shows in so short a call
 CALLS, ROUNDS = 200, 5  # of a tiny shape, for the time on the host
 
 
@@ -27,10 +26,10 @@ class Meter(Protocol):
     def once(self, work: Work) -> float:
         """Milliseconds of one call after one that is not timed."""
 
-    def milliseconds(self, work: Work) -> float:
-        """The median over many calls, the L2 cache flushed before each; of short calls the best of three."""
+    def milliseconds(self, work: Work, medians: int = 1) -> float:
+        """The smallest of so many medians, each over many calls, the L2 cache flushed before each."""
 
-    def replayed(self, work: Work) -> float | None:
+    def replayed(self, work: Work, medians: int = 1) -> float | None:
         """The same in a CUDA graph; None where the call cannot be captured."""
 
     def host_microseconds(self, work: Work) -> float:
@@ -73,16 +72,15 @@ class Cuda:
         self.torch.cuda.synchronize()
         return float(start.elapsed_time(end))
 
-    def milliseconds(self, work: Work) -> float:
+    def milliseconds(self, work: Work, medians: int = 1) -> float:
         from triton.testing import do_bench
 
         rep = min(max(self.rep, 12 * self.once(work)), 6 * self.rep)
-        found = [float(do_bench(work, warmup=self.rep / 4, rep=rep, return_mode="median"))]
-        while found[0] < SHORT and len(found) < MEDIANS:
-            found.append(float(do_bench(work, warmup=self.rep / 4, rep=rep, return_mode="median")))
-        return min(found)
+        return min(
+            float(do_bench(work, warmup=self.rep / 4, rep=rep, return_mode="median")) for _ in range(medians)
+        )
 
-    def replayed(self, work: Work) -> float | None:
+    def replayed(self, work: Work, medians: int = 1) -> float | None:
         torch = self.torch
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -93,7 +91,7 @@ class Cuda:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
                 outputs = work()
-            taken = self.milliseconds(lambda: (graph.replay(),))
+            taken = self.milliseconds(lambda: (graph.replay(),), medians)
         except failures():  # what a capture forbids
             torch.cuda.synchronize()
             return None

@@ -103,8 +103,8 @@ class Bench:
             seconds, outputs = self.meter.first(call)
             error = None if right is None else relative_error(part(case, outputs), right)
             del outputs
-            ms = self.meter.milliseconds(call)
-            replayed = self.meter.replayed(call) if case.kind == "decode" else None
+            ms = self.meter.milliseconds(call, case.medians)
+            replayed = self.meter.replayed(call, case.medians) if case.kind == "decode" else None
         except failures() as failure:
             return Entry(name, why=sentence(failure), same=same)
         return Entry(name, Timing(ms, error, seconds, replayed), same=same)

@@ -18,6 +18,7 @@ class Clock:
 
     def __init__(self, ms=1.0):
         self.ms = ms
+        self.asked = []
 
     def gigabytes_per_second(self):
         return 1000.0
@@ -29,11 +30,12 @@ class Clock:
         work()
         return self.ms
 
-    def milliseconds(self, work):
+    def milliseconds(self, work, medians=1):
+        self.asked.append(medians)
         work()
         return self.ms
 
-    def replayed(self, work):
+    def replayed(self, work, medians=1):
         return self.ms / 2
 
     def host_microseconds(self, work):

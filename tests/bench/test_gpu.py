@@ -68,6 +68,15 @@ def test_the_table_is_the_required_one():
     assert required["decode 128 64 128"] == 0.275
 
 
+def test_everybody_is_measured_as_often(fla, uncompiled):
+    assert {case.medians for case in SMALL} == {3}
+    assert GpuCase("forward", 4, 32, 8192, 128).medians == 1
+    run = bench()
+    found = run.row(SMALL[0], 1000.0)
+    assert sum(entry.timing is not None for entry in (found.ours, *found.peers)) > 2
+    assert set(run.meter.asked) == {3}
+
+
 def test_floors_are_bytes_that_none_can_avoid():
     forward, both = (GpuCase(kind, 4, 32, 8192, 128) for kind in ("forward", "forward-backward"))
     assert forward.bytes == 4 * 4 * 32 * 8192 * 128 * 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +92,24 @@ def test_opcheck_of_decode_step(x: dict[str, Tensor], slots: bool) -> None:
         x["theta"].detach(), place, None, "elu+1", True, 1e-6, 1.0, "ieee", "torch",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.linattn.decode_step.default, args)
+
+
+ONCE = """
+import torch, linattn
+graphs = []
+run = torch.compile(
+    lambda *x: linattn.attention(*x, backend="torch") * 1.0, fullgraph=True,
+    backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
+)
+x = [torch.randn(1, 8, 2, 4) for _ in range(3)]
+for _ in range(3):
+    run(*x)
+assert len(graphs) == 1, len(graphs)
+"""
+
+
+def test_a_compiled_first_call_is_compiled_once() -> None:
+    subprocess.run([sys.executable, "-c", ONCE], check=True)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
