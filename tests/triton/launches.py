@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -163,6 +164,10 @@ def kept(
         )
         launch.forward(problem, saved)
         if gradients:
+            backward.backward(problem, saved, do, memory if state else None)
+        if gradients and problem.normalize:  # outside a compiler, with denominators that are kept
+            *_, denominators = launch.forward_keeping(problem, saved)
+            saved = dataclasses.replace(saved, kept=denominators)
             backward.backward(problem, saved, do, memory if state else None)
     return seen
 

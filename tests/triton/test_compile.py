@@ -108,7 +108,11 @@ def test_a_configuration_fits_what_it_is_used_for() -> None:
 
 
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("sizes", [{"b": 4, "h": 32, "n": 8192}, LONG], ids=["whole", "in segments"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"b": 4, "h": 32, "n": 8192}, {"b": 1, "h": 32, "n": 8192}, LONG],
+    ids=["whole", "added up", "in segments"],
+)
 def test_the_hot_kernels_spill_nothing(d: int, sizes: dict[str, int]) -> None:
     found = launches(d=d, e=d, decay="head", gradients=False, **sizes)
     assert found
