@@ -11,6 +11,7 @@ from linattn.bench.machine import machine
 PEERS = ("flash-linear-attention", "fla-core")
 FACTS = (
     "command",
+    "interrupted",
     "date",
     "commit",
     "GPU",

@@ -26,6 +26,7 @@ from linattn.bench.gpu_work import Inputs, Outputs, Work, exact, make, part, rel
 from linattn.errors import LinattnError
 
 OURS = "linattn triton"
+INTERRUPTED = "interrupted"  # among the facts: after how many cases
 PEER_SECONDS = 150.0  # that the peers may take, compilation and tuning in it
 Progress = Callable[[GpuRow | Cost], None]
 
@@ -50,7 +51,10 @@ class Bench:
         facts: dict[str, str] | None = None,
         progress: Progress = lambda _: None,
     ) -> GpuResults:
-        """Measure the cases, the lines of the picture, and "host" and "memory" where they are asked for."""
+        """Measure the cases, the lines of the picture, and "host" and "memory" where they are asked for.
+
+        Interrupted, it returns what it has, and says so among the facts.
+        """
         facts = dict(facts or {})
         bandwidth = self.meter.gigabytes_per_second()
         self._free()
@@ -59,19 +63,24 @@ class Bench:
             from linattn.bench.gpu_tuning import compile_tuned
 
             self.spent += compile_tuned([*cases, *curves], self.peer_seconds / 2, device=self.device)
-        rows, costs, lines = [], [], []
-        for case in cases:
-            rows.append(self.row(case, bandwidth))
-            progress(rows[-1])
-        for name in extras:
-            for cost in self.host() if name == HOST else self.memory() if name == MEMORY else ():
-                costs.append(cost)
-                progress(cost)
-        for case in curves:
-            known = [row for row in rows if row.case.name == case.name]
-            lines.append(known[0] if known else self.row(case, bandwidth))
-            if not known:
-                progress(lines[-1])
+        rows: list[GpuRow] = []
+        costs: list[Cost] = []
+        lines: list[GpuRow] = []
+        try:
+            for case in cases:
+                rows.append(self.row(case, bandwidth))
+                progress(rows[-1])
+            for name in extras:
+                for cost in self.host() if name == HOST else self.memory() if name == MEMORY else ():
+                    costs.append(cost)
+                    progress(cost)
+            for case in curves:
+                known = [row for row in rows if row.case.name == case.name]
+                lines.append(known[0] if known else self.row(case, bandwidth))
+                if not known:
+                    progress(lines[-1])
+        except KeyboardInterrupt:  # what was measured is worth keeping
+            facts[INTERRUPTED] = f"after {len(rows)} of {len(cases)} cases"
         return GpuResults(facts, bandwidth, self.full, tuple(rows), tuple(costs), tuple(lines))
 
     def row(self, case: GpuCase, bandwidth: float) -> GpuRow:

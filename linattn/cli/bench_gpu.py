@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ QUICK_REP = 5.0  # milliseconds over which --quick takes a median
 def bench_gpu(
     names: Sequence[str], outputs: list[Path], *, as_json: bool, quick: bool, peer_seconds: float
 ) -> None:
-    """Measure, print and write.
+    """Measure, print and write; interrupted, what was measured until then, with exit status 130.
 
     Raises LinattnError where there is no CUDA device, OptionError for a case that does not exist.
     """
@@ -34,7 +36,7 @@ def bench_gpu(
     import torch
 
     from linattn.bench.gpu_machine import gpu_machine
-    from linattn.bench.gpu_runner import Bench
+    from linattn.bench.gpu_runner import INTERRUPTED, Bench
 
     drawn = any(path.suffix == ".png" for path in outputs)
     lines = curves(torch.cuda.mem_get_info()[0], quick=quick) if drawn else []
@@ -43,18 +45,31 @@ def bench_gpu(
     bench = Bench(
         Cuda(QUICK_REP) if quick else Cuda(), device="cuda", peer_seconds=peer_seconds, full=not quick
     )
-    results = bench.run(
-        cases,
-        extras,
-        lines,
-        facts=facts,
-        progress=lambda found: console.print(line(found), markup=False, soft_wrap=True),
-    )
+    with _stoppable():
+        results = bench.run(
+            cases,
+            extras,
+            lines,
+            facts=facts,
+            progress=lambda found: console.print(line(found), markup=False, soft_wrap=True),
+        )
     _write(results, outputs)
     if as_json:
         print_json(results.as_json())
     else:
         _print(results)
+    if INTERRUPTED in results.facts:
+        raise typer.Exit(130)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A request to end, as `timeout` and job schedulers send it, stops a run as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(names: Sequence[str], *, quick: bool, peer_seconds: float) -> str:

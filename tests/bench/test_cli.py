@@ -1,6 +1,8 @@
 """`linattn bench`: what it prints and writes, and what it refuses before it measures."""
 
 import json
+import os
+import signal
 
 import pytest
 from typer.testing import CliRunner
@@ -113,6 +115,30 @@ def test_a_gpu_from_end_to_end(device, tmp_path):
     assert "](picture.png)\n" in page.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert json.loads(data.read_text())["facts"]["GPU"] == "A Device, old"
+
+
+def test_an_interrupted_run_keeps_what_it_measured(device, monkeypatch, tmp_path):
+    from linattn.bench import gpu_runner
+    from tests.bench.clock import SMALL
+
+    kind = gpu_runner.Bench.__wrapped__
+    row, rows = kind.row, []
+
+    def stopped(self, case, bandwidth):
+        if rows:
+            os.kill(os.getpid(), signal.SIGTERM)
+        rows.append(row(self, case, bandwidth))
+        return rows[-1]
+
+    monkeypatch.setattr(kind, "row", stopped)
+    handler, data = signal.getsignal(signal.SIGTERM), tmp_path / "data.json"
+    result = bench("--gpu", "--out", data)
+    assert result.exit_code == 130
+    found = json.loads(data.read_text())
+    assert [one["name"] for one in found["rows"]] == [SMALL[0].name]
+    assert found["facts"]["interrupted"] == "after 1 of 3 cases"
+    assert "interrupted after 1 of 3 cases" in " ".join(result.stdout.split())
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_gpu_s_chosen_cases_as_json(device):
