@@ -95,3 +95,20 @@ def segmented(grain: int, block: int = 0, *, across: bool = True) -> Iterator[No
         yield
     plan.segments.cache_clear()
     launcher._tapes.clear()
+
+
+@contextlib.contextmanager
+def carried() -> Iterator[list[bool]]:
+    """Whether the states of each pass in segments are added up by those who read them."""
+    from linattn.backends.triton import backward, launch
+
+    folded: list[bool] = []
+    right = launch.carried
+
+    def noting(*given: Any, **named: Any) -> Any:
+        states = right(*given, **named)
+        folded.append(states.fold)
+        return states
+
+    with mock.patch.object(launch, "carried", noting), mock.patch.object(backward, "carried", noting):
+        yield folded

@@ -12,9 +12,9 @@ import torch
 
 import linattn
 from linattn import LRPE, Cosine
-from linattn.backends.triton import TritonBackend, backward, launch
+from linattn.backends.triton import TritonBackend
 from linattn.backends.triton import product as product_module
-from tests.triton.drawing import segmented
+from tests.triton.drawing import carried, segmented
 
 N, H, D = 70, 2, 16
 DECAY, THETA = -torch.tensor([0.01, 0.3]), torch.rand(H, D)
@@ -26,7 +26,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "decay, normalized": {"log_decay": DECAY, "feature_map": "elu+1", "normalize": True},
     "both ways": {"log_decay": DECAY, "causal": False},
 }
-folded: list[bool] = []
 
 
 def wide(options: dict[str, Any]) -> dict[str, Any]:
@@ -74,16 +73,7 @@ WRONG = {"that decays are left out": (instead(12, 0), "decay"), "the order": (in
 
 
 def main() -> None:
-    right = launch.carried
-
-    def carried(*given: Any, **named: Any) -> Any:
-        states = right(*given, **named)
-        folded.append(states.fold)
-        return states
-
-    with segmented(16, 16), mock.patch.object(launch, "carried", carried), mock.patch.object(
-        backward, "carried", carried
-    ):  # fmt: skip
+    with segmented(16, 16), carried() as folded:
         for name, options in KINDS.items():
             folded.clear()
             off = error(options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -17,7 +17,7 @@ import torch
 import linattn
 from linattn import prepared, registry
 from linattn.backends.triton import TritonBackend, launcher
-from tests.triton.drawing import segmented
+from tests.triton.drawing import carried, segmented
 
 Tensor = torch.Tensor
 live: dict[int, Tensor] = {}
@@ -159,22 +159,6 @@ def check_steps() -> int:
     return len(played)
 
 
-def split(check: Callable[[], int]) -> tuple[int, set[bool]]:
-    """What a check returns, and how passes that it cuts into segments come by their states: folded or not."""
-    from linattn.backends.triton import backward, launch
-
-    found: set[bool] = set()
-    right = launch.carried
-
-    def carried(*given: Any, **named: Any) -> Any:
-        states = right(*given, **named)
-        found.add(states.fold)
-        return states
-
-    with mock.patch.object(launch, "carried", carried), mock.patch.object(backward, "carried", carried):
-        return check(), found
-
-
 @contextlib.contextmanager
 def counted() -> Iterator[list[launcher.Tape]]:
     """The tapes that are played inside."""
@@ -224,12 +208,12 @@ def main() -> None:
             mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True)
         )
         played = check_passes()
-        with segmented(16, 16):
-            in_segments, cuts = split(check_passes)
+        with segmented(16, 16), carried() as folded:
+            in_segments = check_passes()
         steps = check_steps()
     assert played >= 20, f"tapes were played {played} times only"
     assert in_segments >= 20, f"tapes of passes in segments were played {in_segments} times only"
-    assert cuts == {False, True}, f"segments added up by their readers: {cuts}"
+    assert set(folded) == {False, True}, "not both ways to come by the states of segments"
     assert steps >= 6, f"tapes of steps were played {steps} times only"
     print(f"played {played}")
 
