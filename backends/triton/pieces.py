@@ -292,6 +292,32 @@ def kept(state, whole):
     return tl.where(whole != 0, state * whole, 0.0)
 
 
+def fading(count: int) -> tuple[str, str]:
+    """PTX that does what `kept` does to so many numbers by one decay, and its constraints."""
+    new, old, decay = range(count), range(count, 2 * count), 2 * count
+    multiplied = "".join(f"mul.f32 ${i}, ${j}, ${decay}; " for i, j in zip(new, old, strict=True))
+    forgotten = "".join(f"mov.f32 ${i}, 0f00000000; " for i in new)
+    asked = f".reg .pred none; setp.eq.f32 none, ${decay}, 0f00000000; @none bra forget;"
+    text = f"{{ {asked} {multiplied}bra on; forget: {forgotten}on: }}"
+    return text, ",".join(["=f"] * count + ["f"] * (2 * count))
+
+
+MANY = tl.constexpr(16)
+FADING, FADING_ON = (tl.constexpr(text) for text in fading(MANY.value))
+
+
+@triton.jit
+def faded(state, whole, FAST: tl.constexpr):
+    """A state times one decay, as `kept` has it, in PTX: compilers make a select for each number of a branch."""
+    if FAST:
+        state = tl.inline_asm_elementwise(
+            FADING, FADING_ON, [state, whole], dtype=tl.float32, is_pure=True, pack=MANY
+        )
+    else:
+        state = kept(state, whole)
+    return state
+
+
 @triton.jit
 def at_end(
     w, far, DECAY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr
@@ -314,18 +340,18 @@ def added(state, y, w, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
 
 @triton.jit
 def moved(
-    state, y, w, whole,
-    DECAY: tl.constexpr, BRANCH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+    state, y, w, whole, DECAY: tl.constexpr, BRANCH: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """The state after a block. A decay of 0 forgets what it held.
 
-    BRANCH: by a product of its own, since selecting each number costs as much as decaying it. Only where y is
-    made, not loaded: the compiler lets the next block's loads overwrite what a branch has yet to read.
+    BRANCH: by a product of its own. Only where y is made, not loaded: the compiler lets the next block's loads
+    overwrite what a branch has yet to read.
     """
     if DECAY == 0:
         found = added(state, y, w, PRECISION, ACROSS)
     elif not BRANCH:
-        found = added(kept(state, whole), y, w, PRECISION, ACROSS)
+        found = added(faded(state, whole, FAST), y, w, PRECISION, ACROSS)
     elif whole != 0:
         found = added(state * whole, y, w, PRECISION, ACROSS)
     else:
@@ -335,18 +361,12 @@ def moved(
 
 @triton.jit
 def begun(ptr, inside, has_start, STATES: tl.constexpr):
-    """A state that may not be there: float32, or zeros."""
+    """A part of a state that may not be there: float32, or zeros."""
     if STATES:
         state = tl.load(ptr, mask=inside & (has_start != 0), other=0.0).to(tl.float32)
     else:
         state = tl.zeros(inside.shape, tl.float32)
     return state
-
-
-@triton.jit
-def start_of(ptr, x, SIZE: tl.constexpr, has_start):
-    """A vector of a state that may not be there: float32, or zeros."""
-    return tl.load(ptr + x, mask=(x < SIZE) & (has_start != 0), other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -34,7 +34,6 @@ from linattn.backends.triton.pieces import (
     other_end,
     phases,
     sequence_of,
-    start_of,
     tile,
     turns_of,
     upright,
@@ -159,8 +158,8 @@ def product(
     if SUM:
         of_z = e if GRADIENT else d
         from_z = start_z_ptr + (from_unit * H + h) * (Z * PARTS)
-        z0 = start_of(from_z, of_z, Z, has_start)
-        z1 = start_of(from_z + Z, of_z, Z, has_start) if TWO else z0
+        z0 = begun(from_z + of_z, of_z < Z, has_start, STATES)
+        z1 = begun(from_z + Z + of_z, of_z < Z, has_start, STATES) if TWO else z0
     if FOLD:  # then there is no state before the sequence
         parts = start_ptr + h * (HALF * PARTS) + at
         state, sine = gathered(state, sine, parts, HALF, H * HALF * PARTS, in_state, unit, segment, SEGMENT,
@@ -294,8 +293,8 @@ def product(
                 if SUM_E:
                     p = dot(tl.trans(x_more), tl.trans(y_more), p, PRECISION, ACROSS)
                 if EARLY:
-                    state = moved(state, y, w_far, whole, DECAY, ACROSS, PRECISION, ACROSS)
-                    sine = moved(sine, y_sin, w_far, whole, DECAY, ACROSS, PRECISION, ACROSS)
+                    state = moved(state, y, w_far, whole, DECAY, True, FAST, PRECISION, ACROSS)
+                    sine = moved(sine, y_sin, w_far, whole, DECAY, True, FAST, PRECISION, ACROSS)
                 p = upright(operand(p * (pairs * early), OPERAND, PRECISION), ACROSS)
                 if SUM_D:
                     den = dot(tl.full([16, C], 1.0, OPERAND), tl.trans(p), den, PRECISION, False)
@@ -353,12 +352,12 @@ def product(
                     y_extra = y_extra * far
             if not EARLY:
                 w_far = at_end(w, far, DECAY, OPERAND, PRECISION, ACROSS)
-                state = moved(state, y, w_far, whole, DECAY, False, PRECISION, ACROSS)
+                state = moved(state, y, w_far, whole, DECAY, False, FAST, PRECISION, ACROSS)
                 if INNER:
-                    sine = moved(sine, y_sin, w_far, whole, DECAY, False, PRECISION, ACROSS)
+                    sine = moved(sine, y_sin, w_far, whole, DECAY, False, FAST, PRECISION, ACROSS)
             if OUTER:
                 w_sin = at_end(w_sin, far, DECAY, OPERAND, PRECISION, ACROSS)
-                sine = moved(sine, y, w_sin, whole, DECAY, False, PRECISION, ACROSS)
+                sine = moved(sine, y, w_sin, whole, DECAY, False, FAST, PRECISION, ACROSS)
             if SUM_D:
                 ones = operand(y_extra[None, :] + tl.zeros([16, C], tl.float32), OPERAND, PRECISION)
                 z = dot(ones, y, z, PRECISION, False)
