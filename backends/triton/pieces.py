@@ -308,7 +308,7 @@ FADING, FADING_ON = (tl.constexpr(text) for text in fading(MANY.value))
 
 @triton.jit
 def faded(state, whole, FAST: tl.constexpr):
-    """A state times one decay, as `kept` has it, in PTX: compilers make a select for each number of a branch."""
+    """A state times one decay, as `kept` has it, in PTX: compilers make selects of a branch."""
     if FAST:
         state = tl.inline_asm_elementwise(
             FADING, FADING_ON, [state, whole], dtype=tl.float32, is_pure=True, pack=MANY
@@ -345,8 +345,8 @@ def moved(
 ):  # fmt: skip
     """The state after a block. A decay of 0 forgets what it held.
 
-    BRANCH: by a product of its own. Only where y is made, not loaded: the compiler lets the next block's loads
-    overwrite what a branch has yet to read.
+    BRANCH: by a product of its own. Only where y is made, not loaded: the compiler lets the next block's
+    loads overwrite what a branch has yet to read.
     """
     if DECAY == 0:
         found = added(state, y, w, PRECISION, ACROSS)
