@@ -1,8 +1,14 @@
-"""Small calls of every kind, for `make sanitize-gpu`. Run alone, it compiles what they need."""
+"""Small calls of every kind, for `make sanitize-gpu`: `--compile` compiles what they need, on every core."""
 
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
 import itertools
+import multiprocessing
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +19,7 @@ from linattn import LRPE, Cosine, State
 HEADS, BATCH = 2, 2
 # N D E: a short block, an odd one at full width, one that is cut into segments
 SIZES = ((70, 64, 64), (33, 128, 128), (2100, 64, 64))
+KINDS = 6
 
 
 def drawn(*shape: int, dtype: torch.dtype, grad: bool = False) -> torch.Tensor:
@@ -36,15 +43,14 @@ def kinds(n: int, d: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def differentiated(n: int, d: int, e: int, dtype: torch.dtype) -> int:
-    done = 0
-    for options in kinds(n, d):
-        q, k = (drawn(BATCH, n, HEADS, d, dtype=dtype, grad=True) for _ in range(2))
-        v = drawn(BATCH, n, HEADS, e, dtype=dtype, grad=True)
-        o = linattn.attention(q, k, v, backend="triton", **options)
-        o.backward(torch.randn_like(o))
-        done += 1
-    return done
+def differentiated(kind: int, n: int, d: int, e: int, dtype: torch.dtype) -> int:
+    q, k = (drawn(BATCH, n, HEADS, d, dtype=dtype, grad=True) for _ in range(2))
+    v = drawn(BATCH, n, HEADS, e, dtype=dtype, grad=True)
+    options = kinds(n, d)
+    assert len(options) == KINDS
+    o = linattn.attention(q, k, v, backend="triton", **options[kind])
+    o.backward(torch.randn_like(o))
+    return 1
 
 
 def served(dtype: torch.dtype) -> int:
@@ -63,15 +69,35 @@ def served(dtype: torch.dtype) -> int:
     return 6
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    done = 0
+def calls() -> list[Callable[[], int]]:
+    found: list[Callable[[], int]] = []
     for dtype, (n, d, e) in itertools.product((torch.bfloat16, torch.float32), SIZES):
         if dtype == torch.bfloat16 or d == 64:
-            done += differentiated(n, d, e, dtype)
-    for dtype in (torch.bfloat16, torch.float32):
-        done += served(dtype)
+            found += [partial(differentiated, kind, n, d, e, dtype) for kind in range(KINDS)]
+    return found + [partial(served, dtype) for dtype in (torch.bfloat16, torch.float32)]
+
+
+def made(part: int, of: int) -> int:
+    """Every `of`-th call, from the one numbered `part` on."""
+    torch.manual_seed(part)
+    done = sum(call() for call in calls()[part::of])
     torch.cuda.synchronize()
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", action="store_true", help="in one process for each core")
+    parser.add_argument("--part", type=int, default=0, help="which part of the calls")
+    parser.add_argument("--of", type=int, default=1, help="how many parts there are")
+    options = parser.parse_args()
+    if options.compile:
+        workers = min(os.cpu_count() or 1, len(calls()))
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            done = sum(pool.map(made, range(workers), itertools.repeat(workers)))
+    else:
+        done = made(options.part, options.of)
     print(f"{done} calls")
 
 
