@@ -13,6 +13,7 @@ from linattn.state import State
 # Modules whose `backend` object is built in, in the order in which "auto" prefers them.
 BUILTIN = (
     "linattn.backends.triton",
+    "linattn.backends.cupy",
     "linattn.backends.torch",
     "linattn.backends.numpy",
     "linattn.backends.reference",

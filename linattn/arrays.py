@@ -78,6 +78,13 @@ def zeros_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
     return namespace(kind_of(x) or "numpy").zeros(shape, dtype=dtype)
 
 
+def written(*arrays: Any) -> None:
+    """Tell autograd what kernels wrote: a graph that kept the old values must not go on with the new ones."""
+    parts = [x for x in arrays if kind_of(x) == "torch" and not x.is_inference()]
+    if parts:
+        sys.modules["torch"].autograd.graph.increment_version(parts)
+
+
 def all_finite(x: Array) -> bool:
     """Whether a host array holds no NaN and no infinity; a sum that overflows counts as one."""
     return math.isfinite(float(x.sum()))

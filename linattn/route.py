@@ -65,8 +65,11 @@ def keeps(backend: Backend) -> TypeGuard[Keeping]:
 
 
 def _whole(pool: State) -> bool:
-    """Whether a torch pool's arrays lie without gaps."""
-    return all(x is None or x.is_contiguous() for x in (pool.kv, pool.z, pool.length))
+    """Whether a pool's arrays lie without gaps."""
+    return all(
+        x is None or (x.is_contiguous() if kind_of(x) == "torch" else x.flags.c_contiguous)
+        for x in (pool.kv, pool.z, pool.length)
+    )
 
 
 def saved_of(

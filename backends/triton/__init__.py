@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from typing import Any, NamedTuple
 
-from linattn.arrays import Array
+from linattn.arrays import Array, written
 from linattn.backends import Gradients, Saved
 from linattn.problem import Problem
 from linattn.state import State
@@ -88,7 +88,8 @@ class TritonBackend:
 
         with launch.on(problem):
             o = launch.forward_in_pool(problem, saved, slots)
-        _changed(saved.state)
+        assert saved.state is not None
+        written(saved.state.kv, saved.state.z, saved.state.length)
         return o
 
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
@@ -108,15 +109,8 @@ class TritonBackend:
     ) -> Array:
         with _module("launch").on(problem):
             o = _module("decode").decode_step(problem, q, k, v, log_decay, theta, state, slots)
-        _changed(state)
+        written(state.kv, state.z, state.length)
         return o
-
-
-def _changed(state: Any) -> None:
-    """Tell autograd what kernels wrote: a graph that kept the old values must not go on with the new ones."""
-    parts = [x for x in (state.kv, state.z, state.length) if x is not None and not x.is_inference()]
-    if parts:
-        _torch().autograd.graph.increment_version(parts)
 
 
 class Inputs(NamedTuple):

@@ -55,6 +55,7 @@ def test_every_builtin_is_a_backend() -> None:
         assert backend.name == name
     assert list(linattn.available_backends())[: len(backends.BUILTIN)] == [
         "triton",
+        "cupy",
         "torch",
         "numpy",
         "reference",

@@ -9,6 +9,7 @@ from linattn.backends import Backend
 from linattn.cli.explain import describe
 
 README = Path(__file__).parent.parent.parent / "README.md"
+GPU = ("triton", "cupy")
 PLAIN = describe((2, 8, 3, 4), value_dim=5)
 # what a row is called -> the calls that a "yes" there promises
 ROWS: dict[str, list[dict[str, object]]] = {
@@ -36,19 +37,19 @@ ROWS: dict[str, list[dict[str, object]]] = {
 
 
 def takes(backend: Backend, calls: list[dict[str, object]]) -> str:
-    where = {"kind": next(iter(backend.arrays)), "device": "cuda:0" if backend.name == "triton" else "cpu"}
+    where = {"kind": next(iter(backend.arrays)), "device": "cuda:0" if backend.name in GPU else "cpu"}
     answers = [backend.unsupported(replace(PLAIN, **where, **call)) for call in calls]
     return "no" if all(answers) else "some" if any(answers) else "yes"
 
 
 def test_the_table_is_what_the_backends_say():
-    names = ("triton", "torch", "numpy", "reference")
+    names = ("triton", "cupy", "torch", "numpy", "reference")
     backends = [backend for backend in registry.known().values() if backend.name in names]
     lines = ["| | " + " | ".join(f"`{backend.name}`" for backend in backends) + " |"]
     lines.append("|---" * (1 + len(backends)) + "|")
     kinds = [
         ", ".join(kind if automatic else f"{kind}, when named" for kind, automatic in backend.arrays.items())
-        + (" on CUDA" if backend.name == "triton" else "")
+        + (" on CUDA" if backend.name in GPU else "")
         for backend in backends
     ]
     lines.append("| arrays | " + " | ".join(kinds) + " |")

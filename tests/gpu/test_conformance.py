@@ -1,4 +1,4 @@
-"""Every property on a GPU: Triton's kernels as they are, in segments, and started again; torch.
+"""Every property on a GPU: Triton's kernels as they are, in segments, and started again; CUDA's; torch.
 
 `--all` tries every combination of options, not only every pair of them. Each combination is one case, whose
 kernels Triton compiles and keeps on disk; its parts are there so that several processes compile at a time.
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from linattn import testing
+from linattn import registry, testing
 from linattn.testing.subject import Natives, Result
 from tests.triton.drawing import check, drawn, rows, segmented
 
@@ -19,17 +19,17 @@ pytestmark = pytest.mark.gpu
 
 PARTS = 4
 GRAIN = 64
-MODES = ("triton", "triton in segments", "triton again", "torch")
+MODES = ("triton", "triton in segments", "triton again", "cupy", "cupy on torch", "torch")
 
 
 class OnGpu(testing.BackendSubject):
-    """A backend on CUDA tensors. times: how often a call is made before its result is looked at.
+    """A backend on CUDA arrays. times: how often a call is made before its result is looked at.
 
     What is called again may take a shorter way.
     """
 
-    def __init__(self, name: str, times: int = 1) -> None:
-        super().__init__(name, "torch", "cuda")
+    def __init__(self, name: str, times: int = 1, kind: str = "torch") -> None:
+        super().__init__(name, kind, "cuda")
         self.times = times
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
@@ -58,7 +58,10 @@ class OnGpu(testing.BackendSubject):
 # torch says so when it is asked to fill fresh buffers
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
 def test_property(pytestconfig: pytest.Config, mode: str, name: str, part: int) -> None:
-    of = OnGpu(mode.split()[0], times=4 if mode.endswith("again") else 1)
+    kind = "cupy" if mode == "cupy" else "torch"
+    if mode.startswith("cupy") and (reason := registry.get("cupy").unavailable()):
+        pytest.skip(reason)
+    of = OnGpu(mode.split()[0], times=4 if mode.endswith("again") else 1, kind=kind)
     chosen = rows(of, name, full=pytestconfig.getoption("all_rows", False))[part::PARTS]
     examples = 1 if mode.endswith("segments") else 2
     with segmented(GRAIN) if mode.endswith("segments") else contextlib.nullcontext():

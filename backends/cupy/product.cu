@@ -1,0 +1,388 @@
+// The one product behind every pass, for any CUDA GPU: out_i = scale sum_j (x_i . y_j) L_ij w_j over a state.
+//
+//     forward   x = phi(q)   y = phi(k)   w = v
+//     dq        x = do       y = v        w = phi(k)    GRADIENT
+//     dk        x = v        y = do       w = phi(q)    GRADIENT, REVERSE
+//     dv        x = phi(k)   y = phi(q)   w = do        REVERSE
+//
+// A block of threads holds BE columns of w of one head of one sequence, beside a state [f c] in shared
+// memory. It walks over C tokens at a time: pairs inside them one by one, everything before them through the
+// state. Angles make two of a feature, cos(t theta) and sin(t theta) times it, side by side: of the
+// contracted features (INNER) or of w's (OUTER). Between loading and storing nothing knows of angles, masks
+// and dtypes.
+//
+// Letters: i rows of x and out, j rows of y and w (both C a block); d contracted features, f with their parts
+// (C at a time); e features of w, c with their parts. Upper case is a size; a trailing [i f] is a shape.
+#include "arguments.cuh"
+#include "common.cuh"
+#include "rows.cuh"
+#include "state.cuh"
+
+#ifdef __CUDACC__
+extern __shared__ char shared_memory[];
+#endif
+
+// One block of threads: what it works on, and where that lies.
+template <class O> struct Block {
+  typedef O Flags;
+  typedef typename O::T T;
+  typedef typename O::A A;
+  typedef typename Wide<T>::type S;
+  static constexpr int C = O::C, BE = O::BE, THREADS = threads_of(C, BE);
+  static constexpr int V = 16 / sizeof(A), PITCH = C + V, W_PITCH = BE + V;
+  static constexpr int COLUMNS = C * BE / THREADS / 4, PAIRS = C * C / THREADS / 4;  // of a thread's 4 rows
+  static constexpr int WARPS = BE / (8 * COLUMNS);                                   // side by side
+  static constexpr int WIDTH = COLUMNS < V ? COLUMNS : V;                            // columns read at once
+
+  static constexpr int ALL_XY = C * C / V / THREADS, ROWS_XY = ALL_XY < 4 ? ALL_XY : 4;  // at once
+  static constexpr int ROWS_W = C * BE / V / THREADS;
+
+  typedef Piece<T, V> Line;  // V features of a row as they lie in memory
+
+  const Arguments& a;
+  const bool INNER = O::ANGLES == 1 || (O::ANGLES == 2 && !O::GRADIENT);
+  const bool OUTER = O::ANGLES == 2 && O::GRADIENT;
+  const bool PAIRED = O::OUTPUT && !O::TOTAL, ADDS = !(O::OUTPUT && O::TOTAL);  // ADDS: y and w, to the state
+  const int parts = INNER ? 2 : 1, w_parts = OUTER ? 2 : 1;
+  const int D = a.D, contracted = D + (O::EXTRA ? 1 : 0), F = parts * contracted, ROWS = (F + 3) / 4 * 4;
+  const int E = a.E, SLICE = BE / w_parts, slices = (E + SLICE - 1) / SLICE;
+
+  const int slice = blockIdx.x % slices;
+  const int h = blockIdx.x / slices % (int)a.H, s = blockIdx.x / slices / (int)a.H;
+  int64_t row = s, begin = 0, tokens = !O::OUTPUT ? a.M : !PAIRED || a.N > a.M ? a.N : a.M;
+  int64_t t = 0;  // the first of `here` tokens of this step
+  int here = 0, here_x = 0, here_y = 0;  // fewer of x or of y, where their lengths differ
+
+  const int thread = threadIdx.x, tx = thread % 8, ty = thread / 8 % 4;
+  const int first_row = thread / 32 / WARPS * 16, warp_column = thread / 32 % WARPS;
+  const int first_column = warp_column * 8 * COLUMNS + tx * WIDTH, first_pair = warp_column * 8 * PAIRS + tx;
+  // A thread loads and stores V features: of x and y from c_d on, of w and out from e on.
+  const int D_GROUPS = C / parts / V, c_d = thread % D_GROUPS * V;
+  const int E_GROUPS = SLICE / V, c_e = thread % E_GROUPS * V, e = slice * SLICE + c_e;
+  uint64_t e_step[V];      // OUTER: their angles,
+  double torque[V] = {};   // and what turns them
+  const double g = O::DECAY == 1 ? summable(((const S*)a.log_decay)[h * a.g_h]) : 0;
+
+  A* const X = (A*)shared_memory;    // [i f], then pairs [i j]
+  A* const Y = X + C * PITCH;        // [j f]
+  A* const W = Y + C * PITCH;        // [j c], then out
+  A* const state = W + C * W_PITCH;  // [f c]
+  A* const z = state + ROWS * BE;    // [f]
+  A* const near = z + ROWS;          // [i]: the decay from the state to a token
+  A* const far = near + C;           // [j]: and from a token to the state
+  A* const factor = far + C;         // [j]: of the gradient of the output
+  A* const cosine = factor + C;      // [j]: of one angle for all
+  A* const sine = cosine + C;
+  A* const share = sine + C;         // one number a thread; in front what sums of weights come to [i]
+  A* const extra = share;            // [j]: no pass has both
+  Sum* const room = (Sum*)(share + THREADS);        // [2 C]: sums of log decays, and room to form them
+  int* const shown = (int*)(room + 2 * C);          // [C]: whether a token is there, and the mask shows it
+  const Sum* sums = room;
+
+  __device__ __forceinline__ explicit Block(const Arguments& arguments) : a(arguments) {
+    const int64_t* borders = (const int64_t*)a.borders;
+    const int64_t all = tokens;  // borders that make no sense are cut to it
+    if (O::BORDERS == 1) tokens = clamped(borders[s], 0, all);
+    if (O::BORDERS == 2) {
+      row = 0;
+      begin = clamped(borders[s], 0, all);
+      tokens = clamped(borders[s + 1], begin, all) - begin;
+    }
+    if (a.slots) {
+      const int64_t slot = ((const int64_t*)a.slots)[s];
+      if (slot < 0 || slot >= a.pool) tokens = 0;  // padding
+    }
+    UNROLL for (int v = 0; v < V; ++v) e_step[v] = OUTER && e + v < E ? step_of(e + v, E) : 0;
+  }
+
+  static __device__ __forceinline__ A wide(const void* from, int64_t at) { return (A)((const S*)from)[at]; }
+  __device__ __forceinline__ int64_t line(int i, int64_t count) const {  // of arrays [B count H]
+    return (row * count + begin + t + i) * a.H + h;
+  }
+  __device__ __forceinline__ uint64_t step_of(int feature, int features) const {
+    return fraction(O::ANGLES == 1 ? a.angle : ((const double*)a.theta)[h * features + feature]);
+  }
+  __device__ __forceinline__ Rows<T> rows(void* array, int64_t b, int64_t n, int64_t head, int64_t d) const {
+    const bool together = d == 1 && ((uint64_t)array | (b | n | head) * sizeof(T)) % sizeof(Line) == 0;
+    return {(T*)array + row * b + (begin + t) * n + h * head, n, d, together};
+  }
+  __device__ __forceinline__ bool in_x(int i) const { return O::MASK == 2 ? shown[i] : i < here_x; }
+  __device__ __forceinline__ bool in_y(int j) const { return O::MASK == 1 ? shown[j] : j < here_y; }
+
+  __device__ __forceinline__ void enter(int64_t step) {
+    t = step * C;
+    here = (int)clamped(tokens - t, 0, C);
+    here_x = (int)clamped(a.N - begin - t, 0, here);
+    here_y = (int)clamped(a.M - begin - t, 0, here);
+  }
+
+  // What belongs to the tokens of a step, whichever feature.
+  __device__ __forceinline__ void know_tokens() {
+    __syncthreads();
+    const int i = thread;
+    if (i < C) {
+      const int in_do = O::DO == 1 ? here_x : here_y, in_keys = O::MASK == 2 ? here_x : here_y;
+      if (O::MASK) shown[i] = i < in_keys && ((const bool*)a.mask)[row * a.mask_b + (begin + t + i) * a.mask_n];
+      if (O::DO && i < in_do) {
+        const A den = a.den ? wide(a.den, line(i, O::DO == 1 ? a.N : a.M)) : 1;
+        factor[i] = (A)a.do_scale / (a.den && den <= (A)a.eps ? (A)a.eps : den);
+      }
+      if (O::EXTRA == 1 ? O::OUTPUT : O::EXTRA && ADDS)
+        extra[i] = i < (O::EXTRA == 1 ? here_x : here_y) ? wide(a.extra, (row * a.H + h) * a.extra_n + begin + t + i) : A(0);
+      if (O::EXTRA && O::DO) extra[i] *= (A)a.do_scale;
+      if (O::ANGLES == 1) cos_sin(step_of(0, 0) * (t + i + 1), cosine + i, sine + i);
+      if (O::DECAY == 1) {
+        const int before = i + 1, after = i < here ? here - 1 - i : 0;
+        near[i] = exponential((A)(g * (O::REVERSE ? after : before)));
+        far[i] = exponential((A)(g * (O::REVERSE ? before : after)));
+      }
+      if (O::DECAY == 2) {
+        const S* log_decay = (const S*)a.log_decay + row * a.g_b + (begin + t) * a.g_n + h * a.g_h;
+        const double one = i < here ? summable(log_decay[i * a.g_n]) : 0, grain = grained(one);
+        room[i] = {grain, one - grain};
+      }
+    }
+    if (O::DECAY == 2) {
+      Sum *from = room, *to = room + C;
+      for (int reach = 1; reach < C; reach *= 2) {
+        __syncthreads();
+        if (i < C) to[i] = i < reach ? from[i] : Sum{from[i].grains + from[i - reach].grains, from[i].rest + from[i - reach].rest};
+        Sum* const swap = from;
+        from = to, to = swap;
+      }
+      sums = from;
+    }
+    __syncthreads();
+    if (O::DECAY == 2 && i < C) {
+      const A before = exponential((A)(sums[i].grains + sums[i].rest)), after = exponential((A)span(i, C - 1));
+      near[i] = O::REVERSE ? after : before;
+      far[i] = O::REVERSE ? before : after;
+    }
+  }
+
+  // What log decays come to from behind a token up to a later one.
+  __device__ __forceinline__ double span(int early, int late) const {
+    return fmin((sums[late].grains - sums[early].grains) + (sums[late].rest - sums[early].rest), 0.0);
+  }
+
+  // The decay between two tokens of a block, one of which sees the other.
+  __device__ __forceinline__ A between(int i, int j) const {
+    const int lag = O::REVERSE ? j - i : i - j;
+    if (O::DECAY == 0 || lag == 0) return 1;
+    if (O::DECAY == 1) return (O::REVERSE ? far : near)[lag - 1];
+    return exponential((A)(O::REVERSE ? span(i, j) : span(j, i)));
+  }
+
+  // The state's part of out, and pairs, as far as these features go; 16 rows skip columns that none of them
+  // sees.
+  __device__ __forceinline__ void read(A (&o)[4][COLUMNS], A (&p)[4][PAIRS], A& weights, int f0) {
+    constexpr int SOME = PAIRS < 4 ? PAIRS : 4;
+    const int count = F - f0 < C ? F - f0 : C;
+    for (int f = 0; f < count; f += V) {
+      A x[4][V], y[SOME][V];
+      along<4>(x, X + (first_row + ty) * PITCH + f, PITCH);
+      tile<WIDTH>(o, x, state + (f0 + f) * BE + first_column, BE);
+      UNROLL for (int group = 0; group < PAIRS; group += SOME) {
+        const int first = (warp_column * PAIRS + group) * 8;
+        if (!PAIRED || (O::REVERSE ? first + 8 * SOME <= first_row : first >= first_row + 16)) continue;
+        along<8>(y, Y + (first_pair + 8 * group) * PITCH + f, PITCH);
+        UNROLL for (int m = 0; m < 4; ++m)
+          UNROLL for (int n = 0; n < SOME; ++n)
+            UNROLL for (int v = 0; v < V; ++v) p[m][group + n] += x[m][v] * y[n][v];
+      }
+    }
+    if (!O::NORMALIZE) return;
+    constexpr int PART = C * C / THREADS;  // a thread adds up a part of a row
+    const int first = thread / C * PART;
+    for (int f = first; f < first + PART && f < count; f += V) {
+      const Piece<A> of_x = *(Piece<A>*)(X + thread % C * PITCH + f), of_z = *(Piece<A>*)(z + f0 + f);
+      UNROLL for (int v = 0; v < V; ++v) weights += of_x.v[v] * of_z.v[v];
+    }
+  }
+
+  // The state goes on to the block's other end.
+  __device__ __forceinline__ void move(int f0) {
+    if (O::DECAY) {
+      for (int i = thread * V; i < C * C; i += THREADS * V) {
+        A* const y = Y + i / C * PITCH + i % C;
+        Piece<A> piece = *(Piece<A>*)y;
+        UNROLL for (int v = 0; v < V; ++v) piece.v[v] = kept(piece.v[v], far[i / C]);
+        *(Piece<A>*)y = piece;
+      }
+      __syncthreads();
+    }
+    const A whole = O::DECAY ? (O::REVERSE ? far : near)[here - 1] : 1;
+    if (O::NORMALIZE && thread < C && f0 + thread < F) {
+      A sum = 0;
+      BATCH for (int j = 0; j < C; ++j) sum += Y[j * PITCH + thread];
+      z[f0 + thread] = kept(z[f0 + thread], whole) + sum;
+    }
+    if (f0 + first_row >= ROWS) return;
+    A sum[4][COLUMNS] = {};
+    BATCH for (int j = 0; j < C; ++j) {
+      A y[4], w[COLUMNS];
+      across<4, V>(y, Y + j * PITCH + first_row + ty * V);
+      across<8, WIDTH>(w, W + j * W_PITCH + first_column);
+      UNROLL for (int m = 0; m < 4; ++m) UNROLL for (int n = 0; n < COLUMNS; ++n) sum[m][n] += y[m] * w[n];
+    }
+    UNROLL for (int m = 0; m < 4; ++m) {
+      const int f = f0 + first_row + m / V * 4 * V + ty * V + m % V;
+      if (f < ROWS) {
+        A old[COLUMNS];
+        across<8, WIDTH>(old, state + f * BE + first_column);
+        UNROLL for (int n = 0; n < COLUMNS; ++n) sum[m][n] += kept(old[n], whole);
+        lay<8, WIDTH>(state + f * BE + first_column, sum[m]);
+      }
+    }
+  }
+
+  // Pairs lie where x was.
+  __device__ __forceinline__ void keep_pairs(const A (&p)[4][PAIRS]) {
+    UNROLL for (int m = 0; m < 4; ++m) {
+      UNROLL for (int n = 0; n < PAIRS; ++n) {
+        const int i = first_row + ty + 4 * m, j = first_pair + 8 * n;
+        const bool seen = O::REVERSE ? j > i : j < i;
+        X[i * PITCH + j] = seen || (i == j && !O::STRICT) ? kept(p[m][n], between(i, j)) : A(0);
+      }
+    }
+  }
+
+  // What sums of weights come to, in front of `share`.
+  __device__ __forceinline__ void divide_by(A weights) {
+    constexpr int PART = C * C / THREADS;
+    const int i = thread % C;
+    if (O::DECAY) weights = kept(weights, near[i]);
+    if (PAIRED)
+      for (int j = thread / C * PART; j < thread / C * PART + PART; ++j) weights += X[i * PITCH + j];
+    share[thread] = weights;
+    __syncthreads();
+    if (thread >= here_x) return;
+    A sum = 0;
+    for (int part = 0; part < THREADS; part += C) sum += share[part + i];
+    S* const partial = (S*)a.partial_den + line(i, a.N);
+    if (O::SUMS == 1 && slice == 0) *partial = (S)sum;
+    if (O::SUMS == 2) sum += (A)*partial;
+    sum *= (A)a.scale;
+    if (O::ROWS && O::SUMS != 1 && slice == 0) ((S*)a.rows)[line(i, a.N)] = (S)sum;
+    share[i] = sum <= (A)a.eps ? (A)a.eps : sum;
+  }
+
+  // From the state so far to results: the pairs' part, then whatever follows feature by feature.
+  __device__ __forceinline__ void finish(A (&o)[4][COLUMNS]) {
+    if (O::DECAY) {
+      UNROLL for (int m = 0; m < 4; ++m)
+        UNROLL for (int n = 0; n < COLUMNS; ++n) o[m][n] = kept(o[m][n], near[first_row + ty + 4 * m]);
+    }
+    if (PAIRED) {
+      const int last = O::REVERSE ? C : first_row + 16;
+      for (int j = O::REVERSE ? first_row : 0; j < last; j += V) {
+        A p[4][V];
+        along<4>(p, X + (first_row + ty) * PITCH + j, PITCH);
+        tile<WIDTH>(o, p, W + j * W_PITCH + first_column, W_PITCH);
+      }
+      __syncthreads();
+    }
+    UNROLL for (int m = 0; m < 4; ++m)
+      lay<8, WIDTH>(W + (first_row + ty + 4 * m) * W_PITCH + first_column, o[m]);
+    Line raw[ROWS_W];
+    if (O::GRADIENT) ask_columns(*this, raw, rows(a.raw, a.raw_b, a.raw_n, a.raw_h, a.raw_d), here_x);
+    __syncthreads();
+    write(raw);
+  }
+
+  __device__ __forceinline__ void write(const Line (&raw)[ROWS_W]) {
+    const Rows<T> out = rows(a.out, a.out_b, a.out_n, a.out_h, a.out_d);
+    UNROLL for (int u = 0; u < ROWS_W; ++u) {
+      const int i = thread / E_GROUPS + u * (THREADS / E_GROUPS);
+      if (i >= C) continue;
+      A* const own = W + i * W_PITCH + c_e * w_parts;
+      A found[V], before[V] = {}, product = 0;
+      UNROLL for (int v = 0; v < V; ++v) found[v] = in_x(i) ? own[v * w_parts] : A(0);
+      if (O::GRADIENT && in_x(i)) map(before, raw[u], E - e, NONE, A(1), A(0));
+      UNROLL for (int v = 0; v < V; ++v) {
+        const A mapped = O::GRADIENT && in_x(i) && e + v < E ? phi(O::FEATURE, before[v]) : A(0);
+        if (OUTER && in_x(i)) {
+          A c, s;
+          cos_sin(e_step[v] * (t + i + 1), &c, &s);
+          const A across = c * own[v * 2 + 1] - s * found[v];
+          found[v] = c * found[v] + s * own[v * 2 + 1];
+          if (O::TURN && e + v < E) torque[v] += (double)(t + i + 1) * mapped * across * a.scale;
+        }
+        if (O::ROWS && e + v < E && in_x(i)) product += mapped * found[v];
+      }
+      if (O::GRADIENT && O::ROWS) own[0] = product * (A)a.scale;
+      if (i >= here_x) continue;
+      S* const partial = (S*)a.partial + line(i, a.N) * E + e;
+      UNROLL for (int v = 0; v < V; ++v) {
+        if (O::SUMS == 1 && e + v < E) partial[v] = (S)found[v];
+        if (O::SUMS == 2 && e + v < E) found[v] += (A)partial[v];
+        found[v] *= (A)a.scale;
+        if (O::NORMALIZE) found[v] /= share[i];
+        if (O::GRADIENT && O::FEATURE) found[v] *= slope(O::FEATURE, before[v]);
+      }
+      if (O::SUMS == 1) continue;
+      give(out, i, e, E - e, found);
+    }
+    if (O::GRADIENT && O::ROWS) {
+      __syncthreads();
+      if (thread >= here_x) return;
+      A sum = 0;
+      for (int c = 0; c < SLICE; c += V) sum += W[thread * W_PITCH + c * w_parts];
+      ((S*)a.rows)[slice * a.B * a.N * a.H + line(thread, a.N)] = (S)sum;
+    }
+  }
+
+  __device__ __forceinline__ void write_turn() {
+    double* const all = (double*)shared_memory;  // [V threads], where x was
+    UNROLL for (int v = 0; v < V; ++v) all[v * THREADS + thread] = torque[v];
+    __syncthreads();
+    if (thread >= E_GROUPS) return;
+    UNROLL for (int v = 0; v < V; ++v) {
+      double sum = 0;
+      for (int i = thread; i < THREADS; i += E_GROUPS) sum += all[v * THREADS + i];
+      if (e + v < E) ((double*)a.turn)[(s * a.H + h) * E + e + v] = sum;
+    }
+  }
+};
+
+// Read the state, go through the tokens block by block, write the state.
+template <class O> __global__ void
+__launch_bounds__(threads_of(O::C, O::BE), blocks_of(sizeof(typename O::A), threads_of(O::C, O::BE)))
+product(Arguments a) {
+  typedef typename O::A A;
+  Block<O> block(a);
+  constexpr int C = O::C;
+  read_state(block);
+  const int64_t steps = (block.tokens + C - 1) / C;
+  for (int64_t done = 0; done < steps; ++done) {
+    typename Block<O>::Line x[Block<O>::ROWS_XY], y[Block<O>::ROWS_XY], w[Block<O>::ROWS_W];
+    block.enter(O::REVERSE ? steps - 1 - done : done);
+    ask_xy(block, x, y, 0, 0);
+    if (block.ADDS) ask_columns(block, w, block.rows(a.w, a.w_b, a.w_n, a.w_h, a.w_d), block.here_y);
+    block.know_tokens();
+    A o[4][Block<O>::COLUMNS] = {}, p[4][Block<O>::PAIRS] = {}, weights = 0;
+    if (block.ADDS) put_w(block, w);
+    for (int f0 = 0; f0 < block.F; f0 += C) {
+      if (f0) __syncthreads();
+      for (int first = 0; first * block.parts < Block<O>::ALL_XY; first += Block<O>::ROWS_XY) {
+        if (f0 || first) ask_xy(block, x, y, f0, first);
+        put_xy(block, x, y, f0, first);
+      }
+      __syncthreads();
+      if (O::OUTPUT) {
+        block.read(o, p, weights, f0);
+        __syncthreads();
+      }
+      if (block.ADDS && (done + 1 < steps || a.final || a.final_z)) block.move(f0);
+    }
+    if (O::OUTPUT) {
+      if (block.PAIRED) block.keep_pairs(p);
+      __syncthreads();
+      if (O::NORMALIZE) block.divide_by(weights);
+      block.finish(o);
+    }
+  }
+  __syncthreads();
+  write_state(block);
+  if (O::TURN) block.write_turn();
+}

@@ -1,0 +1,24 @@
+// The decode step as a library for the CPU: one compilation for every combination of flags.
+#include "host.hpp"
+
+#define __shared__ static
+#include "decode.cu"
+
+template <class T_, int W_> struct HostChoice {
+  typedef T_ T;
+  static constexpr int THREADS = 256, W = W_, LANES = 256 / W_, AT_ONCE = 2, WIDEST = 256;
+  static inline int FEATURE, ANGLES, DECAY, NORMALIZE;
+};
+
+template <class O> static void body(const void* arguments) { decode<O>(*(const Step*)arguments); }
+
+template <class O> static void run(const void* arguments, const int64_t* flags, int64_t grid) {
+  O::FEATURE = (int)flags[0], O::ANGLES = (int)flags[1], O::DECAY = (int)flags[2], O::NORMALIZE = (int)flags[3];
+  for (int64_t i = 0; i < grid; ++i) {
+    blockIdx.x = (int)i;
+    fibers::block(O::THREADS, 0, body<O>, arguments);
+  }
+}
+
+extern "C" void decode_f32(const void* a, const int64_t* flags, int64_t grid) { run<HostChoice<float, 1>>(a, flags, grid); }
+extern "C" void decode_f64(const void* a, const int64_t* flags, int64_t grid) { run<HostChoice<double, 1>>(a, flags, grid); }

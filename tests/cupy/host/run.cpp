@@ -1,0 +1,44 @@
+// The kernels as a library for the CPU: one compilation for every combination of flags.
+#include "host.hpp"
+
+#include "product.cu"
+
+// A kernel's options with flags that are set when it is called.
+template <class T_, class A_> struct HostOptions {
+  typedef T_ T;
+  typedef A_ A;
+  static constexpr int C = 32, BE = 16;
+  static inline int FEATURE, ANGLES, DECAY, REVERSE, STRICT, GRADIENT, NORMALIZE, EXTRA;
+  static inline int MASK, BORDERS, TOTAL, OUTPUT, SUMS, ROWS, TURN, DO;
+
+  static void set(const int64_t* flags) {
+    int* const all[] = {&FEATURE, &ANGLES,  &DECAY, &REVERSE, &STRICT, &GRADIENT, &NORMALIZE, &EXTRA,
+                        &MASK,    &BORDERS, &TOTAL, &OUTPUT,  &SUMS,   &ROWS,     &TURN,      &DO};
+    for (int* flag : all) *flag = (int)*flags++;
+  }
+};
+
+template <class O> static void body(const void* arguments) { product<O>(*(const Arguments*)arguments); }
+
+template <class T, class A> static void run(const Arguments* arguments, const int64_t* flags, int64_t grid) {
+  typedef HostOptions<T, A> O;
+  O::set(flags);
+  const int64_t parts = O::ANGLES == 1 || (O::ANGLES == 2 && !O::GRADIENT) ? 2 : 1;
+  const int64_t shared = shared_bytes(sizeof(A), O::C, O::BE, parts * (arguments->D + (O::EXTRA ? 1 : 0)));
+  for (int64_t i = 0; i < grid; ++i) {
+    blockIdx.x = (int)i;
+    fibers::block(threads_of(O::C, O::BE), shared, body<O>, arguments);
+  }
+}
+
+extern "C" void product_f32(const Arguments* a, const int64_t* flags, int64_t grid) {
+  run<float, float>(a, flags, grid);
+}
+extern "C" void product_f64(const Arguments* a, const int64_t* flags, int64_t grid) {
+  run<double, double>(a, flags, grid);
+}
+extern "C" void product_f32_f64(const Arguments* a, const int64_t* flags, int64_t grid) {
+  run<float, double>(a, flags, grid);
+}
+extern "C" int64_t arguments_size() { return sizeof(Arguments); }
+extern "C" int64_t shared_bytes_of(int64_t size, int64_t C, int64_t BE, int64_t F) { return shared_bytes(size, C, BE, F); }

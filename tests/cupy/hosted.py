@@ -1,0 +1,89 @@
+"""The CUDA kernels on the CPU: compiled by a host compiler, threads as fibers, on NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from linattn.arrays import Array
+from linattn.backends.cupy import CupyBackend, sources
+from linattn.backends.cupy.launch import Blocks, Room
+
+HOST = Path(__file__).parent / "host"
+LIBRARIES = {"product.cu": "run.cpp", "between.cu": "between.cpp", "decode.cu": "decode.cpp"}
+COMPILER = shutil.which("g++")
+CHANGES: dict[str, tuple[str, str]] = {}
+"""Of files: what a test puts in the place of what."""
+SHORT = {"float": "f32", "double": "f64"}
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """The kernels of a source, compiled once for every process that finds them."""
+    assert COMPILER is not None
+    parts = [HOST / LIBRARIES[name], HOST / "host.hpp"]
+    text = sources.text(name) + "".join(part.read_text(encoding="utf-8") for part in parts)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / "linattn-host"
+    folder.mkdir(exist_ok=True)
+    made = folder / f"{name}-{digest}.so"
+    if not made.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            copy = Path(place)
+            for source in sources.FOLDER.glob("*.cu*"):
+                right, wrong = CHANGES.get(source.name, ("", ""))
+                content = source.read_text(encoding="utf-8")
+                (copy / source.name).write_text(content.replace(right, wrong) if right else content, "utf-8")
+            new = copy / made.name
+            command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-I", str(copy)]
+            subprocess.run([*command, "-o", str(new), str(parts[0])], check=True)
+            new.replace(made)
+    return ctypes.CDLL(str(made))
+
+
+class Host:
+    """Starts kernels on the CPU, one block after the other."""
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []  # that were started
+
+    def __call__(
+        self, file: str, kernel: str, arguments: bytes, grid: int, threads: int, shared: int, like: Array
+    ) -> None:
+        self.kernels.append(kernel)
+        name, *words = re.findall(r"\w+", kernel.replace("Options", ""))
+        dtypes = [SHORT[word] for word in words if word in SHORT]
+        numbers = [int(word) for word in words if word.isdigit()]
+        if file == "product.cu":
+            assert (numbers[0], numbers[1]) == (32, 16)
+            numbers = numbers[2:]
+        if file == "decode.cu":
+            layout = sources.fields(file, "Step")
+            _, wide, lanes, *_ = numbers
+            values = struct.unpack("<" + "".join(code for _, code in layout), arguments)
+            e = values[[field for field, _ in layout].index("E")]
+            grid //= -(-e // (lanes * wide))  # here a block has all columns
+            numbers = numbers[5:]
+        kinds = dtypes if len(set(dtypes)) > 1 else dtypes[:1]
+        start = getattr(library(file), "_".join([name, *kinds]))
+        flags = (ctypes.c_int64 * len(numbers))(*numbers)
+        start(arguments, flags, ctypes.c_int64(grid))
+
+    def multiprocessors(self, like: Any) -> int:
+        return 8
+
+    def room(self, like: Any) -> Room:
+        return Room(1 << 18, (Blocks(32, 16),))
+
+
+def hosted() -> CupyBackend:
+    """The backend on NumPy arrays."""
+    return CupyBackend(runner=Host(), arrays={"numpy": False})

@@ -1,0 +1,107 @@
+"""The CUDA sources compile, without a GPU, to kernels that fit: NVRTC for what calls would start."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from linattn.backends.cupy import sources
+from tests.cupy.recorded import COSFORMER, Kernel, decays, kernels, lrpe
+
+pathfinder = pytest.importorskip("cuda.pathfinder", reason="NVRTC is part of the development tools on Linux")
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is part of the development tools on Linux")
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+class Resources(NamedTuple):
+    registers: int
+    spilled: int  # bytes, stores and loads
+    shared: int
+
+
+def checked(answer: Any) -> Any:
+    error, *found = answer
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, error
+    return found[0] if found else None
+
+
+@functools.cache
+def compiled(file: str, name: str, architecture: str) -> Resources:
+    """Compile one instantiation, as CuPy does."""
+    program = checked(nvrtc.nvrtcCreateProgram(sources.text(file).encode(), file.encode(), 0, [], []))
+    checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
+    include = pathfinder.find_nvidia_header_directory("cudart")
+    options = [*sources.OPTIONS, f"-arch={architecture}", f"-I{include}", "--ptxas-options=-v"]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+    checked(nvrtc.nvrtcGetProgramLog(program, log))
+    text = log.decode()
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, text
+    registers = re.search(r"Used (\d+) registers", text)
+    assert registers is not None, text
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    shared = re.search(r"(\d+) bytes smem", text)
+    return Resources(
+        int(registers[1]), 0 if spills is None else int(spills[1]) + int(spills[2]),
+        0 if shared is None else int(shared[1]),
+    )  # fmt: skip
+
+
+USUAL: dict[str, dict[str, Any]] = {
+    "float32": {"log_decay": decays(), "decode": True},
+    "float64": {"dtype": np.float64, "log_decay": decays(), "gradients": False},
+    "bfloat16": {
+        "dtype": BFLOAT16, "log_decay": np.full((2, 100, 3), -0.1), "feature_map": "elu+1", "gradients": False
+    },
+    "float16": {"dtype": np.float16, **COSFORMER, "gradients": False, "decode": True},
+}  # fmt: skip
+MANY: dict[str, dict[str, Any]] = {
+    f"{np.dtype(dtype).name} {name}": {"dtype": dtype, **options}
+    for dtype in (np.float32, np.float64, np.float16, BFLOAT16)
+    for name, options in {
+        "head": {"log_decay": decays(), "state": True, "decode": True},
+        "token": {"log_decay": np.full((2, 100, 3), -0.1), "feature_map": "elu+1"},
+        "cosformer": COSFORMER | {"state": True, "decode": True},
+        "lrpe": lrpe() | {"state": True, "decode": True},
+        "two": COSFORMER | {"causal": False, "log_decay": decays()},
+        "total": COSFORMER | {"causal": False, "key_mask": np.ones((2, 100), bool)},
+        "packed": {"cu_seqlens": np.array([0, 30, 100]), "b": 1, "log_decay": decays()},
+        "lengths": {"lengths": np.array([30, 100]), "log_decay": decays()},
+    }.items()
+}
+
+
+ALLOWED = 512
+"""Bytes that a thread of the product may spill where two blocks of 256 share a multiprocessor's registers."""
+
+
+def crowded(kernel: Kernel) -> bool:
+    return kernel.file == "product.cu" and kernel.threads == 256 and "double" not in kernel.name
+
+
+def check(found: list[Kernel], architecture: str) -> None:
+    assert found
+    for one in dict.fromkeys(found):
+        resources = compiled(one.file, one.name, architecture)
+        assert resources.spilled <= (ALLOWED if crowded(one) else 0), (one.name, resources)
+        assert resources.registers * one.threads <= 65536, (one.name, resources)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", USUAL)
+def test_usual_kernels_compile(name: str, architecture: str) -> None:
+    check(kernels(**USUAL[name]), architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", MANY)
+def test_every_kernel_compiles(name: str, architecture: str) -> None:
+    check(kernels(**MANY[name]), architecture)

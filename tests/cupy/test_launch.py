@@ -1,0 +1,125 @@
+"""From a call to launches, without a GPU: what they look like, what they are told, what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import linattn
+from linattn import registry
+from linattn.backends.cupy import CupyBackend, launch, memory, sources
+from linattn.backends.cupy.launch import Blocks, Room
+from linattn.cli.explain import describe
+from linattn.errors import UnsupportedError
+from tests.cupy.hosted import COMPILER, library
+from tests.cupy.recorded import COSFORMER, H200, Recorder, decays, kernels, lrpe
+
+FILES = ("product.cu", "between.cu", "decode.cu")
+SMALL = Room(96 * 1024)  # what compute capability 7.0 has
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_source_is_one_text(file: str) -> None:
+    """CuPy's cache looks at the text alone: what it includes must be in it."""
+    text = sources.text(file)
+    assert '#include "' not in text
+    assert "#pragma once" not in text
+    assert text.count("enum Feature") == 1
+
+
+@pytest.mark.skipif(COMPILER is None, reason="g++ says how large a struct is")
+def test_arguments_are_packed_as_the_kernel_reads_them() -> None:
+    packed = sources.packed("product.cu", "Arguments", {"eps": 0.5, "x": 7})
+    assert len(packed) == library("product.cu").arguments_size()
+    assert np.frombuffer(packed[-8:]) == 0.5
+    assert np.frombuffer(packed[:8], np.int64) == 7
+
+
+@pytest.mark.skipif(COMPILER is None, reason="g++ evaluates the formula of the source")
+def test_shared_memory_is_counted_as_the_kernel_counts_it() -> None:
+    count = library("product.cu").shared_bytes_of
+    count.restype = ctypes.c_int64
+    for blocks, size, f in itertools.product(launch.CHOICES, (4, 8), (1, 33, 64, 512)):
+        sizes = (size, blocks.c, blocks.columns, f)
+        assert blocks.shared(size, f) == count(*(ctypes.c_int64(x) for x in sizes))
+
+
+def test_every_size_of_features_fits_everywhere() -> None:
+    """Up to 256, where a block of threads may have 96 KB; a backward pass of LRPE computes in float64."""
+    for dtype, d, e in itertools.product(
+        ("float32", "bfloat16", "float64"), (1, 17, 64, 128, 256), (1, 64, 256)
+    ):
+        for reweight in (None, "cosine", "lrpe"):
+            plain = describe((2, 8, 3, d), value_dim=e)
+            problem = replace(
+                plain, dtype=dtype, reweight=reweight, normalize=True, needs_grad=True, max_len=64
+            )
+            wide = 2 * max(d, e) > 256 and reweight is not None and (dtype == "float64" or reweight == "lrpe")
+            assert (launch.too_large(problem, SMALL) is None) or wide, problem
+            assert launch.too_large(problem, H200) is None, problem
+
+
+def test_what_has_no_place_is_refused_before_any_work() -> None:
+    runner = Recorder(Room(1 << 14))
+    backend = CupyBackend(runner=runner, arrays={"numpy": False})
+    x = np.ones((1, 4, 2, 64))
+    with pytest.raises(UnsupportedError, match="need more than the 16 KB of shared memory"):
+        linattn.attention(x, x, x, backend=backend)
+    assert not runner.kernels
+
+
+def test_blocks_are_no_wider_than_their_columns() -> None:
+    assert H200.blocks(4, 64, 64) == Blocks(64, 64)
+    assert H200.blocks(4, 64, 32) == Blocks(64, 32)
+    assert H200.blocks(4, 64, 5) == Blocks(32, 16)
+    assert SMALL.blocks(8, 256, 64) == Blocks(32, 32)
+    assert Room(1000).blocks(4, 64, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"log_decay": decays()}, 5),  # forward; dq, dk, dv; suffixes of decays
+        (COSFORMER, 5),  # forward; the denominator's gradient; dq, dk, dv
+        (COSFORMER | {"causal": False}, 8),  # state, forward; denominator; two states, dq, dk, dv
+        (lrpe() | {"causal": False}, 9),  # two directions of forward, dq, dk, dv; suffixes
+    ],
+    ids=["causal", "cosformer", "not causal", "both directions"],
+)
+def test_passes_are_few_launches(options: dict[str, Any], count: int) -> None:
+    assert len(kernels(**options)) == count
+
+
+def test_a_launch_covers_every_head_and_column() -> None:
+    (found,) = kernels(b=2, h=3, d=64, e=100, gradients=False)
+    assert (found.grid, found.threads) == (2 * 3 * 2, 256)
+    assert found.shared <= H200.shared
+
+
+def test_memory_is_described_for_arrays_of_any_library() -> None:
+    torch = pytest.importorskip("torch")
+    x = np.arange(24.0).reshape(2, 3, 4)[:, ::-1]
+    assert memory.strides(x) == (12, -4, 1)
+    assert memory.address(x) == x.ctypes.data
+    t = torch.arange(24.0).reshape(2, 3, 4).transpose(0, 2)
+    assert memory.strides(t) == (1, 4, 12)
+    assert memory.address(t) == t.data_ptr()
+    assert memory.address(None) == 0
+    assert memory.dense(x, "float64").flags.c_contiguous
+    assert memory.dense(t, "float64").dtype == torch.float64
+
+
+def test_a_machine_without_cupy_says_so() -> None:
+    reason = registry.get("cupy").unavailable()
+    assert reason is not None
+    assert reason.startswith(("cupy is not installed", "no CUDA device", "NVRTC"))
+
+
+def test_arrays_on_the_cpu_are_refused() -> None:
+    problem = describe((2, 8, 3, 4), kind="torch", device="cpu")
+    assert registry.get("cupy").unsupported(problem) == "takes arrays on CUDA devices, got cpu"
