@@ -66,7 +66,7 @@ template <class A> __device__ __forceinline__ A slope(int feature, A x) {
 // An angle as a 64-bit fraction of a turn: whole turns drop out of any multiple of it. It is divided by 2 pi in twice
 // the precision, as a long sequence multiplies what is lost.
 __device__ __forceinline__ uint64_t fraction(double radians) {
-  const double turns = radians * 0.15915494309189535;
+  const double turns = __dmul_rn(radians, 0.15915494309189535);  // rounded: the rest is what that leaves out
   const double rest = fma(radians, 0.15915494309189535, -turns) + radians * -9.839338337591243e-18;
   const double part = turns - floor(turns + 0.5);  // [-0.5, 0.5), exactly
   return (uint64_t)(int64_t)(part * 18446744073709551616.0) + (uint64_t)(int64_t)(rest * 18446744073709551616.0);

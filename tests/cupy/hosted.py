@@ -20,6 +20,8 @@ from linattn.backends.cupy.launch import Blocks, Room
 HOST = Path(__file__).parent / "host"
 LIBRARIES = {"product.cu": "run.cpp", "between.cu": "between.cpp", "decode.cu": "decode.cpp"}
 COMPILER = shutil.which("g++")
+FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+"""With sums and products joined, as CUDA's compiler joins them."""
 CHANGES: dict[str, tuple[str, str]] = {}
 """Of files: what a test puts in the place of what."""
 SHORT = {"float": "f32", "double": "f64"}
@@ -43,8 +45,8 @@ def library(name: str) -> ctypes.CDLL:
                 content = source.read_text(encoding="utf-8")
                 (copy / source.name).write_text(content.replace(right, wrong) if right else content, "utf-8")
             new = copy / made.name
-            command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-I", str(copy)]
-            subprocess.run([*command, "-o", str(new), str(parts[0])], check=True)
+            command = [COMPILER, *FLAGS, "-I", str(copy), "-o", str(new), str(parts[0])]
+            subprocess.run(command, check=True)
             new.replace(made)
     return ctypes.CDLL(str(made))
 
