@@ -123,7 +123,7 @@ def _rows(call: Call, like: Array, e: int, extra: bool, wanted: bool, angles: bo
     if not wanted:
         return None
     found = plan(
-        call.problem, call.run.room(like), e, like.shape[3], gradient=True, extra=extra,
+        call.problem.reweight, call.run.room(like), e, like.shape[3], gradient=True, extra=extra,
         acc="float64" if angles else call.acc,
     )  # fmt: skip
     assert found is not None

@@ -11,7 +11,8 @@ struct Quotient {
   double eps;
 };
 
-// Of a quotient o = num / max(den, eps): out [B H N] = -(do . o) / den, or 0 where the clamp acts. A thread a row.
+// Of a quotient o = num / max(den, eps): out [B H N] = -(do . o) / den, or 0 where the clamp acts.
+// A thread a row.
 template <class T> __global__ void denominator_gradient(Quotient a) {
   typedef typename Wide<T>::type S;
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
@@ -32,14 +33,11 @@ struct Suffixes {
   int64_t B, N, M, H, S;
 };
 
-// The gradient of log decays: of each token the sum of everything that passes it, from the sequence's end on, in
-// float64. plus [slices B N H] and minus [slices B M H]: phi(q) . dq and phi(k) . dk; end [S H] float64: what the
-// final state adds, or null. out: S [B N H], or float64 [S H] summed over tokens if decays are per head.
-// A block of threads a sequence and head.
-// Where a sequence's tokens begin, and how many there are of `longest` at most; borders that make no sense are cut.
-// BORDERS: 1 lengths, 2 sequences back to back.
+// Where a sequence's tokens begin, and how many there are of `longest` at most; borders that make no sense are
+// cut. BORDERS: 1 lengths, 2 sequences back to back.
 template <int BORDERS>
-__device__ __forceinline__ void sequence_of(int64_t s, const int64_t* borders, int64_t longest, int64_t& begin, int64_t& tokens) {
+__device__ __forceinline__ void sequence_of(
+    int64_t s, const int64_t* borders, int64_t longest, int64_t& begin, int64_t& tokens) {
   begin = 0, tokens = longest;
   if (BORDERS == 1) tokens = clamped(borders[s], 0, longest);
   if (BORDERS == 2) {
@@ -48,6 +46,10 @@ __device__ __forceinline__ void sequence_of(int64_t s, const int64_t* borders, i
   }
 }
 
+// The gradient of log decays: of each token the sum of everything that passes it, from the sequence's end on,
+// in float64. plus [slices B N H] and minus [slices B M H]: phi(q) . dq and phi(k) . dk; end [S H] float64: what
+// the final state adds, or null. out: S [B N H], or float64 [S H] summed over tokens if decays are per head.
+// A block of threads a sequence and head.
 template <class S, int PER_TOKEN, int BORDERS> __global__ void suffix_sums(Suffixes a) {
   __shared__ double sums[2][THREADS], all;
   const int64_t h = blockIdx.x % a.H, s = blockIdx.x / a.H;
@@ -77,7 +79,8 @@ template <class S, int PER_TOKEN, int BORDERS> __global__ void suffix_sums(Suffi
     const double passed = carry + sums[side][threadIdx.x];
     const bool real = n < tokens;
     const S* const g = (const S*)a.log_decay + row * a.g_b + (real ? at : 0) * a.g_n + h * a.g_h;
-    const double found = real && exponential(*g) > 0 ? passed : 0;  // where the factor is 0, so is its derivative
+    // where the factor is 0, so is its derivative
+    const double found = real && exponential(*g) > 0 ? passed : 0;
     if (PER_TOKEN && real) ((S*)a.out)[(row * a.N + at) * a.H + h] = (S)found;
     __syncthreads();
     if (threadIdx.x == 0) all = carry + sums[side][0];
@@ -101,13 +104,14 @@ struct Rows {
   int64_t S, F, pool, N;
 };
 
-// What a pass over rows of a pool leaves to do when all of it is over: z [pool F] from [S F] if there is one, and the
-// tokens that rows have seen. A block of threads a sequence.
+// What a pass over rows of a pool leaves to do when all of it is over: z [pool F] from [S F] if there is one,
+// and the tokens that rows have seen. A block of threads a sequence.
 template <class S, int BORDERS> __global__ void keep_rows(Rows a) {
   const int64_t s = blockIdx.x, slot = ((const int64_t*)a.slots)[s];
   if (slot < 0 || slot >= a.pool) return;  // padding
   if (a.z)
-    for (int64_t f = threadIdx.x; f < a.F; f += THREADS) ((S*)a.z)[slot * a.F + f] = ((const S*)a.from)[s * a.F + f];
+    for (int64_t f = threadIdx.x; f < a.F; f += THREADS)
+      ((S*)a.z)[slot * a.F + f] = ((const S*)a.from)[s * a.F + f];
   int64_t begin, tokens;
   sequence_of<BORDERS>(s, (const int64_t*)a.borders, a.N, begin, tokens);
   if (threadIdx.x == 0) ((int64_t*)a.length)[slot] += tokens;

@@ -88,10 +88,12 @@ __device__ __forceinline__ int64_t clamped(int64_t x, int64_t low, int64_t high)
   return x < low ? low : x > high ? high : x;
 }
 
-// A sum of log decays: multiples of 2^-32, which add up exactly, and the rest. Differences of long sums lose nothing.
+// A sum of log decays: multiples of 2^-32, which add up exactly, and the rest. Differences of long sums lose
+// nothing.
 struct Sum {
   double grains, rest;
 };
+__device__ __forceinline__ Sum added(const Sum& a, const Sum& b) { return {a.grains + b.grains, a.rest + b.rest}; }
 __device__ __forceinline__ double grained(double x) { return floor(x * 4294967296.0) * 2.3283064365386963e-10; }
 
 // A log decay that may be -inf, as a number that can be summed and subtracted: e^-800 is 0.

@@ -1,9 +1,9 @@
-// One token of every sequence: its state is read once, moved on by one token, added to, read out, and written back.
+// One token of every sequence: its state is read once, moved on by a token, added to, read out, written back.
 //
 //     C, S <- decay (cos C - sin S, sin C + cos S)      C += phi(k) v^T      o = scale phi(q)^T C
 //
-// A block of threads works on some columns of one head's state: a thread has W of them side by side, in every GROUPS-th
-// row. Bound by the memory that holds the state: many rows are asked for before the first is waited for.
+// A block of threads works on some columns of one head's state: a thread has W of them side by side, in every
+// GROUPS-th row. Bound by the memory that holds the state: many rows are asked for before the first is waited for.
 // Letters: b rows of q, s rows of the state, d features of q and k, e features of v and o.
 #include "common.cuh"
 
@@ -25,8 +25,8 @@ struct Step {
   double scale, eps;
 };
 
-// A constant in two numbers of one sign, neither 0 unless it is: a million steps of it are exact to the state's own
-// rounding, and infinity times it is no NaN.
+// A constant in two numbers of one sign, neither 0 unless it is: a million steps of it are exact to the state's
+// own rounding, and infinity times it is no NaN.
 template <class S> struct Twice;
 template <> struct Twice<float> {
   float high, low;
@@ -47,11 +47,13 @@ template <> struct Twice<double> {
 __device__ __forceinline__ float times(float x, const Twice<float>& c, float rest) {
   return fmaf(x, c.high, fmaf(x, c.low, rest));
 }
-__device__ __forceinline__ double times(double x, const Twice<double>& c, double rest) { return fma(x, c.high, rest); }
+__device__ __forceinline__ double times(double x, const Twice<double>& c, double rest) {
+  return fma(x, c.high, rest);
+}
 
 template <
-    class T_, int THREADS_, int W_, int LANES_, int AT_ONCE_, int WIDEST_, int FEATURE_, int ANGLES_, int DECAY_,
-    int NORMALIZE_>
+    class T_, int THREADS_, int W_, int LANES_, int AT_ONCE_, int WIDEST_, int FEATURE_, int ANGLES_,
+    int DECAY_, int NORMALIZE_>
 struct Choice {
   typedef T_ T;                              // of q, k, v and o
   static constexpr int THREADS = THREADS_;   // of a block
@@ -65,7 +67,8 @@ struct Choice {
 
 // One number of the state, and beside it the other part if there are angles, one token later.
 template <class O, class S>
-__device__ __forceinline__ void advance(S& cosine, S& sine, const Twice<S>& c, const Twice<S>& s, bool forgets, S added) {
+__device__ __forceinline__ void advance(
+    S& cosine, S& sine, const Twice<S>& c, const Twice<S>& s, bool forgets, S added) {
   if (forgets) cosine = added, sine = 0;  // whatever they were, NaN too
   else if (O::ANGLES) {
     const S old = cosine;
@@ -81,7 +84,7 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
   constexpr int THREADS = O::THREADS, W = O::W, LANES = O::LANES, AT_ONCE = O::AT_ONCE, WIDEST = O::WIDEST;
   constexpr int GROUPS = THREADS / LANES, COLUMNS = W * LANES;
   __shared__ S of_q[WIDEST], of_k[WIDEST], found[GROUPS][COLUMNS + 1], sums[THREADS];
-  __shared__ Twice<S> cosines[WIDEST], sines[WIDEST];  // of one step; the first is everybody's unless ANGLES is 2
+  __shared__ Twice<S> cosines[WIDEST], sines[WIDEST];  // of a step; the first is everybody's unless ANGLES is 2
   const int slices = (a.E + COLUMNS - 1) / COLUMNS;
   const int thread = threadIdx.x, slice = blockIdx.x % slices;
   const int64_t h = blockIdx.x / slices % a.H, b = blockIdx.x / slices / a.H;
@@ -89,7 +92,8 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
   const int64_t s = a.slots ? ((const int64_t*)a.slots)[b] : b;
   T* const o = (T*)a.o + (b * a.H + h) * a.E;
   if (s < 0 || s >= a.S) {  // padding
-    for (int c = thread; c < COLUMNS && slice * COLUMNS + c < a.E; c += THREADS) o[slice * COLUMNS + c] = narrowed<T>(0.0f);
+    for (int c = thread; c < COLUMNS && slice * COLUMNS + c < a.E; c += THREADS)
+      o[slice * COLUMNS + c] = narrowed<T>(0.0f);
     return;
   }
   const bool here = e < a.E;  // W divides E

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from linattn.arrays import Array, dtype_name
+from linattn.arrays import Array
 from linattn.backends.cupy import sources
 from linattn.backends.cupy.memory import address, dense, room, strides
 from linattn.problem import Problem
@@ -131,11 +132,12 @@ class Plan:
     slices: int
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(
-    problem: Problem, room: Room, d: int, e: int, *, gradient: bool, extra: bool, acc: str
+    reweight: str | None, room: Room, d: int, e: int, *, gradient: bool, extra: bool, acc: str
 ) -> Plan | None:
     """For d contracted features and e of w; None if they have no place."""
-    angles = ANGLES[problem.reweight]
+    angles = ANGLES[reweight]
     outer = angles == 2 and gradient
     f = (2 if angles and not outer else 1) * (d + extra)
     columns = e * (2 if outer else 1)
@@ -149,10 +151,12 @@ PLACES = ("b", "n", "h", "d")
 def too_large(problem: Problem, room: Room) -> str | None:
     """None if every launch of a call fits, else the sentence that says what does not."""
     d, e, acc = problem.d, problem.e, problem.accumulate
-    fits = plan(problem, room, d, e, gradient=False, extra=False, acc=acc) is not None
+    fits = plan(problem.reweight, room, d, e, gradient=False, extra=False, acc=acc) is not None
     if fits and problem.needs_grad:
         wide = "float64" if problem.reweight == "lrpe" else acc
-        fits = plan(problem, room, e, d, gradient=True, extra=problem.normalize, acc=wide) is not None
+        fits = (
+            plan(problem.reweight, room, e, d, gradient=True, extra=problem.normalize, acc=wide) is not None
+        )
     if fits:
         return None
     most = f"{room.shared // 1024} KB of shared memory"
@@ -197,7 +201,7 @@ def product(
     d, e = y.shape[3], w.shape[3] if out is None else out.shape[3]
     angles, decay = ANGLES[problem.reweight], 0 if total else DECAY[problem.decay]
     found = plan(
-        problem, call.run.room(y), d, e, gradient=gradient, extra=extra_on > 0, acc=acc
+        problem.reweight, call.run.room(y), d, e, gradient=gradient, extra=extra_on > 0, acc=acc
     )  # fmt: skip
     assert found is not None  # `unsupported` has asked
     blocks, grid = found.blocks, problem.sequences * problem.heads * found.slices
@@ -239,6 +243,6 @@ def product(
         values |= {"slots": address(slots), "pool": start.kv.shape[0]}
     if partial is not None:
         values |= {"partial": address(partial[0]), "partial_den": address(partial[1])}
-    kernel = sources.expression("product", (dtype_name(y), acc), numbers, "Options")
+    kernel = sources.expression("product", (problem.dtype, acc), numbers, "Options")
     packed = sources.packed("product.cu", "Arguments", values)
     call.run("product.cu", kernel, packed, grid, blocks.threads, blocks.shared(SIZES[acc], found.f), y)

@@ -122,13 +122,15 @@ template <class O> struct Block {
     const int i = thread;
     if (i < C) {
       const int in_do = O::DO == 1 ? here_x : here_y, in_keys = O::MASK == 2 ? here_x : here_y;
-      if (O::MASK) shown[i] = i < in_keys && ((const bool*)a.mask)[row * a.mask_b + (begin + t + i) * a.mask_n];
+      const int in_extra = O::EXTRA == 1 ? here_x : here_y;
+      if (O::MASK)
+        shown[i] = i < in_keys && ((const bool*)a.mask)[row * a.mask_b + (begin + t + i) * a.mask_n];
       if (O::DO && i < in_do) {
         const A den = a.den ? wide(a.den, line(i, O::DO == 1 ? a.N : a.M)) : 1;
         factor[i] = (A)a.do_scale / (a.den && den <= (A)a.eps ? (A)a.eps : den);
       }
       if (O::EXTRA == 1 ? O::OUTPUT : O::EXTRA && ADDS)
-        extra[i] = i < (O::EXTRA == 1 ? here_x : here_y) ? wide(a.extra, (row * a.H + h) * a.extra_n + begin + t + i) : A(0);
+        extra[i] = i < in_extra ? wide(a.extra, (row * a.H + h) * a.extra_n + begin + t + i) : A(0);
       if (O::EXTRA && O::DO) extra[i] *= (A)a.do_scale;
       if (O::ANGLES == 1) cos_sin(step_of(0, 0) * (t + i + 1), cosine + i, sine + i);
       if (O::DECAY == 1) {
@@ -146,7 +148,7 @@ template <class O> struct Block {
       Sum *from = room, *to = room + C;
       for (int reach = 1; reach < C; reach *= 2) {
         __syncthreads();
-        if (i < C) to[i] = i < reach ? from[i] : Sum{from[i].grains + from[i - reach].grains, from[i].rest + from[i - reach].rest};
+        if (i < C) to[i] = i < reach ? from[i] : added(from[i], from[i - reach]);
         Sum* const swap = from;
         from = to, to = swap;
       }
@@ -154,7 +156,8 @@ template <class O> struct Block {
     }
     __syncthreads();
     if (O::DECAY == 2 && i < C) {
-      const A before = exponential((A)(sums[i].grains + sums[i].rest)), after = exponential((A)span(i, C - 1));
+      const A before = exponential((A)(sums[i].grains + sums[i].rest));
+      const A after = exponential((A)span(i, C - 1));
       near[i] = O::REVERSE ? after : before;
       far[i] = O::REVERSE ? before : after;
     }

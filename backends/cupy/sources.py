@@ -42,14 +42,25 @@ def fields(name: str, of: str) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+@functools.cache
+def _layout(name: str, of: str) -> tuple[struct.Struct, dict[str, int]]:
+    """How a struct is packed, and the places of its fields."""
+    found = fields(name, of)
+    return struct.Struct("<" + "".join(code for _, code in found)), {
+        field: i for i, (field, _) in enumerate(found)
+    }
+
+
 def packed(name: str, of: str, values: dict[str, float]) -> bytes:
-    """A struct as a kernel takes it; fields without a value are 0, or null."""
-    layout = fields(name, of)
-    unknown = values.keys() - {field for field, _ in layout}
-    assert not unknown, unknown
-    return struct.pack("<" + "".join(code for _, code in layout), *(values.get(f, 0) for f, _ in layout))
+    """A struct as a kernel takes it; fields without a value are 0, or null. KeyError: unknown ones."""
+    form, places = _layout(name, of)
+    all_of_them: list[float] = [0] * len(places)
+    for field, value in values.items():
+        all_of_them[places[field]] = value
+    return form.pack(*all_of_them)
 
 
+@functools.lru_cache(maxsize=1024)
 def expression(kernel: str, dtypes: tuple[str, ...], numbers: tuple[int, ...], options: str = "") -> str:
     """The name of an instantiation: `kernel<types, numbers>`, or `kernel<options<types, numbers>>`."""
     listed = ", ".join([TYPES[dtype] for dtype in dtypes] + [str(int(number)) for number in numbers])
