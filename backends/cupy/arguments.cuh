@@ -68,9 +68,9 @@ struct Options {
 
 __host__ __device__ constexpr int threads_of(int C, int BE) { return C * BE > 2048 ? C * BE / 16 : 128; }
 
-// Blocks for which the registers of a multiprocessor suffice.
+// Blocks for which the registers of a multiprocessor suffice without spilling.
 __host__ __device__ constexpr int blocks_of(int size, int threads) {
-  return (threads > 128 ? 1 : 2) + (size > 4 ? 0 : 1);
+  return threads > 128 ? 1 : size > 4 ? 2 : 3;
 }
 
 // Bytes of shared memory; F contracted features, EXTRA's and both parts of each included.

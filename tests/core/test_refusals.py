@@ -101,7 +101,7 @@ REFUSALS: dict[str, tuple[type[Exception], str, Any]] = {
     "slots without a pool": (errors.OptionError, "slots needs initial_state", lambda k: {"slots": whole(k, [0, 1])}),
     "slot out of range": (errors.ValueRangeError, r"slots must lie in 0 … 3 .* got \[0, 4\]", lambda k: {"slots": whole(k, [0, 4]), "initial_state": state(k, 4)}),
     "slot twice": (errors.ValueRangeError, r"slots must name each row once, got \[1, 1\]", lambda k: {"slots": whole(k, [1, 1]), "initial_state": state(k, 4)}),
-    "a backend's name": (errors.UnknownBackendError, "no backend named 'tirton'; known: triton, torch, numpy", lambda k: {"backend": "tirton"}),
+    "a backend's name": (errors.UnknownBackendError, "no backend named 'tirton'; known: triton, cupy, torch, numpy", lambda k: {"backend": "tirton"}),
     "a backend's kind": (errors.ArgumentTypeError, "backend must be 'auto', a name", lambda k: {"backend": 3}),
     "no backend": (errors.ArgumentTypeError, "backend must name at least one", lambda k: {"backend": []}),
     "keyword": (errors.ArgumentTypeError, "attention has no keyword 'sclae'; did you mean 'scale'", lambda k: {"sclae": 2.0}),

@@ -78,19 +78,12 @@ MANY: dict[str, dict[str, Any]] = {
 }
 
 
-ALLOWED = 512
-"""Bytes that a thread of the product may spill where two blocks of 256 share a multiprocessor's registers."""
-
-
-def crowded(kernel: Kernel) -> bool:
-    return kernel.file == "product.cu" and kernel.threads == 256 and "double" not in kernel.name
-
-
-def check(found: list[Kernel], architecture: str) -> None:
+def check(found: list[Kernel], architecture: str, spilled: int = 0) -> None:
+    """spilled: bytes of a thread that may be."""
     assert found
     for one in dict.fromkeys(found):
         resources = compiled(one.file, one.name, architecture)
-        assert resources.spilled <= (ALLOWED if crowded(one) else 0), (one.name, resources)
+        assert resources.spilled <= spilled, (one.name, resources)
         assert resources.registers * one.threads <= 65536, (one.name, resources)
 
 
@@ -104,4 +97,4 @@ def test_usual_kernels_compile(name: str, architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", MANY)
 def test_every_kernel_compiles(name: str, architecture: str) -> None:
-    check(kernels(**MANY[name]), architecture)
+    check(kernels(**MANY[name]), architecture, spilled=16)  # of float64, in one direction of two
