@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from linattn import reference
 from linattn.arrays import Array, cast
 from linattn.backends import Gradients, Saved
 from linattn.problem import Problem
-from linattn.state import State
+from linattn.state import State, tokens_seen
 
 
 def _keywords(
@@ -24,8 +23,7 @@ def _keywords(
     state: State | None,
 ) -> dict[str, Any]:
     if problem.reweight == "cosine":
-        assert problem.max_len is not None
-        theta = np.full((problem.heads, problem.d), math.pi / (2 * problem.max_len))
+        theta = np.full((problem.heads, problem.d), problem.angle)
     return {
         "log_decay": log_decay,
         "theta": theta,
@@ -72,14 +70,7 @@ class ReferenceBackend:
         o = cast(o, problem.dtype)
         if not problem.return_state:
             return o, None
-        if cu_seqlens is not None:
-            length = np.diff(cu_seqlens).astype(np.int64)
-        elif lengths is not None:
-            length = lengths.astype(np.int64)
-        else:
-            length = np.full(problem.batch, problem.n, dtype=np.int64)
-        if state is not None:
-            length = length + state.length
+        length = tokens_seen(q, lengths, cu_seqlens, None if state is None else state.length)
         assert final is not None  # a state is asked for in causal calls only
         kv, z = final
         z = None if z is None else cast(z, problem.accumulate)

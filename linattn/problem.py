@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from linattn.arrays import accumulate_dtype
@@ -48,6 +49,11 @@ class Problem:
     def accumulate(self) -> str:
         """The dtype of sums and states."""
         return accumulate_dtype(self.dtype)
+
+    @property
+    def angle(self) -> float:
+        """The one angle of "cosine", in radians; 0 for any other reweighting."""
+        return math.pi / (2 * self.max_len) if self.reweight == "cosine" and self.max_len else 0.0
 
     @property
     def f(self) -> int:

@@ -199,6 +199,23 @@ def check_parts(state: State, name: str) -> None:
         raise DeviceError(f"{name}: kv, z and length must be on one device")
 
 
+def tokens_seen(q: Array, lengths: Array | None, cu_seqlens: Array | None, before: Array | None) -> Array:
+    """Tokens that each sequence has seen after a causal call with q [B, N, H, D]: [S] int64, a new array.
+
+    before: those that its initial state has seen.
+    """
+    if cu_seqlens is not None:
+        borders = cast(cu_seqlens, "int64")
+        tokens = borders[1:] - borders[:-1]
+    elif lengths is not None:
+        tokens = cast(lengths, "int64")
+    elif before is not None:
+        return before + q.shape[1]
+    else:
+        return zeros_like_kind(q, (q.shape[0],), "int64") + q.shape[1]
+    return tokens + (0 if before is None else before)
+
+
 def check_lengths(state: State, name: str) -> None:
     """Refuse a state that claims to have seen fewer than no tokens; read on the host only."""
     if device_name(state.length) == "cpu" and bool((state.length < 0).any()):

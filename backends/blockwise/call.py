@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from linattn.arrays import Array, cast, empty_like_kind, namespace, zeros_like_kind
+from linattn.arrays import Array, cast, empty_like_kind, namespace
 from linattn.backends import Saved
 from linattn.backends.blockwise import twosided
 from linattn.backends.blockwise.causal import divide, one_way
 from linattn.backends.blockwise.tiles import cut
 from linattn.problem import Problem
-from linattn.state import State
+from linattn.state import State, tokens_seen
 
 
 def forward(problem: Problem, x: Saved, out: Array | None = None) -> tuple[Array, State | None]:
@@ -45,17 +45,5 @@ def final_state(problem: Problem, x: Saved, final: Array) -> State:
         kv, z = kv + 0.0, z + 0.0  # arrays of their own, not views of one
     else:
         kv, z = final + 0.0, None
-    length = call_lengths(problem, x)
-    if x.state is not None:
-        length = length + x.state.length
+    length = tokens_seen(x.q, x.lengths, x.cu_seqlens, None if x.state is None else x.state.length)
     return State(kv, z, length, problem.feature_map, problem.reweight, problem.d)
-
-
-def call_lengths(problem: Problem, x: Saved) -> Array:
-    """Tokens of each sequence in this call: [s] int64."""
-    if x.cu_seqlens is not None:
-        cu = cast(x.cu_seqlens, "int64")
-        return cu[1:] - cu[:-1]
-    if x.lengths is not None:
-        return cast(x.lengths, "int64") + 0
-    return zeros_like_kind(x.q, (problem.batch,), "int64") + problem.n

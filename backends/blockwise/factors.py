@@ -6,7 +6,6 @@ state are in the frame of the block's last token, as the state is.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +45,7 @@ def angles(xp: Any, problem: Problem, theta: Array | None, size: int, like: Arra
         return None
     steps = cast(xp.arange(size + 1, **on(like)), "float64")[:, None, None]
     if problem.reweight == "cosine":
-        assert problem.max_len is not None
-        one: Array | float = math.pi / (2 * problem.max_len)
+        one: Array | float = problem.angle
         phase = steps * one
     else:
         assert theta is not None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from linattn.arrays import Array, written
 from linattn.backends import Gradients, Saved
 from linattn.problem import Problem
-from linattn.state import State
+from linattn.state import State, tokens_seen
 
 if TYPE_CHECKING:
     from linattn.backends.cupy.launch import Runner
@@ -74,7 +74,8 @@ class CupyBackend:
         call = _module("launch").call_of(problem, self.runner, saved)
         o, final, kept = module.forward(call, saved.q, saved.k, saved.v, saved.state, keep=keep)
         if final is not None:
-            final.length = module.lengths_after(call, saved.q, saved.state and saved.state.length)
+            before = None if saved.state is None else saved.state.length
+            final.length = tokens_seen(saved.q, saved.lengths, saved.cu_seqlens, before)
         return o, final, kept
 
     def forward_in_pool(self, problem: Problem, saved: Saved, slots: Array) -> Array:

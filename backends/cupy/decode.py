@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from linattn.arrays import Array
 from linattn.backends.cupy import sources
 from linattn.backends.cupy.launch import ANGLES, DECAY, FEATURES, SIZES, THREADS, Call
@@ -47,7 +45,7 @@ def decode_step(call: Call, q: Array, k: Array, v: Array, state: State, slots: A
     values: dict[str, float] = {
         "q": address(q), "k": address(k), "v": address(v), "o": address(o),
         "log_decay": address(call.log_decay), "theta": address(call.theta),
-        "angle": math.pi / (2 * problem.max_len) if angles == 1 and problem.max_len else 0.0,
+        "angle": problem.angle,
         "slots": address(slots), "kv": address(state.kv), "z": address(state.z),
         "length": address(state.length), "length_s": strides(state.length)[0], "S": state.kv.shape[0], "H": h,
         "D": d, "E": e, "scale": problem.scale, "eps": problem.eps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linattn.arrays import Array, cast, zeros_like_kind
+from linattn.arrays import Array
 from linattn.backends.cupy import sources
 from linattn.backends.cupy.launch import THREADS, Call, dense_state, empty_state, fresh, product
 from linattn.backends.cupy.memory import address, dense, room
@@ -68,13 +68,3 @@ def partials(call: Call, q: Array, features: int, normalize: bool) -> tuple[Arra
     """Room for the sums of one direction, and their weights."""
     b, n, h, _ = q.shape
     return room(q, (b, n, h, features), call.acc), room(q, (b, n, h), call.acc) if normalize else None
-
-
-def lengths_after(call: Call, like: Array, seen: Array | None) -> Array:
-    """Tokens that each sequence has seen after the call: [S] int64."""
-    problem, borders = call.problem, call.borders
-    if borders is None:
-        tokens = zeros_like_kind(like, (problem.batch,), "int64") + problem.n
-    else:
-        tokens = borders[1:] - borders[:-1] if problem.packed else borders + 0
-    return tokens if seen is None else tokens + cast(seen, "int64")

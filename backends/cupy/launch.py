@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -229,7 +228,7 @@ def product(
         values |= dict(zip(("mask_b", "mask_n"), strides(call.key_mask), strict=True))
     values |= {
         "theta": address(call.theta),
-        "angle": math.pi / (2 * problem.max_len) if angles == 1 and problem.max_len else 0.0,
+        "angle": problem.angle,
         "borders": address(call.borders), "den": address(den), "extra": address(extra),
         "extra_n": 0 if extra is None else extra.shape[2], "rows": address(rows), "turn": address(turn),
         "B": problem.batch, "N": y.shape[1] if x is None else x.shape[1], "M": y.shape[1],

@@ -251,11 +251,8 @@ ANGLES = {None: 0, "cosine": 1, "lrpe": 2}
 
 
 @functools.lru_cache(maxsize=256)
-def turn(max_len: int | None) -> tuple[float, float, float, float]:
-    """cos and sin of pi / (2 max_len), each as two numbers that float32 holds."""
-    if max_len is None:
-        return 1.0, 0.0, 0.0, 0.0
-    angle = math.pi / (2 * max_len)
+def turn(angle: float) -> tuple[float, float, float, float]:
+    """cos and sin of an angle, each as two numbers that float32 holds."""
     cos, sin = math.cos(angle), math.sin(angle)
     cos_high, sin_high = (struct.unpack("f", struct.pack("f", x))[0] for x in (cos, sin))
     return cos_high, cos - cos_high, sin_high, sin - sin_high
@@ -314,7 +311,7 @@ def _step(
             *((q, 0, 0) if angles < 2 or theta is None else (theta, *theta.stride())),
             *((q, 0) if slots is None else (slots, slots.stride(0))),
             kv, *strides, *((kv, 0, 0, 0) if z is None else (z, *z.stride())), length, length.stride(0),
-            o, *turn(problem.max_len if angles == 1 else None), s, h, d, e, x.slices, problem.scale,
+            o, *turn(problem.angle), s, h, d, e, x.slices, problem.scale,
             problem.eps,
         ),
         constants, num_warps=x.warps, num_stages=1,

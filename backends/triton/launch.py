@@ -13,7 +13,7 @@ from linattn.backends.triton import plan
 from linattn.backends.triton.launcher import repeatable, room, spoil
 from linattn.backends.triton.starts import Pool, Side, run, through
 from linattn.problem import Problem
-from linattn.state import State
+from linattn.state import State, tokens_seen
 
 Tensor = torch.Tensor
 NOTHING = contextlib.nullcontext()
@@ -266,7 +266,8 @@ def _whole(problem: Problem, x: Any, keep: bool) -> tuple[Tensor, State | None, 
     assert o is not None
     if kv is None:
         return o, None, kept
-    final = State(kv, z, _lengths(problem, x), problem.feature_map, problem.reweight, problem.d)
+    seen = tokens_seen(x.q, x.lengths, x.cu_seqlens, None if state is None else state.length)
+    final = State(kv, z, seen, problem.feature_map, problem.reweight, problem.d)
     return o, final, kept
 
 
@@ -299,17 +300,3 @@ def _forward(problem: Problem, x: Any, keep: bool) -> tuple[Tensor | None, ...]:
     if problem.n or problem.return_state:
         sums(side_of(problem, x), x.q, x.k, x.v, o, start, final, problem.normalize, kept=kept)
     return (o, None, None, kept) if final is None else (o, final.kv, final.z, kept)
-
-
-def _lengths(problem: Problem, x: Any) -> Tensor:
-    """Tokens that each sequence has seen: [S] int64."""
-    seen: Tensor | None = None if x.state is None else x.state.length
-    if x.cu_seqlens is not None:
-        tokens: Tensor = x.cu_seqlens[1:].to(torch.int64) - x.cu_seqlens[:-1]
-    elif x.lengths is not None:
-        tokens = x.lengths.to(torch.int64, copy=True)
-    elif seen is not None:
-        return seen + problem.n
-    else:
-        return torch.full((problem.batch,), problem.n, dtype=torch.int64, device=x.q.device)
-    return tokens if seen is None else tokens + seen

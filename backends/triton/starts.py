@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -123,7 +122,6 @@ def run(
         mask_strides = mask_ptr.stride()
     raw = x if raw is None else raw
     angles = ANGLES[problem.reweight]
-    angle = math.pi / (2 * problem.max_len) if angles == 1 and problem.max_len else 0.0
     borders = 2 if problem.packed else int(problem.lengths)
     slices = -(-e // blocks.block_e)
     units = side.units or problem.sequences
@@ -146,7 +144,7 @@ def run(
          strides, constants, blocks.warps),
         (
             x, *strides[0], y, *strides[1], w, *strides[2], raw, *strides[3], out, *out_strides,
-            g, *g_strides, x if theta is None else theta, angle, mask_ptr, *mask_strides,
+            g, *g_strides, x if theta is None else theta, problem.angle, mask_ptr, *mask_strides,
             x if extra is None else extra, 0 if extra is None else extra.shape[2],
             none if start is None else start, none if start_z is None else start_z,
             int(start is not None and not fold),
@@ -177,7 +175,6 @@ def through(
     """Carry states [units H F E] through the segments of every sequence, in place."""
     problem = side.problem
     angles = ANGLES[problem.reweight]
-    angle = math.pi / (2 * problem.max_len) if angles == 1 and problem.max_len else 0.0
     f, e = parts.shape[2], parts.shape[3]
     d = f // 2 if angles else f
     kind = 0 if log_decay is None else DECAY[problem.decay]
@@ -195,7 +192,7 @@ def through(
         (
             parts, parts if start is None else start, int(start is not None),
             parts if final is None else final, int(final is not None), g, 0 if kind != 1 else g.stride(0),
-            parts if side.theta is None else side.theta, angle,
+            parts if side.theta is None else side.theta, problem.angle,
             *((parts, parts, 0) if slots is None else slots.arguments),
             parts if side.borders is None else side.borders,
             problem.sequences, length, problem.heads, d, e, side.segments, side.size,

@@ -90,9 +90,7 @@ def padding() -> None:
         pool.kv.normal_()
         pool.z.uniform_()
         before = pool.clone()
-        problem = Named(
-            feature_map="elu+1", normalize=True, reweight=None, eps=1e-6, scale=-1.0, max_len=None
-        )
+        problem = Named(feature_map="elu+1", normalize=True, reweight=None, eps=1e-6, scale=-1.0, angle=0.0)
         slots = torch.tensor([1, -1, 3, 1 << 30], dtype=dtype)
         o = kernels.decode_step(problem, q, k, v, None, None, pool, slots)
         assert not o[1:].any()
