@@ -17,7 +17,8 @@ Kind = Literal[
     "lrpe",
     "decode",
 ]
-HALF, SINGLE = 2, 4  # bytes of a bfloat16 input and of a float32 in a state
+SIZES = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
+SINGLE = SIZES["float32"]  # of states
 LITTLE, MEDIANS = 300 * 10**6, 3  # bytes; a host that is late for a moment shows in calls that move less
 QUICK = 16  # what --quick divides lengths (of decode, batches) by
 CURVE = range(9, 16)  # powers of two: the lengths of the picture
@@ -35,9 +36,9 @@ WORDS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class GpuCase:
-    """One call on bfloat16 tensors, D = E; a decode step has N = 1 and a float32 state.
+    """One call on tensors of one dtype, D = E; a decode step has N = 1 and a float32 state.
 
-    required: milliseconds, or None where nothing is asked for.
+    required: milliseconds, or None where nothing is asked for; of a decode step `replayed`, in a CUDA graph.
     """
 
     kind: Kind
@@ -46,6 +47,9 @@ class GpuCase:
     n: int
     d: int
     required: float | None = None
+    backend: str = "triton"
+    dtype: str = "bfloat16"
+    replayed: bool = False
 
     @property
     def shape(self) -> str:
@@ -55,7 +59,11 @@ class GpuCase:
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.shape}"
+        words = [self.kind, self.shape]
+        words += [
+            word for word, usual in ((self.dtype, "bfloat16"), (self.backend, "triton")) if word != usual
+        ]
+        return " ".join(words)
 
     @property
     def backward(self) -> bool:
@@ -64,7 +72,7 @@ class GpuCase:
     @property
     def array(self) -> int:
         """Bytes of one of q, k, v, o and their gradients."""
-        return self.b * self.h * self.n * self.d * HALF
+        return self.b * self.h * self.n * self.d * SIZES[self.dtype]
 
     @property
     def bytes(self) -> int:
@@ -85,7 +93,7 @@ def _decode(b: int, h: int, d: int, required: float) -> GpuCase:
     return GpuCase("decode", b, h, 1, d, required)
 
 
-ALL = (
+ALL: tuple[GpuCase, ...] = (
     GpuCase("forward", 4, 32, 2048, 128, 0.095),
     GpuCase("forward", 4, 32, 8192, 128, 0.35),
     GpuCase("forward", 4, 32, 32768, 128, 1.40),
@@ -109,6 +117,21 @@ ALL = (
     _decode(128, 64, 128, 0.275),
     _decode(512, 32, 128, 0.540),
 )
+CUPY = (
+    GpuCase("forward", 4, 32, 8192, 128, 0.33),
+    GpuCase("forward", 4, 32, 32768, 128, 1.30),
+    GpuCase("forward", 1, 32, 8192, 128, 0.12),
+    GpuCase("forward", 8, 16, 4096, 64),
+    GpuCase("forward-backward", 4, 32, 8192, 128),
+    GpuCase("forward-backward", 4, 32, 32768, 128, 5.9),
+    GpuCase("cosformer", 4, 32, 8192, 64, 0.30),
+    GpuCase("forward", 4, 32, 2048, 64, 0.256, dtype="float32"),
+    GpuCase("forward", 4, 32, 2048, 64, 0.52, dtype="float64"),
+    GpuCase("decode", 1, 32, 1, 128, 0.005, replayed=True),
+    GpuCase("decode", 128, 64, 1, 128, 0.267),
+)
+"""Of the CuPy backend: kernels of its own, with requirements of their own."""
+ALL += tuple(replace(case, backend="cupy") for case in CUPY)
 KINDS: tuple[Kind, ...] = tuple(dict.fromkeys(case.kind for case in ALL))
 
 # what is not a time on the device
@@ -122,13 +145,13 @@ MEMORY_REQUIRED = 2**30  # bytes beyond inputs and gradients
 def chosen(names: Sequence[str] = (), *, quick: bool = False) -> tuple[list[GpuCase], list[str]]:
     """The cases of these names, in their own order, and which of "host" and "memory" are asked for.
 
-    A name is a kind, or a kind and a shape: "forward" or "forward 4 32 2048 128" (hyphens do as well). None
-    means all. quick: lengths and decode batches divided by 16.
+    A name is a kind, a kind and a shape, or a backend: "forward", "forward 4 32 2048 128" (hyphens do as
+    well), "cupy". None means all. quick: lengths and decode batches divided by 16.
 
     Raises OptionError for a name that does not exist.
     """
     asked = {name.replace(" ", "-") for name in names}
-    ours = {case: {case.kind, case.name.replace(" ", "-")} for case in ALL}
+    ours = {case: {case.kind, case.backend, case.name.replace(" ", "-")} for case in ALL}
     known = {HOST, MEMORY}.union(*ours.values())
     for name in names:
         if name.replace(" ", "-") not in known:

@@ -35,7 +35,9 @@ class Peer:
 
 
 def peers(case: GpuCase) -> list[Peer]:
-    """Who is measured beside a case."""
+    """Who is measured beside a case; of another backend than Triton's nobody again."""
+    if case.backend != "triton":
+        return []
     found = [peer for peer in ALL if case.kind in peer.kinds]
     # the fused kernel is the faster one at D = 64 only, and every shape that it is tuned for takes seconds
     return [peer for peer in found if peer is not FUSED or case.d <= 64]

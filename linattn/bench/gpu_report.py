@@ -41,8 +41,11 @@ def digits(ms: float) -> str:
 
 
 def label(row: GpuRow) -> str:
-    """A case in words, with its shape: B H N D, of a decode step B H D."""
-    return f"{WORDS[row.case.kind]}, {row.case.shape}"
+    """A case in words, with its shape: B H N D, of a decode step B H D; and what is not usual about it."""
+    case = row.case
+    words = [WORDS[case.kind], case.shape]
+    words += [word for word, usual in ((case.dtype, "bfloat16"), (case.backend, "triton")) if word != usual]
+    return ", ".join(words)
 
 
 def cells(row: GpuRow) -> tuple[str, ...]:

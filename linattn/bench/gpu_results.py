@@ -74,7 +74,10 @@ class GpuRow:
         if self.case.required is None:
             return None
         timing = self.ours.timing
-        return timing is not None and timing.right and timing.ms <= self.case.required
+        if timing is None or not timing.right:
+            return False
+        ms = timing.replayed if self.case.replayed else timing.ms
+        return ms is not None and ms <= self.case.required
 
 
 @dataclass(frozen=True)

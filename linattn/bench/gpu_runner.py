@@ -33,11 +33,13 @@ Progress = Callable[[GpuRow | Cost], None]
 
 @dataclass
 class Bench:
-    """One run. backend: ours. peer_seconds: after so long no further peer is begun; 0 measures none."""
+    """One run. backend: ours, of every case if it is given. peer_seconds: after so long no further peer is
+    begun; 0 measures none.
+    """
 
     meter: Meter
     device: str = "cuda"
-    backend: str = "triton"
+    backend: str | None = None
     peer_seconds: float = PEER_SECONDS
     full: bool = True
     spent: float = 0.0  # seconds, by the peers
@@ -86,16 +88,17 @@ class Bench:
     def row(self, case: GpuCase, bandwidth: float) -> GpuRow:
         """One case, ours and the peers'."""
         floor = case.bytes / bandwidth / 1e6
-        entry = Entry(OURS)
+        name, backend = f"linattn {case.backend}", self.backend or case.backend
+        entry = Entry(name)
         beside: list[Entry] = []
         try:
             given = make(case, device=self.device)
             right = self._exact(case, given)
-            entry = self._entry(OURS, case, work(case, given, self.backend), right)
+            entry = self._entry(name, case, work(case, given, backend), right)
             for peer in peers(case) if self.peer_seconds > 0 else ():
                 beside.append(self._peer(peer, case, given, right))
         except failures() as error:
-            entry = Entry(OURS, why=sentence(error))
+            entry = Entry(name, why=sentence(error))
         self._free()
         return GpuRow(case, floor, entry, tuple(beside))
 
@@ -151,9 +154,14 @@ class Bench:
             "decode_step": replace(plain, kind="decode", n=1, required=None),
         }
         found = []
-        for what, case in ours.items():
-            call = functools.partial(work, case, backend=self.backend)
-            found.append(self._cost(Cost(what, OURS, MICROSECONDS, None, case.required), case, call))
+        for case in [
+            *ours.values(),
+            *(replace(case, backend="cupy", required=None) for case in ours.values()),
+        ]:
+            what = next(words for words, own in ours.items() if own.kind == case.kind)
+            call = functools.partial(work, case, backend=self.backend or case.backend)
+            cost = Cost(what, f"linattn {case.backend}", MICROSECONDS, None, case.required)
+            found.append(self._cost(cost, case, call))
         for peer in peers(plain) if self._begins() else ():
             if peer is not FUSED:
                 cost = Cost("attention, decay per head", peer.name, MICROSECONDS, None)
@@ -164,7 +172,7 @@ class Bench:
         """The most bytes that a forward and backward pass holds beyond its inputs and gradients."""
         case = MEMORY_CASE if self.full else shorter(MEMORY_CASE)
         ours = Cost(case.name, OURS, BYTES, None, MEMORY_REQUIRED if self.full else None)
-        found = [self._cost(ours, case, functools.partial(work, case, backend=self.backend))]
+        found = [self._cost(ours, case, functools.partial(work, case, backend=self.backend or case.backend))]
         for peer in peers(case) if self._begins() else ():
             cost = Cost(case.name, peer.name, BYTES, None)
             found.append(self._cost(cost, case, functools.partial(peer.prepare, case)))

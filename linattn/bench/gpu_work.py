@@ -43,8 +43,8 @@ def make(case: GpuCase, *, device: str = "cuda", seed: int = 0) -> Inputs:
     random = torch.Generator(device).manual_seed(seed)
     shape = (case.b, case.h, case.d) if case.kind == "decode" else (case.b, case.n, case.h, case.d)
 
-    def normal(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(*sizes, generator=random, dtype=dtype, device=device)
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=random, dtype=getattr(torch, case.dtype), device=device)
 
     def table(values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)

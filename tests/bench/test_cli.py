@@ -110,7 +110,7 @@ def test_a_gpu_from_end_to_end(device, tmp_path):
     result = bench("--gpu", "--out", page, "--out", picture, "--out", data)
     assert result.exit_code == 0, result.output
     assert "4 of 6 requirements are met; not met: forward-backward 2 2 70 16, " in result.stdout
-    assert len(result.stderr.splitlines()) == 3 + 4 + 1
+    assert len(result.stderr.splitlines()) == 3 + 2 * 4 + 1
     assert "command: linattn bench --gpu\n" in page.read_text()
     assert "](picture.png)\n" in page.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -62,10 +62,18 @@ def bench(ms=1.0, **keywords):
 
 def test_the_table_is_the_required_one():
     required = {case.name: case.required for case in ALL}
-    assert len(required) == len(ALL) == 22
+    assert len(required) == len(ALL) == 22 + 11
     assert required["forward 4 32 8192 128"] == 0.35
     assert required["forward-backward 1 8 131072 128"] == 2.6
     assert required["decode 128 64 128"] == 0.275
+    assert required["forward 1 32 8192 128 cupy"] == 0.12
+    assert required["forward 4 32 2048 64 float64 cupy"] == 0.52
+
+
+def test_a_tiny_decode_step_is_judged_in_a_graph():
+    case = GpuCase("decode", 1, 32, 1, 128, 0.005, "cupy", replayed=True)
+    for replayed, met in ((0.004, True), (0.006, False), (None, False)):
+        assert GpuRow(case, 0.001, Entry("ours", Timing(0.009, replayed=replayed))).met is met
 
 
 def test_everybody_is_measured_as_often(fla, uncompiled):
@@ -90,9 +98,10 @@ def test_cases_are_chosen_by_kind_or_shape_and_shrink():
     assert (tuple(cases), extras) == (ALL, [HOST, MEMORY])
     cases, extras = chosen(["decode", "forward-1-8-131072-128", "forward 8 16 4096 64"])
     assert [case.name for case in cases[:2]] == ["forward 1 8 131072 128", "forward 8 16 4096 64"]
-    assert [case.kind for case in cases[2:]] == ["decode"] * 4
+    assert [case.kind for case in cases[2:]] == ["decode"] * 6
     assert extras == []
     assert chosen(["host"]) == ([], ["host"])
+    assert {case.backend for case in chosen(["cupy"])[0]} == {"cupy"}
     small, _ = chosen(quick=True)
     assert all(case.required is None for case in small)
     assert max(case.n for case in small) == 131072 // 16
