@@ -19,7 +19,7 @@ help:
 	@echo "make test-full  the same with every combination of options"
 	@echo "make test-gpu   every property and every kernel on a GPU, with PYTHON as it is: nothing is installed"
 	@echo "make test-gpu-all  the same with every combination of options"
-	@echo "make sanitize-gpu  small calls of every kind under compute-sanitizer: memory, races, what was not written"
+	@echo "make sanitize-gpu  small calls of every kind under compute-sanitizer: memory, races, barriers"
 	@echo "make format     rewrite the sources as ruff formats them"
 	@echo "make clean      remove .venv and every build output"
 
@@ -54,11 +54,16 @@ test-gpu-all:
 
 # Kernels are compiled beforehand: under a sanitizer that would take minutes. PARTS processes share the calls.
 PARTS ?= 4
+SANITIZED = triton cupy
 sanitize-gpu:
-	$(GPU_PYTHON) -m tests.gpu.sanitized --compile
-	for tool in memcheck racecheck initcheck; do seq 0 $$(($(PARTS) - 1)) | xargs -P $(PARTS) -I{} \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(GPU_PYTHON) -m tests.gpu.sanitized --part {} --of $(PARTS) || exit 1; \
+	for backend in $(SANITIZED); do \
+	    $(GPU_PYTHON) -m tests.gpu.sanitized --backend $$backend --compile || exit 1; \
+	    for tool in memcheck racecheck initcheck synccheck; do \
+	        echo "$$backend under $$tool"; \
+	        seq 0 $$(($(PARTS) - 1)) | xargs -P $(PARTS) -I{} compute-sanitizer --tool $$tool --error-exitcode 1 \
+	            $(GPU_PYTHON) -m tests.gpu.sanitized --backend $$backend --part {} --of $(PARTS) \
+	            $$(test $$tool = initcheck && echo --zeros) || exit 1; \
+	    done; \
 	done
 
 format: $(STAMP)

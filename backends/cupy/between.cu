@@ -92,7 +92,7 @@ template <class S, int PER_TOKEN, int BORDERS> __global__ void suffix_sums(Suffi
         __syncthreads();
         if (threadIdx.x < half) sums[0][threadIdx.x] += sums[0][threadIdx.x + half];
       }
-      whole += sums[0][0];  // thread 0's is the one that counts
+      if (threadIdx.x == 0) whole += sums[0][0];
     }
     __syncthreads();
   }

@@ -15,11 +15,13 @@ import torch
 
 import linattn
 from linattn import LRPE, Cosine, State
+from linattn.backends.cupy import hopper
 
 HEADS, BATCH = 2, 2
 # N D E: a short block, an odd one at full width, one that is cut into segments
 SIZES = ((70, 64, 64), (33, 128, 128), (2100, 64, 64))
-KINDS = 6
+LONG = 1100, 128, 128  # cut into pieces by the kernel for Hopper
+KINDS = 7
 
 
 def drawn(*shape: int, dtype: torch.dtype, grad: bool = False) -> torch.Tensor:
@@ -40,20 +42,21 @@ def kinds(n: int, d: int) -> list[dict[str, Any]]:
         cosformer,
         cosformer | {"causal": False},
         {"log_decay": per_head, "causal": False, "normalize": True, "feature_map": "relu"},
+        {"log_decay": per_head.detach()},
     ]  # fmt: skip
 
 
-def differentiated(kind: int, n: int, d: int, e: int, dtype: torch.dtype) -> int:
+def differentiated(kind: int, n: int, d: int, e: int, dtype: torch.dtype, backend: str) -> int:
     q, k = (drawn(BATCH, n, HEADS, d, dtype=dtype, grad=True) for _ in range(2))
     v = drawn(BATCH, n, HEADS, e, dtype=dtype, grad=True)
     options = kinds(n, d)
     assert len(options) == KINDS
-    o = linattn.attention(q, k, v, backend="triton", **options[kind])
+    o = linattn.attention(q, k, v, backend=backend, **options[kind])
     o.backward(torch.randn_like(o))
     return 1
 
 
-def served(dtype: torch.dtype) -> int:
+def served(dtype: torch.dtype, backend: str) -> int:
     """Packed sequences, states, a pool, a decode step, with a normaliser and without."""
     borders, slots = torch.tensor([0, 7, 7, 300], device="cuda"), torch.tensor([1, -1, 3], device="cuda")
     decay = {"log_decay": -torch.rand(HEADS, device="cuda")}
@@ -61,7 +64,7 @@ def served(dtype: torch.dtype) -> int:
         q, k, v = (drawn(1, 300, HEADS, 64, dtype=dtype) for _ in range(3))
         name, normalize = options.get("feature_map"), "normalize" in options
         pool = State.zeros(q, 4, HEADS, 64, 64, feature_map=name, normalize=normalize)
-        given: dict[str, Any] = {**options, "backend": "triton"}
+        given: dict[str, Any] = {**options, "backend": backend}
         linattn.attention(q, k, v, cu_seqlens=borders, initial_state=pool, slots=slots, **given)
         linattn.attention(q, k, v, cu_seqlens=borders, return_state=True, **given)
         token = (drawn(3, HEADS, 64, dtype=dtype) for _ in range(3))
@@ -69,35 +72,58 @@ def served(dtype: torch.dtype) -> int:
     return 6
 
 
-def calls() -> list[Callable[[], int]]:
+def calls(backend: str) -> list[Callable[[], int]]:
     found: list[Callable[[], int]] = []
-    for dtype, (n, d, e) in itertools.product((torch.bfloat16, torch.float32), SIZES):
-        if dtype == torch.bfloat16 or d == 64:
-            found += [partial(differentiated, kind, n, d, e, dtype) for kind in range(KINDS)]
-    return found + [partial(served, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    if backend == "triton":
+        for dtype, size in itertools.product((torch.bfloat16, torch.float32), SIZES):
+            if dtype == torch.bfloat16 or size[1] == 64:
+                found += [partial(differentiated, kind, *size, dtype, backend) for kind in range(KINDS)]
+    else:
+        kinds_of = {torch.bfloat16: range(KINDS), torch.float32: range(KINDS), torch.float64: (0, 2, 3)}
+        for dtype, chosen in (kinds_of | {torch.float16: (1, 5)}).items():
+            found += [partial(differentiated, kind, *SIZES[0], dtype, backend) for kind in chosen]
+        for size, chosen in ((SIZES[1], range(KINDS)), (LONG, (3, 6))):
+            found += [partial(differentiated, kind, *size, torch.bfloat16, backend) for kind in chosen]
+    return found + [partial(served, dtype, backend) for dtype in (torch.bfloat16, torch.float32)]
 
 
-def made(part: int, of: int) -> int:
+def made(backend: str, part: int, of: int) -> int:
     """Every `of`-th call, from the one numbered `part` on."""
     torch.manual_seed(part)
-    done = sum(call() for call in calls()[part::of])
+    done = sum(call() for call in calls(backend)[part::of])
     torch.cuda.synchronize()
     return done
+
+
+def into_zeros(launch: Callable[..., None]) -> Callable[..., None]:
+    """What bulk copies write counts as never written: results are filled before."""
+
+    def filled(*arguments: Any, out: torch.Tensor, **keywords: Any) -> None:
+        launch(*arguments, out=out.zero_(), **keywords)
+
+    return filled
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", action="store_true", help="in one process for each core")
+    parser.add_argument("--backend", choices=("triton", "cupy"), default="triton")
     parser.add_argument("--part", type=int, default=0, help="which part of the calls")
     parser.add_argument("--of", type=int, default=1, help="how many parts there are")
+    parser.add_argument(
+        "--zeros", action="store_true", help="begin results as 0: initcheck sees no bulk copies"
+    )
     options = parser.parse_args()
+    if options.zeros:
+        hopper.launch = into_zeros(hopper.launch)
     if options.compile:
-        workers = min(os.cpu_count() or 1, len(calls()))
+        workers = min(os.cpu_count() or 1, len(calls(options.backend)))
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            done = sum(pool.map(made, range(workers), itertools.repeat(workers)))
+            of = itertools.repeat(options.backend), range(workers), itertools.repeat(workers)
+            done = sum(pool.map(made, *of))
     else:
-        done = made(options.part, options.of)
+        done = made(options.backend, options.part, options.of)
     print(f"{done} calls")
 
 
