@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from linattn import registry, route
@@ -105,6 +105,7 @@ class Explanation:
     problem: Problem
     chosen: str | None
     reasons: dict[str, str | None]
+    kernels: dict[str, str] = field(default_factory=dict)  # of backends that say which of theirs they take
 
     def __str__(self) -> str:
         width = max(map(len, self.reasons), default=0)
@@ -113,6 +114,8 @@ class Explanation:
             word = (
                 "runs" if name == self.chosen else (why or "could run, but comes later or wants to be named")
             )
+            if why is None and name in self.kernels:
+                word += f": {self.kernels[name]}"
             lines.append(f"  {name:<{width}}  {word}")
         return "\n".join(lines)
 
@@ -137,11 +140,16 @@ def explain(
     return explain_problem(problem, backend)
 
 
-def explain_problem(problem: Problem, backend: BackendLike = "auto") -> Explanation:
+def explain_problem(problem: Problem, only: BackendLike = "auto") -> Explanation:
     """The same decision for a problem without arrays."""
-    key = registry.requested(backend)
+    key = registry.requested(only)
     candidates = registry.names_of(key, problem.kind)
     listed = list(registry.known()) if key == "auto" else candidates
     reasons = {registry.get(name).name: registry.reason(registry.get(name), problem) for name in listed}
     chosen = next((name for name in candidates if registry.reason(registry.get(name), problem) is None), None)
-    return Explanation(problem, None if chosen is None else registry.get(chosen).name, reasons)
+    kernels = {}
+    for name in listed:
+        backend = registry.get(name)
+        if reasons[backend.name] is None and (describe := getattr(backend, "describe", None)) is not None:
+            kernels[backend.name] = describe(problem)
+    return Explanation(problem, None if chosen is None else registry.get(chosen).name, reasons, kernels)

@@ -51,6 +51,11 @@ class CupyBackend:
             room = self.given.room(None)
         return _module("launch").too_large(problem, room)  # type: ignore[no-any-return]
 
+    def describe(self, problem: Problem) -> str:
+        """Which of its kernels compute a call that it takes."""
+        capability = self.given.capability(None) if self.given else _module("gpu").facts(problem.device)[0]
+        return _module("hopper").describe(problem, capability)  # type: ignore[no-any-return]
+
     def forward(
         self,
         problem: Problem,

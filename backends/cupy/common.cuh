@@ -8,8 +8,10 @@ typedef unsigned long long uint64_t;
 #include <cstdint>
 #endif
 #ifdef __CUDACC__
+#ifndef WITHOUT_NARROW_TYPES
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 #define UNROLL _Pragma("unroll")
 #define BATCH _Pragma("unroll 8")
 #else  // a host compiler, with words for CUDA's from elsewhere
@@ -30,7 +32,7 @@ template <class A> __device__ __forceinline__ A widened(float x) { return x; }
 template <class A> __device__ __forceinline__ A widened(double x) { return x; }
 template <class T> __device__ __forceinline__ T narrowed(float x) { return x; }
 template <class T> __device__ __forceinline__ T narrowed(double x) { return x; }
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && !defined(WITHOUT_NARROW_TYPES)
 template <class A> __device__ __forceinline__ A widened(__half x) { return __half2float(x); }
 template <class A> __device__ __forceinline__ A widened(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <> __device__ __forceinline__ __half narrowed<__half>(float x) { return __float2half_rn(x); }

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from linattn.arrays import Array, kind_of
-from linattn.backends.cupy import sources
+from linattn.backends.cupy import exact, hopper, sources
 from linattn.backends.cupy.launch import Room
 
 PATIENCE = 0.5  # seconds: reading a compiled kernel from the disk takes less, compiling it more
@@ -36,6 +36,16 @@ class Gpu:
 
     def multiprocessors(self, like: Array) -> int:
         return limits(device_index(like))[1]
+
+    def capability(self, like: Array) -> int:
+        return limits(device_index(like))[2]
+
+    def maps(self, *arrays: Array) -> bytes:
+        import cupy
+
+        with on(arrays[0]) as device:
+            cupy.cuda.runtime.setDevice(device)  # a thread that has not called the runtime has no context yet
+            return hopper.maps(arrays)
 
 
 @functools.cache
@@ -62,10 +72,9 @@ def facts(device: str) -> tuple[int, Room]:
     """Of "cuda:0", …: the compute capability times ten, and what fits there."""
     if unavailable() is not None:  # which says so by itself
         return OLDEST_SEEN
-    import cupy
-
     index = int(device.partition(":")[2] or 0)
-    return int(cupy.cuda.Device(index).compute_capability), Room(limits(index)[0])
+    shared, _, capability = limits(index)
+    return capability, Room(shared)
 
 
 OLDEST_SEEN = 70, Room(96 * 1024)  # what is asked about where there is no device: explained calls
@@ -92,12 +101,14 @@ def device_index(like: Array) -> int:
 
 
 @functools.cache
-def limits(index: int) -> tuple[int, int]:
-    """Shared memory of a block in bytes, and multiprocessors, of a device."""
+def limits(index: int) -> tuple[int, int, int]:
+    """Of a device: shared memory of a block in bytes, multiprocessors, compute capability times ten."""
     import cupy
 
-    found = cupy.cuda.Device(index).attributes
-    return int(found["MaxSharedMemoryPerBlockOptin"]), int(found["MultiProcessorCount"])
+    device = cupy.cuda.Device(index)
+    found = device.attributes
+    shared, count = int(found["MaxSharedMemoryPerBlockOptin"]), int(found["MultiProcessorCount"])
+    return shared, count, int(device.compute_capability)
 
 
 @functools.cache
@@ -105,9 +116,11 @@ def function(file: str, kernel: str, index: int) -> Any:
     """A kernel, compiled for a device; the current one."""
     import cupy
 
-    module = cupy.RawModule(code=sources.text(file), options=sources.OPTIONS, name_expressions=[kernel])
-    place = f"sm_{cupy.cuda.Device(index).compute_capability}"
+    place = sources.EXACT.get(file, f"sm_{cupy.cuda.Device(index).compute_capability}")
     with announced(f"linattn: compiling {shortened(kernel)} for {place}; CuPy keeps it for the next time"):
+        if file in sources.EXACT:
+            return exact.load(file, kernel, place, limits(index)[0])
+        module = cupy.RawModule(code=sources.text(file), options=sources.OPTIONS, name_expressions=[kernel])
         found = module.get_function(kernel)
     found.max_dynamic_shared_size_bytes = limits(index)[0] - found.shared_size_bytes
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from linattn.arrays import Array
-from linattn.backends.cupy import sources
+from linattn.backends.cupy import hopper, sources
 from linattn.backends.cupy.memory import address, dense, room, strides
 from linattn.problem import Problem
 from linattn.state import State
@@ -64,6 +64,14 @@ class Runner(Protocol):
         ...
 
     def multiprocessors(self, like: Array) -> int: ...
+
+    def capability(self, like: Array) -> int:
+        """Of an array's device, times ten."""
+        ...
+
+    def maps(self, *arrays: Array) -> bytes:
+        """What bulk copies are told about arrays; for kernels of capability 90."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -242,6 +250,17 @@ def product(
         values |= {"slots": address(slots), "pool": start.kv.shape[0]}
     if partial is not None:
         values |= {"partial": address(partial[0]), "partial_den": address(partial[1])}
+    plain = not (strict or extra_on or masked or total or sums) and turn is None and slots is None
+    plain = plain and den is None and (not do_is or problem.scale == 1 or (start is None and final is None))
+    if plain and x is not None and out is not None:
+        surroundings: dict[str, Any] = {"raw": raw, "gradient": gradient}
+        if hopper.takes(call, x, y, w, out, rows=rows, **surroundings):
+            values["scale"] = scale * (problem.scale if do_is else 1.0)
+            hopper.launch(
+                call, x=x, y=y, w=w, out=out, values=values, reverse=reverse, normalize=normalize,
+                rows=rows is not None, **surroundings,
+            )  # fmt: skip
+            return
     kernel = sources.expression("product", (problem.dtype, acc), numbers, "Options")
     packed = sources.packed("product.cu", "Arguments", values)
     call.run("product.cu", kernel, packed, grid, blocks.threads, blocks.shared(SIZES[acc], found.f), y)

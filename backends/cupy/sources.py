@@ -10,6 +10,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 OPTIONS = ("-std=c++17",)
+EXACT = {"hopper.cu": "sm_90a"}
+"""Sources that are written for one architecture's own instructions."""
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -138,7 +138,12 @@ def explain(
     said = tuned.in_use(device) if decision.chosen == "triton" else None
     steps = plan(problem) if decision.chosen == "triton" else None
     if as_json:
-        answer = {"call": str(problem), "chosen": decision.chosen, "backends": decision.reasons}
+        answer: dict[str, Any] = {
+            "call": str(problem),
+            "chosen": decision.chosen,
+            "backends": decision.reasons,
+        }
+        answer |= {"kernels": decision.kernels} if decision.kernels else {}
         print_json(answer | {"tuned": said, "plan": steps})
     else:
         typer.echo(str(decision))

@@ -28,9 +28,10 @@ class Kernel(NamedTuple):
 class Recorder:
     """Notes what it is told to start."""
 
-    def __init__(self, room: Room = H200) -> None:
+    def __init__(self, room: Room = H200, architecture: int = 80) -> None:
         self.kernels: list[Kernel] = []
         self.given = room
+        self.architecture = architecture
 
     def __call__(
         self, file: str, kernel: str, arguments: bytes, grid: int, threads: int, shared: int, like: Array
@@ -43,13 +44,20 @@ class Recorder:
     def multiprocessors(self, like: Any) -> int:
         return 132
 
+    def capability(self, like: Any) -> int:
+        return self.architecture
+
+    def maps(self, *arrays: Any) -> bytes:
+        return bytes(128 * len(arrays))
+
 
 def kernels(
     dtype: Any = np.float32, *, b: int = 2, n: int = 100, h: int = 3, d: int = 64, e: int = 64,
-    gradients: bool = True, state: bool = False, decode: bool = False, room: Room = H200, **options: Any,
+    gradients: bool = True, state: bool = False, decode: bool = False, room: Room = H200,
+    architecture: int = 80, **options: Any,
 ) -> list[Kernel]:  # fmt: skip
     """The kernels of a call, of its backward pass, and of a decode step after it."""
-    runner = Recorder(room)
+    runner = Recorder(room, architecture)
     backend = CupyBackend(runner=runner, arrays={"numpy": False})
     q, k = (np.ones((b, n, h, d), dtype) for _ in range(2))
     v = np.ones((b, n, h, e), dtype)

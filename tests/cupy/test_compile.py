@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from linattn.backends.cupy import sources
-from tests.cupy.recorded import COSFORMER, Kernel, decays, kernels, lrpe
+from tests.cupy.recorded import COSFORMER, H200, Kernel, decays, kernels, lrpe
 
 pathfinder = pytest.importorskip("cuda.pathfinder", reason="NVRTC is part of the development tools on Linux")
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is part of the development tools on Linux")
@@ -78,6 +78,28 @@ MANY: dict[str, dict[str, Any]] = {
 }
 
 
+HOPPER: dict[
+    str, tuple[int, dict[str, Any]]
+] = {  # bytes that may be spilled, by warps that wait for memory anyway
+    "decay": (0, {"log_decay": decays(), "d": 128, "e": 128, "state": True}),
+    "narrow": (0, {"log_decay": decays(), "feature_map": "silu"}),
+    "wide": (0, {"log_decay": decays(), "feature_map": "relu", "d": 128, "e": 128}),
+    "plain": (0, {"d": 128, "e": 64, "n": 2000}),
+    "cosformer": (64, {**COSFORMER, "gradients": False}),
+    "sums": (
+        700,
+        {
+            "d": 128,
+            "e": 128,
+            "feature_map": "relu",
+            "normalize": True,
+            "log_decay": decays(),
+            "gradients": False,
+        },
+    ),
+}
+
+
 def check(found: list[Kernel], architecture: str, spilled: int = 0) -> None:
     """spilled: bytes of a thread that may be."""
     assert found
@@ -91,6 +113,14 @@ def check(found: list[Kernel], architecture: str, spilled: int = 0) -> None:
 @pytest.mark.parametrize("name", USUAL)
 def test_usual_kernels_compile(name: str, architecture: str) -> None:
     check(kernels(**USUAL[name]), architecture)
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_kernels_for_hopper_compile(name: str) -> None:
+    spilled, given = HOPPER[name]
+    found = [one for one in kernels(dtype=BFLOAT16, architecture=90, **given) if one.file == "hopper.cu"]
+    check(found, "sm_90a", spilled)
+    assert all(one.shared <= H200.shared for one in found)
 
 
 @pytest.mark.slow

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
+import shutil
+import subprocess
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import linattn
 from linattn import registry
-from linattn.backends.cupy import CupyBackend, launch, memory, sources
+from linattn.backends.cupy import CupyBackend, hopper, launch, memory, sources
 from linattn.backends.cupy.launch import Blocks, Room
 from linattn.cli.explain import describe
 from linattn.errors import UnsupportedError
 from tests.cupy.hosted import COMPILER, library
 from tests.cupy.recorded import COSFORMER, H200, Recorder, decays, kernels, lrpe
 
-FILES = ("product.cu", "between.cu", "decode.cu")
+FILES = ("product.cu", "between.cu", "decode.cu", "hopper.cu")
+NVCC = shutil.which("nvcc")
 SMALL = Room(96 * 1024)  # what compute capability 7.0 has
 
 
@@ -123,3 +130,84 @@ def test_a_machine_without_cupy_says_so() -> None:
 def test_arrays_on_the_cpu_are_refused() -> None:
     problem = describe((2, 8, 3, 4), kind="torch", device="cpu")
     assert registry.get("cupy").unsupported(problem) == "takes arrays on CUDA devices, got cpu"
+
+
+BF16 = ml_dtypes.bfloat16
+HOPPER: dict[str, tuple[dict[str, Any], str | None]] = {
+    "it": ({"d": 128, "e": 128, "log_decay": decays()}, None),
+    "cosformer": (COSFORMER, None),
+    "silu": ({"d": 128, "e": 256, "feature_map": "silu", "state": True}, None),
+    "float16": ({"dtype": np.float16}, "takes bfloat16, got float16"),
+    "odd": ({"d": 65}, "takes D of 64 or 128, got 65"),
+    "wide": (COSFORMER | {"d": 128}, "takes D of 64, got 128"),
+    "narrow": ({"e": 32}, "takes E in multiples of 64, got 32"),
+    "lrpe": (lrpe(), "takes one angle for all features, or none"),
+    "two ways": ({"causal": False}, "takes causal calls"),
+    "tokens": ({"log_decay": np.full((2, 100, 3), -0.1)}, "takes one decay a head, not one a token"),
+    "lengths": ({"lengths": np.array([30, 100])}, "does not take lengths"),
+    "mask": ({"key_mask": np.ones((2, 100), bool)}, "does not take key_mask"),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_tensor_cores_take_what_they_can(name: str) -> None:
+    given, why = HOPPER[name]
+    options = {"dtype": BF16, "gradients": False, **given}
+    files = {one.file for one in kernels(architecture=90, **options)}
+    assert files == {"product.cu" if why else "hopper.cu"}
+    assert {one.file for one in kernels(architecture=80, **options)} == {"product.cu"}
+    x = np.ones((2, 100, 3, options.get("d", 64)), options["dtype"])
+    v = np.ones((2, 100, 3, options.get("e", 64)), options["dtype"])
+    backend = CupyBackend(runner=Recorder(architecture=90), arrays={"numpy": False})
+    words = {name for name in options if name not in ("dtype", "gradients", "d", "e", "state")}
+    said = str(linattn.explain(x, x, v, backend=backend, **{word: options[word] for word in words}))
+    assert (why or "on tensor cores (hopper.cu)") in said
+
+
+def test_gradients_without_sums_are_formed_on_tensor_cores_too() -> None:
+    plain = [one.file for one in kernels(BF16, architecture=90)]
+    assert plain == ["hopper.cu"] * 4
+    decayed = kernels(BF16, architecture=90, feature_map="relu", log_decay=decays())
+    assert [one.file for one in decayed] == ["hopper.cu"] * 4 + ["between.cu"]
+    normalized = kernels(BF16, architecture=90, normalize=True, feature_map="relu")
+    assert [one.file for one in normalized].count("hopper.cu") == 1
+
+
+def test_few_heads_are_cut_into_pieces() -> None:
+    def grids(**sizes: int) -> list[int]:
+        return [one.grid for one in kernels(BF16, architecture=90, gradients=False, **sizes)]
+
+    assert grids(b=4, h=32, n=8192) == [128]
+    assert grids(b=1, h=32, n=8192) == [96, 128]  # what three pieces add, then four
+    assert grids(b=40, h=32, n=8192) == [132]
+    assert grids(b=1, h=1, n=500) == [1]
+
+
+def test_what_bulk_copies_move() -> None:
+    x = np.zeros((2, 10, 3, 64), BF16)
+    assert hopper.copied_by_tiles(x, x[:, 1:], x[:, :, 1:])
+    assert hopper.copied_by_tiles(np.zeros((1, 10, 3, 72), BF16)[..., 8:])
+    for refused in (
+        np.zeros((2, 10, 3, 65), BF16)[..., 1:],  # not at a multiple of 16 bytes
+        np.zeros((2, 10, 3, 68), BF16)[..., :64],  # rows that are not
+        np.zeros((2, 10, 64, 3), BF16).swapaxes(2, 3),  # features apart
+        np.broadcast_to(x[:1], x.shape),  # one sequence twice
+        x[:, ::-1],
+    ):
+        assert not hopper.copied_by_tiles(x, refused)
+
+
+@pytest.mark.parametrize("name", ["it", "cosformer", "silu"])
+def test_hopper_is_given_the_shared_memory_that_it_counts(name: str) -> None:
+    """`Places` of the source, evaluated by a compiler."""
+    if NVCC is None:
+        pytest.skip("the CUDA toolkit's compiler evaluates the formula of the source")
+    found = kernels(BF16, architecture=90, **{"gradients": False, **HOPPER[name][0]})[0]
+    options = found.name.partition("<")[2].removesuffix(">")
+    text = sources.text("hopper.cu") + f'\nstatic_assert(Places<{options}>::BYTES == {found.shared}, "");\n'
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "places.cu"
+        source.write_text(text)
+        command = [NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=compute_90a", "-ptx", "-o", os.devnull]
+        done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
