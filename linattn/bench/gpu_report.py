@@ -60,7 +60,7 @@ def cells(row: GpuRow) -> tuple[str, ...]:
         NOTHING if best is None else f"{_ms(best)} ({best.name})",
         NOTHING if faster is None else f"{faster:.2f}",
         NOTHING if row.other is None else _ms(row.other),
-        NOTHING if row.case.required is None else f"{row.case.required:g}",
+        NOTHING if row.required is None else f"{row.required:.3g}",
         "wrong" if ours and not ours.right else MET[row.met],
     )
 

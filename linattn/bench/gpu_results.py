@@ -69,15 +69,20 @@ class GpuRow:
         return next((peer for peer in self.peers if not peer.same), None)
 
     @property
+    def required(self) -> float | None:
+        """Milliseconds, or None where nothing is asked for."""
+        return self.case.required if self.case.share is None else self.floor / self.case.share
+
+    @property
     def met(self) -> bool | None:
         """Whether the requirement is met, by a right result; None where nothing is required."""
-        if self.case.required is None:
+        if self.required is None:
             return None
         timing = self.ours.timing
         if timing is None or not timing.right:
             return False
         ms = timing.replayed if self.case.replayed else timing.ms
-        return ms is not None and ms <= self.case.required
+        return ms is not None and ms <= self.required
 
 
 @dataclass(frozen=True)

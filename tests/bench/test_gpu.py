@@ -70,6 +70,12 @@ def test_the_table_is_the_required_one():
     assert required["forward 4 32 2048 64 float64 cupy"] == 0.52
 
 
+def test_a_share_of_the_floor_is_required_on_any_card():
+    case = GpuCase("decode", 128, 64, 1, 128, backend="cupy", share=0.94)
+    for ms, met in ((1.06, True), (1.07, False)):
+        assert GpuRow(case, 1.0, Entry("ours", Timing(ms))).met is met
+
+
 def test_a_tiny_decode_step_is_judged_in_a_graph():
     case = GpuCase("decode", 1, 32, 1, 128, 0.005, "cupy", replayed=True)
     for replayed, met in ((0.004, True), (0.006, False), (None, False)):
