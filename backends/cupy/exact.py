@@ -23,7 +23,7 @@ def load(file: str, kernel: str, architecture: str, shared: int) -> Any:
     """
     import cupy
 
-    options = (*sources.OPTIONS, f"-arch={architecture}")
+    options = (*sources.OPTIONS, "-ftz=true", f"-arch={architecture}")  # as CuPy compiles
     text = sources.text(file)
     key = "\0".join((text, kernel, *options, str(cupy.cuda.nvrtc.getVersion())))
     kept = folder() / f"linattn-{hashlib.sha256(key.encode()).hexdigest()}.cubin"

@@ -162,16 +162,20 @@ template <class O> struct Helper {
   __device__ __forceinline__ int piece(int group) const { return m / 32 * GROUPS + group; }  // 16 bytes of a row
 
   __device__ __forceinline__ void map_tiles(int from, int tiles) {
-    char* const at = unit.own() + from;
-    for (int i = m; i < tiles * TILE / 16; i += HELPERS) {
-      uint4* const piece = (uint4*)(at + 16 * i);
-      uint4 x = *piece;
-      uint32_t* const both = (uint32_t*)&x;
-      UNROLL for (int v = 0; v < 4; ++v)
-        both[v] = O::FEATURE == RELU
-            ? relu_of(both[v])
-            : pair(mapped<O::FEATURE>(low_of(both[v])), mapped<O::FEATURE>(high_of(both[v])));
-      *piece = x;
+    uint4* const at = (uint4*)(unit.own() + from);
+    constexpr int TOGETHER = 2;  // pieces of a thread: one's exponentials while the other's are under way
+    for (int first = m; first < tiles * TILE / 16; first += TOGETHER * HELPERS) {
+      uint4 x[TOGETHER];
+      UNROLL for (int u = 0; u < TOGETHER; ++u)
+        if (first + u * HELPERS < tiles * TILE / 16) x[u] = at[first + u * HELPERS];
+      UNROLL for (int v = 0; v < 4 * TOGETHER; ++v) {
+        uint32_t& both = ((uint32_t*)x)[v];
+        both = O::FEATURE == RELU
+            ? relu_of(both)
+            : pair(mapped<O::FEATURE>(low_of(both)), mapped<O::FEATURE>(high_of(both)));
+      }
+      UNROLL for (int u = 0; u < TOGETHER; ++u)
+        if (first + u * HELPERS < tiles * TILE / 16) at[first + u * HELPERS] = x[u];
     }
   }
 
