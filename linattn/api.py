@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from linattn import registry, route
+from linattn import route
 from linattn.arrays import kind_of
-from linattn.checks import Call, problem_of
+from linattn.checked import checked, device_of
+from linattn.checks import Call
 from linattn.errors import ArgumentTypeError
 from linattn.registry import BackendLike
 from linattn.reweight import Cosine
 from linattn.signatures import known_keywords, unknown
 from linattn.state import Reweight, State
-from linattn.values import check_values
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -82,9 +82,14 @@ def _run(call: Call, check: bool, backend: BackendLike) -> tuple[Any, State | No
     if kind_of(call.q) == "torch":
         out: tuple[Any, State | None] = route.torch_calls().run(call, check, backend)
         return out
-    problem = problem_of(call)
-    check_values(call, device_too=check)
-    return route.forward(problem, registry.choose(problem, registry.requested(backend)), call)
+    with device_of(call.q):
+        known = checked(call, check, backend)
+        if known.direct is not None:
+            return known.direct(  # type: ignore[no-any-return]
+                known.problem, call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask,
+                call.lengths, call.cu_seqlens, call.initial_state,
+            )  # fmt: skip
+        return route.forward(known.problem, known.backend, call)
 
 
 @known_keywords

@@ -107,8 +107,10 @@ def table(values: np.ndarray, like: Array, dtype: str) -> Array:
     """
     kind = kind_of(like)
     if kind != "torch":
-        values = np.asarray(values, dtype=dtype)
-        return values if kind == "numpy" else namespace("cupy").asarray(values)
+        values = np.ascontiguousarray(values, dtype=dtype)
+        if kind == "numpy":
+            return values
+        return _for_cupy(values.tobytes(), values.shape, dtype, int(like.device.id))
     torch = sys.modules["torch"]
     if not torch.compiler.is_compiling():
         values = np.array(values, dtype=dtype)  # a copy: later changes of the table are not this call's
@@ -125,3 +127,12 @@ def _on_device(data: bytes, shape: tuple[int, ...], dtype: str, device: str) -> 
     values = np.frombuffer(data, dtype=dtype).reshape(shape).copy()
     with torch.inference_mode(False):
         return torch.from_numpy(values).to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def _for_cupy(data: bytes, shape: tuple[int, ...], dtype: str, device: int) -> Array:
+    cupy = namespace("cupy")
+    with cupy.cuda.Device(device):
+        found = cupy.asarray(np.frombuffer(data, dtype=dtype).reshape(shape))
+        cupy.cuda.get_current_stream().synchronize()  # whatever stream reads it next
+    return found

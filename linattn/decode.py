@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from linattn import registry, route
+from linattn import route
 from linattn.arrays import Array, kind_of
-from linattn.checks import Call, check_one_kind, problem_of
+from linattn.checked import checked, device_of
+from linattn.checks import Call, check_one_kind
 from linattn.errors import ArgumentTypeError, ShapeError
 from linattn.registry import BackendLike
 from linattn.signatures import known_keywords
 from linattn.state import Reweight, State, check_dense
-from linattn.values import check_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -53,11 +53,12 @@ def decode_step(
     )  # fmt: skip
     if kind_of(q) == "torch":
         return route.torch_calls().decode(rows, state, check, backend)
-    call = of_one_token(rows)
-    problem = problem_of(call)
-    check_values(call, device_too=check)
-    route.check_writable(state, "state")
-    return route.decode(problem, registry.choose(problem, registry.requested(backend)), call, state)
+    with device_of(q):
+        known = checked(rows, check, backend, whole=of_one_token)
+        if known.direct is not None and kind_of(q) == "cupy":
+            return known.direct(known.problem, q, k, v, log_decay, rows.theta, state, slots)
+        route.check_writable(state, "state")
+        return route.decode(known.problem, known.backend, of_one_token(rows), state)
 
 
 def of_one_token(rows: Call) -> Call:

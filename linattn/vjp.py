@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from linattn import registry, route
 from linattn.arrays import Array, dtype_name, kind_of, zeros_like_kind
+from linattn.checked import checked, device_of
 from linattn.checks import Call, problem_of
 from linattn.errors import ArgumentTypeError, DtypeError, ShapeError, StateError
 from linattn.problem import Problem
@@ -50,16 +51,17 @@ def attention_vjp(
     Keywords and errors are `attention`'s, without slots.
     """
     call, check, backend = _call(q, k, v, keywords)
-    problem = problem_of(call, needs_grad=True)
-    check_values(call, device_too=check)
-    chosen = registry.choose(problem, registry.requested(backend))
-    o, state, kept = route.forward_keeping(problem, chosen, call)
+    with device_of(q):
+        known = checked(call, check, backend, needs_grad=True)
+        problem, chosen = known.problem, known.backend
+        o, state, kept = route.forward_keeping(problem, chosen, call)
     saved = route.saved_of(problem, call, call.initial_state, o if problem.normalize else None, kept)
 
     def vjp(do: Array | None, dstate: State | None = None) -> dict[str, Any]:
         given = zeros_like_kind(o, tuple(o.shape), problem.dtype) if do is None else do
         _check_gradients(problem, o, given, dstate)
-        grads = route.backward(problem, chosen, saved, given, dstate)
+        with device_of(q):
+            grads = route.backward(problem, chosen, saved, given, dstate)
         result = {"q": grads.q, "k": grads.k, "v": grads.v}
         if grads.log_decay is not None:
             result["log_decay"] = grads.log_decay

@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from linattn.arrays import Array, written
 from linattn.backends import Gradients, Saved
 from linattn.problem import Problem
-from linattn.state import State, tokens_seen
+from linattn.state import State
 
 if TYPE_CHECKING:
     from linattn.backends.cupy.launch import Runner
 
 OLDEST = 70
-BFLOAT16 = 80  # the compute capability that has it
 
 
 class CupyBackend:
@@ -69,30 +68,25 @@ class CupyBackend:
         cu_seqlens: Array | None,
         state: State | None,
     ) -> tuple[Array, State | None]:
-        saved = Saved(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
-        return self.forward_keeping(problem, saved, keep=False)[:2]
+        x = Inputs(q, k, v, log_decay, theta, key_mask, lengths, cu_seqlens, state)
+        with self.runner.on(problem.device):
+            o, final, _ = _module("forward").run(problem, self.runner, x, keep=False)
+        return o, final
 
-    def forward_keeping(
-        self, problem: Problem, saved: Saved, *, keep: bool = True
-    ) -> tuple[Array, State | None, Array]:
-        module = _module("forward")
-        call = _module("launch").call_of(problem, self.runner, saved)
-        o, final, kept = module.forward(call, saved.q, saved.k, saved.v, saved.state, keep=keep)
-        if final is not None:
-            before = None if saved.state is None else saved.state.length
-            final.length = tokens_seen(saved.q, saved.lengths, saved.cu_seqlens, before)
-        return o, final, kept
+    def forward_keeping(self, problem: Problem, saved: Saved) -> tuple[Array, State | None, Array]:
+        with self.runner.on(problem.device):
+            return _module("forward").run(problem, self.runner, saved, keep=True)  # type: ignore[no-any-return]
 
     def forward_in_pool(self, problem: Problem, saved: Saved, slots: Array) -> Array:
         assert saved.state is not None
-        call = _module("launch").call_of(problem, self.runner, saved)
-        o = _module("forward").in_pool(call, saved.q, saved.k, saved.v, saved.state, slots)
+        with self.runner.on(problem.device):
+            o = _module("forward").in_pool(problem, self.runner, saved, slots)
         written(saved.state.kv, saved.state.z, saved.state.length)
         return o
 
     def backward(self, problem: Problem, saved: Saved, do: Array, dstate: State | None) -> Gradients:
-        call = _module("launch").call_of(problem, self.runner, saved)
-        return _module("backward").backward(call, saved, do, dstate)  # type: ignore[no-any-return]
+        with self.runner.on(problem.device):
+            return _module("backward").backward(problem, self.runner, saved, do, dstate)  # type: ignore[no-any-return]
 
     def decode_step(
         self,
@@ -105,11 +99,24 @@ class CupyBackend:
         state: State,
         slots: Array | None,
     ) -> Array:
-        module = _module("decode")
-        call = _module("launch").call_of(problem, self.runner, Saved(q, k, v, log_decay, theta))
-        o = module.decode_step(call, q, k, v, state, module.slots_of(slots))
+        with self.runner.on(problem.device):
+            o = _module("decode").decode_step(problem, self.runner, q, k, v, log_decay, theta, state, slots)
         written(state.kv, state.z, state.length)
         return o
+
+
+class Inputs(NamedTuple):
+    """The arrays of a forward pass: `Saved`, which costs microseconds to fill, without what it lacks."""
+
+    q: Array
+    k: Array
+    v: Array
+    log_decay: Array | None
+    theta: Array | None
+    key_mask: Array | None
+    lengths: Array | None
+    cu_seqlens: Array | None
+    state: State | None
 
 
 @functools.cache

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from linattn.arrays import Array, cast
 from linattn.backends import Gradients, Saved
 from linattn.backends.cupy import sources
 from linattn.backends.cupy.forward import forward, partials, total
-from linattn.backends.cupy.launch import THREADS, Call, dense_state, empty_state, fresh, plan, product
+from linattn.backends.cupy.launch import (
+    THREADS,
+    Call,
+    Runner,
+    dense_state,
+    empty_state,
+    fresh,
+    planned,
+    product,
+    tables,
+)
 from linattn.backends.cupy.memory import address, dense, room, strides
+from linattn.backends.cupy.tape import Parts, repeatable
+from linattn.problem import Problem
 from linattn.state import State
 
 
@@ -36,28 +49,59 @@ class Results:
     final: State | None = None
 
 
-def backward(call: Call, x: Saved, do: Array, dstate: State | None) -> Gradients:
+def backward(problem: Problem, runner: Runner, x: Saved, do: Array, dstate: State | None) -> Gradients:
     """Gradients of every input, from those of o [B, N, H, E] and of the returned state."""
-    problem = call.problem
-    do = cast(do, problem.dtype)
-    start, dstate = dense_state(x.state, call.acc), dense_state(dstate, call.acc)
-    out = Results(*(fresh(call, like, tuple(like.shape), problem.dtype) for like in (x.q, x.k, x.v)))
+    surroundings = tables(problem, x)
+    call = Call(problem, runner, *surroundings)
+    wants = problem.decay is not None and x.want_log_decay, problem.reweight == "lrpe" and x.want_theta
+    states = *_parts(x.state), *_parts(dstate)
+    inputs = (x.q, x.k, x.v, *surroundings, cast(do, problem.dtype), x.o, x.kept, *states)
+    work = partial(_pass, problem, *wants)
+    *found, start, start_z, final, final_z = repeatable(("backward", *wants), problem, runner, inputs, work)
+    q, k, v, plus, minus, turned = found
+    out = Results(q, k, v, plus, minus, turned, _state(start, start_z), _state(final, final_z))
+    decay = theta = None
+    dstate = dense_state(dstate, call.acc)
+    if wants[0]:
+        decay = _log_decay(call, out, dstate)
+    if out.theta is not None:
+        theta = cast(_theta(call, out, dstate), call.acc)
+    return Gradients(q, k, v, decay, theta, start, start_z)
+
+
+def _parts(state: State | None) -> tuple[Array | None, Array | None]:
+    return (None, None) if state is None else (state.kv, state.z)
+
+
+def _state(kv: Array | None, z: Array | None) -> State | None:
+    """Without lengths, which no gradient reads."""
+    return None if kv is None else State(kv, z, kv)
+
+
+def _pass(
+    problem: Problem, want_log_decay: bool, want_theta: bool, runner: Runner, q: Array, k: Array, v: Array,
+    log_decay: Array | None, theta: Array | None, key_mask: Array | None, borders: Array | None, do: Array,
+    o: Array | None, kept: Array | None, kv: Array | None, z: Array | None, dkv: Array | None,
+    dz: Array | None,
+) -> Parts:  # fmt: skip
+    """The fields of `Results`, of states their two arrays."""
+    call = Call(problem, runner, log_decay, theta, key_mask, borders)
+    start, dstate = (dense_state(_state(*parts), call.acc) for parts in ((kv, z), (dkv, dz)))
+    x = Saved(
+        q, k, v, log_decay, theta, key_mask, o=o, state=start, kept=kept, want_log_decay=want_log_decay,
+        want_theta=want_theta,
+    )  # fmt: skip
+    out = Results(*(fresh(call, like, tuple(like.shape), problem.dtype) for like in (q, k, v)))
     below = _denominators(call, x, do) if problem.normalize else Quotient()
     if problem.causal:
         _one_way(call, x, do, below, start, dstate, out)
     elif problem.decay is None:
         _from_totals(call, x, do, below, out)
     else:
-        parts = [partials(call, like, like.shape[3], False) for like in (x.q, x.k, x.v)]
+        parts = [partials(call, like, like.shape[3], False) for like in (q, k, v)]
         _one_way(call, x, do, below, None, None, out, sums=1, parts=parts)
         _one_way(call, x, do, below, None, None, out, sums=2, parts=parts, flip=True)
-    decay = theta = None
-    if problem.decay is not None and x.want_log_decay:
-        decay = _log_decay(call, out, dstate)
-    if out.theta is not None:
-        theta = cast(_theta(call, out, dstate), call.acc)
-    kv, z = (None, None) if out.start is None else (out.start.kv, out.start.z)
-    return Gradients(out.q, out.k, out.v, decay, theta, kv, z)
+    return out.q, out.k, out.v, out.plus, out.minus, out.theta, *_parts(out.start), *_parts(out.final)
 
 
 def _denominators(call: Call, x: Saved, do: Array) -> Quotient:
@@ -122,11 +166,7 @@ def _rows(call: Call, like: Array, e: int, extra: bool, wanted: bool, angles: bo
     """Room for a number of each token, from each slice of a gradient's features."""
     if not wanted:
         return None
-    found = plan(
-        call.problem.reweight, call.run.room(like), e, like.shape[3], gradient=True, extra=extra,
-        acc="float64" if angles else call.acc,
-    )  # fmt: skip
-    assert found is not None
+    found = planned(call, like, e, like.shape[3], gradient=True, extra=extra, turn=angles)
     return fresh(call, like, (found.slices, *like.shape[:3]), call.acc)
 
 

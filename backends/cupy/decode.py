@@ -2,71 +2,111 @@
 
 from __future__ import annotations
 
+import functools
+from functools import partial
+from typing import NamedTuple
+
 from linattn.arrays import Array
 from linattn.backends.cupy import sources
-from linattn.backends.cupy.launch import ANGLES, DECAY, FEATURES, SIZES, THREADS, Call
+from linattn.backends.cupy.launch import ANGLES, DECAY, FEATURES, SIZES, Runner
 from linattn.backends.cupy.memory import address, dense, room, strides
+from linattn.backends.cupy.tape import Parts, repeatable
+from linattn.problem import Problem
 from linattn.state import State
 
-WIDEST = 256  # values of a normalized head, which one block of threads works on
+NARROW, WIDE = 8, 16  # threads beside each other: to fill the device, and once it is full
 
 
-def fits(e: int, normalize: bool) -> bool:
-    """Whether the kernel takes so many values."""
-    return e <= WIDEST or not normalize
+class Shape(NamedTuple):
+    """Blocks of `threads`, `lanes` of them beside each other in a row, each with `at_once` rows."""
+
+    threads: int
+    lanes: int
+    at_once: int
+
+    def slices(self, e: int, wide: int) -> int:
+        """Blocks of a head."""
+        return -(-e // (self.lanes * wide))
 
 
-def shape(heads: int, e: int, wide: int, normalize: bool, multiprocessors: int) -> tuple[int, int]:
-    """Threads beside each other in a row of the state, and slices of its columns; heads: B H of them."""
-    lanes = 1 << max(0, -(-e // wide) - 1).bit_length()
-    if normalize:
-        return lanes, 1
-    lanes = min(lanes, 32)
-    while lanes > 4 and heads * -(-e // (lanes * wide)) < 2 * multiprocessors:
-        lanes //= 2
-    return lanes, -(-e // (lanes * wide))
+@functools.lru_cache(maxsize=1024)
+def shape(
+    heads: int, d: int, e: int, wide: int, turned: bool, normalize: bool, multiprocessors: int
+) -> Shape:
+    """Blocks that ask for all of their rows at once; heads: B H of them.
+
+    A normalized head is never cut: each of its blocks would need the z that another one overwrites.
+    """
+    lanes, at_once = power(-(-e // wide)), 4 if turned else 8
+    if not normalize:
+        lanes = min(lanes, WIDE if heads > 8 * multiprocessors else NARROW)
+        if heads * -(-e // (lanes * wide)) < multiprocessors:
+            lanes, at_once = max(1, lanes // 2), at_once // 2
+    most = 512 if normalize and heads < multiprocessors else 256
+    threads = min(most, max(64, power(d) * lanes // at_once))
+    return Shape(max(threads, lanes), lanes, at_once)
 
 
-def decode_step(call: Call, q: Array, k: Array, v: Array, state: State, slots: Array | None) -> Array:
+def power(x: int) -> int:
+    """The power of 2 from x on."""
+    return 1 << (x - 1).bit_length()
+
+
+def inverse(x: int) -> int:
+    """What `divided` of decode.cu takes for a divisor."""
+    of = -(-(1 << 64) // x) % (1 << 64)
+    return of - (of >> 63 << 64)  # as a signed number
+
+
+def decode_step(
+    problem: Problem, runner: Runner, q: Array, k: Array, v: Array, log_decay: Array | None,
+    theta: Array | None, state: State, slots: Array | None,
+) -> Array:  # fmt: skip
     """q, k [B, H, D], v [B, H, E] -> o [B, H, E] in q's dtype; `state` changes in place."""
-    problem = call.problem
+    theta = None if theta is None else dense(theta, "float64")
+    slots = None if slots is None else dense(slots, "int64")
+    inputs = (q, k, v, log_decay, theta, slots, state.kv, state.z, state.length)
+    return repeatable("decode", problem, runner, inputs, partial(_step, problem))[0]
+
+
+def _step(
+    problem: Problem, runner: Runner, q: Array, k: Array, v: Array, log_decay: Array | None,
+    theta: Array | None, slots: Array | None, kv: Array, z: Array | None, length: Array,
+) -> Parts:  # fmt: skip
     b, h, d = q.shape
     e = v.shape[2]
     o = room(q, (b, h, e), problem.dtype)
-    kv = strides(state.kv)
-    size = SIZES[call.acc]
+    steps = strides(kv)
+    size = SIZES[problem.accumulate]
     wide = 16 // size
-    if kv[3] != 1 or e % wide or any(step % wide for step in kv[:3]) or address(state.kv) % 16:
+    if steps[3] != 1 or e % wide or any(step % wide for step in steps[:3]) or address(kv) % 16:
         wide = 1
-    lanes, slices = shape(b * h, e, wide, problem.normalize, call.run.multiprocessors(q))
     if not b * h:
-        return o
+        return (o,)
     angles = ANGLES[problem.reweight]
+    form = shape(b * h, d, e, wide, angles > 0, problem.normalize, runner.multiprocessors(q))
+    slices, widest = form.slices(e, wide), max(32, power(d))
     values: dict[str, float] = {
         "q": address(q), "k": address(k), "v": address(v), "o": address(o),
-        "log_decay": address(call.log_decay), "theta": address(call.theta),
-        "angle": problem.angle,
-        "slots": address(slots), "kv": address(state.kv), "z": address(state.z),
-        "length": address(state.length), "length_s": strides(state.length)[0], "S": state.kv.shape[0], "H": h,
-        "D": d, "E": e, "scale": problem.scale, "eps": problem.eps,
+        "log_decay": address(log_decay), "theta": address(theta), "angle": problem.angle,
+        "slots": address(slots), "kv": address(kv), "z": address(z),
+        "length": address(length), "length_s": strides(length)[0],
+        "slices_of": inverse(slices), "heads_of": inverse(h), "S": kv.shape[0], "H": h, "D": d, "E": e,
+        "scale": problem.scale, "eps": problem.eps,
     }  # fmt: skip
-    arrays = [("q", "bhd", q), ("k", "bhd", k), ("v", "bhe", v), ("kv", "shfe", state.kv)]
-    if state.z is not None:
-        arrays.append(("z", "shf", state.z))
+    arrays = [("q", "bhd", q), ("k", "bhd", k), ("v", "bhe", v), ("kv", "shfe", kv)]
+    if z is not None:
+        arrays.append(("z", "shf", z))
     for name, letters, array in arrays:
         values |= {f"{name}_{p}": step for p, step in zip(letters, strides(array), strict=True)}
-    if call.log_decay is not None:
-        values |= dict(zip(("g_b", "g_h"), (0, *strides(call.log_decay))[-2:], strict=True))
-    at_once = 4 if angles or size == 8 else 8
+    if log_decay is not None:
+        values |= dict(zip(("g_b", "g_h"), (0, *strides(log_decay))[-2:], strict=True))
+    full = d == widest and e == slices * form.lanes * wide
     numbers = (
-        THREADS, wide, lanes, at_once, max(32, 1 << (d - 1).bit_length()), FEATURES[problem.feature_map],
-        angles, min(1, DECAY[problem.decay]), problem.normalize,
+        form.threads, wide, form.lanes, form.at_once, widest, FEATURES[problem.feature_map],
+        angles, min(1, DECAY[problem.decay]), problem.normalize, full,
     )  # fmt: skip
     kernel = sources.expression("decode", (problem.dtype,), numbers, "Choice")
     packed = sources.packed("decode.cu", "Step", values)
-    call.run("decode.cu", kernel, packed, b * h * slices, THREADS, 0, q)
-    return o
-
-
-def slots_of(slots: Array | None) -> Array | None:
-    return None if slots is None else dense(slots, "int64")
+    runner("decode.cu", kernel, packed, b * h * slices, form.threads, 0, q)
+    return (o,)

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from linattn.arrays import Array
 from linattn.backends.cupy import sources
-from linattn.backends.cupy.launch import THREADS, Call, dense_state, empty_state, fresh, product
+from linattn.backends.cupy.launch import (
+    THREADS,
+    Call,
+    Runner,
+    dense_state,
+    empty_state,
+    fresh,
+    product,
+    tables,
+)
 from linattn.backends.cupy.memory import address, dense, room
-from linattn.state import State
+from linattn.backends.cupy.tape import Parts, repeatable
+from linattn.problem import Problem
+from linattn.state import State, tokens_seen
+
+
+def run(problem: Problem, runner: Runner, x: Any, *, keep: bool) -> tuple[Array, State | None, Array | None]:
+    """`forward` of the arrays of a backend's call, and the lengths of its state."""
+    state: State | None = x.state
+    kv, z = (None, None) if state is None else (state.kv, state.z)
+    inputs = (x.q, x.k, x.v, *tables(problem, x), kv, z)
+    o, rows, kv, z = repeatable(("forward", keep), problem, runner, inputs, partial(_pass, problem, keep))
+    if not problem.return_state:
+        return o, None, rows
+    length = tokens_seen(x.q, x.lengths, x.cu_seqlens, None if state is None else state.length)
+    final = State(kv, z, length, problem.feature_map, problem.reweight, problem.d)
+    return o, final, rows
+
+
+def _pass(
+    problem: Problem, keep: bool, runner: Runner, q: Array, k: Array, v: Array, log_decay: Array | None,
+    theta: Array | None, key_mask: Array | None, borders: Array | None, kv: Array | None, z: Array | None,
+) -> Parts:  # fmt: skip
+    call = Call(problem, runner, log_decay, theta, key_mask, borders)
+    start = None if kv is None else State(kv, z, kv)
+    o, final, rows = forward(call, q, k, v, start, keep=keep)
+    return (o, rows, None, None) if final is None else (o, rows, final.kv, final.z)
 
 
 def forward(
@@ -33,9 +70,22 @@ def forward(
     return o, final, rows
 
 
-def in_pool(call: Call, q: Array, k: Array, v: Array, pool: State, slots: Array) -> Array:
+def in_pool(problem: Problem, runner: Runner, x: Any, slots: Array) -> Array:
     """o of a call whose states are rows of a pool, which change in place, and their lengths with them."""
-    problem, slots = call.problem, dense(slots, "int64")
+    pool: State = x.state
+    inputs = (
+        x.q, x.k, x.v, *tables(problem, x), pool.kv, pool.z, pool.length, dense(slots, "int64")
+    )  # fmt: skip
+    return repeatable("pool", problem, runner, inputs, partial(_pass_in_pool, problem))[0]
+
+
+def _pass_in_pool(
+    problem: Problem, runner: Runner, q: Array, k: Array, v: Array, log_decay: Array | None,
+    theta: Array | None, key_mask: Array | None, borders: Array | None, kv: Array, pool_z: Array | None,
+    length: Array, slots: Array,
+) -> Parts:  # fmt: skip
+    call = Call(problem, runner, log_decay, theta, key_mask, borders)
+    pool = State(kv, pool_z, length)
     s, h, f = problem.sequences, problem.heads, problem.f
     o = room(q, (problem.batch, problem.n, h, problem.e), problem.dtype, zero=True)
     z = (
@@ -54,7 +104,7 @@ def in_pool(call: Call, q: Array, k: Array, v: Array, pool: State, slots: Array)
             "keep_rows", (call.acc,), (2 if problem.packed else int(problem.lengths),)
         )
         call.run("between.cu", kernel, sources.packed("between.cu", "Rows", values), s, THREADS, 0, q)
-    return o
+    return (o,)
 
 
 def total(call: Call, k: Array, v: Array) -> State:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from linattn.arrays import Array, kind_of
@@ -16,20 +17,40 @@ from linattn.backends.cupy import exact, hopper, sources
 from linattn.backends.cupy.launch import Room
 
 PATIENCE = 0.5  # seconds: reading a compiled kernel from the disk takes less, compiling it more
+NOTHING = contextlib.nullcontext()
 
 
 class Gpu:
-    """Starts kernels on the device of the arrays that it is shown."""
+    """Starts kernels on the device of the arrays that it is shown, which `on` has made the current one."""
 
     def __call__(
         self, file: str, kernel: str, arguments: bytes, grid: int, threads: int, shared: int, like: Array
     ) -> None:
         """Start `grid` blocks of `threads` threads with `shared` bytes; kernel: a name expression."""
-        import numpy as np
+        held = ctypes.create_string_buffer(arguments, len(arguments))
+        places = ctypes.c_void_p(ctypes.addressof(held))
+        start = self.starter(file, kernel, len(arguments), grid, threads, shared, like)
+        start(self.streams(like)(), ctypes.addressof(places), 0)
 
-        with on(like) as device:
-            block = np.frombuffer(arguments, dtype=f"V{len(arguments)}")
-            function(file, kernel, device)((grid,), (threads,), (block,), shared_mem=shared)
+    def starter(
+        self, file: str, kernel: str, size: int, grid: int, threads: int, shared: int, like: Array
+    ) -> Callable[[int, int, int], None]:
+        import cupy
+
+        found = function(file, kernel, device_index(like)).ptr  # which stays, as `function` keeps it
+        return functools.partial(cupy.cuda.driver.launchKernel, found, grid, 1, 1, threads, 1, 1, shared)
+
+    def streams(self, like: Array) -> Callable[[], int]:
+        index = device_index(like)
+        if kind_of(like) == "torch":
+            return functools.partial(sys.modules["torch"]._C._cuda_getCurrentRawStream, index)
+        import cupy
+
+        current = cupy.cuda.get_current_stream
+        return lambda: int(current(index).ptr)
+
+    def on(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        return current(index_of(device))
 
     def room(self, like: Array) -> Room:
         return Room(limits(device_index(like))[0])
@@ -41,11 +62,7 @@ class Gpu:
         return limits(device_index(like))[2]
 
     def maps(self, *arrays: Array) -> bytes:
-        import cupy
-
-        with on(arrays[0]) as device:
-            cupy.cuda.runtime.setDevice(device)  # a thread that has not called the runtime has no context yet
-            return hopper.maps(arrays)
+        return hopper.maps(arrays)
 
 
 @functools.cache
@@ -53,46 +70,57 @@ def unavailable() -> str | None:
     """None if this machine has what CuPy needs, else the sentence that says what is missing."""
     if importlib.util.find_spec("cupy") is None:
         return "cupy is not installed: pip install 'linattn[cupy13]' (CUDA 13) or 'linattn[cupy12]' (CUDA 12)"
-    import cupy
-
+    try:
+        import cupy
+    except ImportError as error:
+        return f"cupy is installed, but cannot be imported: {first_line(error)}"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-    except (cupy.cuda.runtime.CUDARuntimeError, RuntimeError, ImportError) as error:
-        return f"no CUDA device: {error}"
+    except (RuntimeError, ImportError) as error:  # CuPy's own are a RuntimeError
+        return f"no CUDA device: {first_line(error)}"
     if not count:
         return "no CUDA device: CuPy finds none"
     try:
         cupy.cuda.nvrtc.getVersion()
-    except (ImportError, RuntimeError) as error:
-        return f"NVRTC, which compiles the kernels, cannot be loaded: {error}"
+    except (RuntimeError, ImportError) as error:
+        return f"NVRTC, which compiles the kernels, cannot be loaded: {first_line(error)}"
     return None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def facts(device: str) -> tuple[int, Room]:
     """Of "cuda:0", …: the compute capability times ten, and what fits there."""
     if unavailable() is not None:  # which says so by itself
         return OLDEST_SEEN
-    index = int(device.partition(":")[2] or 0)
-    shared, _, capability = limits(index)
+    shared, _, capability = limits(index_of(device))
     return capability, Room(shared)
 
 
 OLDEST_SEEN = 70, Room(96 * 1024)  # what is asked about where there is no device: explained calls
 
+_here = threading.local()  # `ready`: the devices that this thread has asked for
 
-@contextlib.contextmanager
-def on(like: Array) -> Iterator[int]:
-    """Make an array's device the current one, and its library's stream there; yields the device's number."""
+
+def current(index: int) -> contextlib.AbstractContextManager[Any]:
+    """Inside, a device is the current one: where kernels start, and where CuPy makes arrays."""
     import cupy
 
-    index = device_index(like)
-    with cupy.cuda.Device(index):
-        if kind_of(like) != "torch":
-            yield index
-            return
-        stream = sys.modules["torch"].cuda.current_stream(index).cuda_stream
-        with cupy.cuda.ExternalStream(stream, device_id=index):
-            yield index
+    if cupy.cuda.runtime.getDevice() != index:
+        return cupy.cuda.Device(index)  # type: ignore[no-any-return]
+    ready = _here.__dict__.setdefault("ready", set())
+    if index not in ready:  # the driver has no context in a thread that has not called the runtime
+        cupy.cuda.runtime.setDevice(index)
+        ready.add(index)
+    return NOTHING
+
+
+@functools.cache
+def index_of(device: str) -> int:
+    """The number of "cuda:0", …"""
+    return int(device.partition(":")[2] or 0)
 
 
 def device_index(like: Array) -> int:
@@ -123,7 +151,7 @@ def function(file: str, kernel: str, index: int) -> Any:
         module = cupy.RawModule(code=sources.text(file), options=sources.OPTIONS, name_expressions=[kernel])
         found = module.get_function(kernel)
     found.max_dynamic_shared_size_bytes = limits(index)[0] - found.shared_size_bytes
-    return found
+    return found.kernel
 
 
 def shortened(kernel: str) -> str:

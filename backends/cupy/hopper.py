@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from linattn.arrays import Array
-from linattn.backends.cupy import sources
+from linattn.backends.cupy import sources, tensor
 from linattn.backends.cupy.memory import address, room, strides
 from linattn.problem import Problem
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from linattn.backends.cupy.launch import Call
 
 BLOCK, TILE = 64, 64 * 128  # tokens of a step; bytes of a tile of 64 features
+FARTHEST = 1 << 40  # bytes between neighbours, for the unit that copies
 FEATURES = {None: 0, "relu": 1, "silu": 2, "elu+1": 3}
 
 
@@ -47,13 +48,14 @@ def refusal(problem: Problem, d: int, e: int, *, gradient: bool = False) -> str 
 
 def describe(problem: Problem, capability: int) -> str:
     """Which kernels compute a call, and why not this one, where it does not."""
+    others = tensor.describe(problem, capability)
     if capability != CAPABILITY:
-        return "kernels without tensor cores (product.cu)"
+        return others
     why = refusal(problem, problem.d, problem.e)
     if why is not None:
-        return f"kernels without tensor cores (product.cu): the one for Hopper {why}"
+        return f"{others}; the kernel for Hopper {why}"
     if problem.needs_grad and (why := refusal(problem, problem.e, problem.d, gradient=True)) is not None:
-        return f"on tensor cores (hopper.cu), gradients without (product.cu): the kernel for Hopper {why}"
+        return f"on tensor cores (hopper.cu), gradients {others}; the kernel for Hopper {why}"
     return "on tensor cores (hopper.cu)"
 
 
@@ -64,7 +66,7 @@ def copied_by_tiles(*arrays: Array) -> bool:
         gaps = [step for step, size in zip(steps, array.shape, strict=True) if size > 1]
         if address(array) % 16 or (steps[3] != 1 and array.shape[3] > 1):
             return False
-        if any(gap * 2 % 16 or gap <= 0 for gap in gaps[: len(gaps) - 1]):
+        if any(gap * 2 % 16 or not 0 < gap * 2 < FARTHEST for gap in gaps[: len(gaps) - 1]):
             return False
     return True
 

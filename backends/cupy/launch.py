@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from linattn.arrays import Array
-from linattn.backends.cupy import hopper, sources
+from linattn.backends.cupy import hopper, sources, tensor
 from linattn.backends.cupy.memory import address, dense, room, strides
 from linattn.problem import Problem
 from linattn.state import State
@@ -45,6 +47,7 @@ class Room:
 
     shared: int
     choices: tuple[Blocks, ...] = CHOICES
+    shapes: tuple[tensor.Shape, ...] = tensor.SHAPES  # on tensor cores
 
     def blocks(self, size: int, f: int, columns: int) -> Blocks | None:
         """The largest that fit, no wider than they need to be."""
@@ -58,6 +61,20 @@ class Runner(Protocol):
     def __call__(
         self, file: str, kernel: str, arguments: bytes, grid: int, threads: int, shared: int, like: Array
     ) -> None: ...
+
+    def starter(
+        self, file: str, kernel: str, size: int, grid: int, threads: int, shared: int, like: Array
+    ) -> Callable[[int, int, int], None]:
+        """What starts it again: told a stream, the address of its arguments' address, and 0."""
+        ...
+
+    def streams(self, like: Array) -> Callable[[], int]:
+        """What tells the current stream of an array's library on its device."""
+        ...
+
+    def on(self, device: str) -> AbstractContextManager[Any]:
+        """Inside, kernels start on a device, and arrays are made there."""
+        ...
 
     def room(self, like: Array) -> Room:
         """What fits on an array's device."""
@@ -96,13 +113,12 @@ class Call:
         return self.problem.lengths or self.problem.packed
 
 
-def call_of(problem: Problem, run: Runner, x: Any) -> Call:
-    """From the arrays of a backend's call (`Saved` has their names)."""
+def tables(problem: Problem, x: Any) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+    """What surrounds q, k and v in the arrays of a backend's call (`Saved` has their names), for a `Call`."""
     borders = x.cu_seqlens if problem.packed else x.lengths
-    return Call(
-        problem, run, x.log_decay,
-        None if x.theta is None else dense(x.theta, "float64"),
-        x.key_mask, None if borders is None else dense(borders, "int64"),
+    return (
+        x.log_decay, None if x.theta is None else dense(x.theta, "float64"), x.key_mask,
+        None if borders is None else dense(borders, "int64"),
     )  # fmt: skip
 
 
@@ -137,19 +153,53 @@ class Plan:
     blocks: Blocks
     f: int
     slices: int
+    shared: int
+    held: int | None = None  # on tensor cores: chunks of the state in registers
+
+    @property
+    def threads(self) -> int:
+        return self.blocks.threads if self.held is None else tensor.THREADS
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    reweight: str | None, room: Room, d: int, e: int, *, gradient: bool, extra: bool, acc: str
-) -> Plan | None:
-    """For d contracted features and e of w; None if they have no place."""
+    reweight: str | None, room: Room, d: int, e: int, *, gradient: bool, extra: bool, acc: str,
+    operands: str | None = None, normalize: bool = False,
+) -> Plan | None:  # fmt: skip
+    """For d contracted features and e of w; None if they have no place.
+
+    operands: the dtype of those that tensor cores take, where they may (`tensor.refusal`).
+    """
     angles = ANGLES[reweight]
     outer = angles == 2 and gradient
     f = (2 if angles and not outer else 1) * (d + extra)
     columns = e * (2 if outer else 1)
-    blocks = room.blocks(SIZES[acc], f, columns)
-    return None if blocks is None else Plan(blocks, f, -(-columns // blocks.columns))
+    if operands is not None:
+        turns = angles if angles < 2 else 32 if outer else d
+        shape = tensor.shape(room.shapes, room.shared, operands, f, columns, turns, normalize=normalize)
+        if shape is not None:
+            shared = shape.shared(operands, f, turns, normalize=normalize)
+            blocks = Blocks(tensor.C, shape.columns)
+            return Plan(blocks, f, -(-columns // shape.columns), shared, shape.held)
+    found = room.blocks(SIZES[acc], f, columns)
+    if found is None:
+        return None
+    return Plan(found, f, -(-columns // found.columns), found.shared(SIZES[acc], f))
+
+
+def planned(
+    call: Call, like: Array, d: int, e: int, *, gradient: bool = False, extra: bool = False,
+    normalize: bool = False, turn: bool = False,
+) -> Plan:  # fmt: skip
+    """The plan of one product of a call; turn: it forms the gradient of angles, in float64."""
+    problem = call.problem
+    narrow = not turn and tensor.refusal(problem, call.run.capability(like)) is None
+    found = plan(
+        problem.reweight, call.run.room(like), d, e, gradient=gradient, extra=extra,
+        acc="float64" if turn else call.acc, operands=problem.dtype if narrow else None, normalize=normalize,
+    )  # fmt: skip
+    assert found is not None  # `unsupported` has asked
+    return found
 
 
 PLACES = ("b", "n", "h", "d")
@@ -207,10 +257,9 @@ def product(
     acc = "float64" if turn is not None else call.acc
     d, e = y.shape[3], w.shape[3] if out is None else out.shape[3]
     angles, decay = ANGLES[problem.reweight], 0 if total else DECAY[problem.decay]
-    found = plan(
-        problem.reweight, call.run.room(y), d, e, gradient=gradient, extra=extra_on > 0, acc=acc
+    found = planned(
+        call, y, d, e, gradient=gradient, extra=extra_on > 0, normalize=normalize, turn=turn is not None
     )  # fmt: skip
-    assert found is not None  # `unsupported` has asked
     blocks, grid = found.blocks, problem.sequences * problem.heads * found.slices
     if not grid:
         return
@@ -261,6 +310,10 @@ def product(
                 rows=rows is not None, **surroundings,
             )  # fmt: skip
             return
-    kernel = sources.expression("product", (problem.dtype, acc), numbers, "Options")
-    packed = sources.packed("product.cu", "Arguments", values)
-    call.run("product.cu", kernel, packed, grid, blocks.threads, blocks.shared(SIZES[acc], found.f), y)
+    if found.held is None:
+        file, kernel = "product.cu", sources.expression("product", (problem.dtype, acc), numbers, "Options")
+    else:
+        options = found.held, *numbers
+        file, kernel = "tensor.cu", sources.expression("tensor", (problem.dtype, acc), options, "Warps")
+    packed = sources.packed(file, "Arguments", values)
+    call.run(file, kernel, packed, grid, found.threads, found.shared, y)

@@ -134,8 +134,10 @@ def require(of: Subject, case: Case, *needs: str) -> Case:
 
 
 def rounding(of: Subject, case: Case, *, decode: bool = False) -> Rounding:
-    """What the subject rounds: on a GPU the operands of half-precision dots stay in their own format."""
-    half = case.dtype in ("float16", "bfloat16") and of.device != "cpu"
+    """What the subject rounds: on a GPU the operands of half-precision dots stay in their own format, and so
+    they do where a subject says that it is `narrow`.
+    """
+    half = case.dtype in ("float16", "bfloat16") and getattr(of, "narrow", of.device != "cpu")
     every = 1 if decode else getattr(of, "block", 16)
     return Rounding(case.dtype, case.precision, case.dtype if half else None, every)
 

@@ -11,6 +11,7 @@ from linattn import LRPE, Cosine, State
 from linattn.arrays import Array
 from linattn.backends.cupy import CupyBackend
 from linattn.backends.cupy.launch import Room
+from tests.cupy.again import Again
 
 H200 = Room(227 * 1024)
 
@@ -25,7 +26,7 @@ class Kernel(NamedTuple):
     shared: int
 
 
-class Recorder:
+class Recorder(Again):
     """Notes what it is told to start."""
 
     def __init__(self, room: Room = H200, architecture: int = 80) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 import linattn
 from linattn import registry
-from linattn.backends.cupy import CupyBackend, hopper, launch, memory, sources
+from linattn.backends.cupy import CupyBackend, decode, hopper, launch, memory, sources
 from linattn.backends.cupy.launch import Blocks, Room
 from linattn.cli.explain import describe
 from linattn.errors import UnsupportedError
@@ -154,8 +154,9 @@ def test_tensor_cores_take_what_they_can(name: str) -> None:
     given, why = HOPPER[name]
     options = {"dtype": BF16, "gradients": False, **given}
     files = {one.file for one in kernels(architecture=90, **options)}
-    assert files == {"product.cu" if why else "hopper.cu"}
-    assert {one.file for one in kernels(architecture=80, **options)} == {"product.cu"}
+    assert files == {"tensor.cu" if why else "hopper.cu"}
+    assert {one.file for one in kernels(architecture=80, **options)} == {"tensor.cu"}
+    assert {one.file for one in kernels(architecture=75, **options)} == {"product.cu"}
     x = np.ones((2, 100, 3, options.get("d", 64)), options["dtype"])
     v = np.ones((2, 100, 3, options.get("e", 64)), options["dtype"])
     backend = CupyBackend(runner=Recorder(architecture=90), arrays={"numpy": False})
@@ -211,3 +212,25 @@ def test_hopper_is_given_the_shared_memory_that_it_counts(name: str) -> None:
         command = [NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=compute_90a", "-ptx", "-o", os.devnull]
         done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_decode_steps_ask_for_all_rows_at_once() -> None:
+    large = decode.shape(8192, 128, 128, 4, turned=False, normalize=False, multiprocessors=132)
+    assert large == decode.Shape(threads=256, lanes=16, at_once=8)
+    assert large.slices(128, 4) == 2
+    few = decode.shape(32, 128, 128, 4, turned=False, normalize=False, multiprocessors=132)
+    assert 32 * few.slices(128, 4) >= 132
+    for heads, d, e, wide, turned, normalize in itertools.product(
+        (1, 300, 9000), (1, 33, 64, 256), (1, 20, 64, 256), (1, 4), (False, True), (False, True)
+    ):
+        found = decode.shape(heads, d, e, wide, turned, normalize, 132)
+        assert found.threads % found.lanes == 0
+        assert found.threads <= 512
+        assert found.slices(e, wide) == 1 or not normalize
+
+
+def test_divisors_become_factors() -> None:
+    for divisor in (1, 2, 3, 7, 32, 128, 1000, 2**31 - 1):
+        of = decode.inverse(divisor) % (1 << 64)
+        for x in (0, 1, divisor - 1, divisor, 2 * divisor - 1, 12345678, 2**31, 2**32 - 1):
+            assert (x * of >> 64 if of else x) == x // divisor, (x, divisor)

@@ -49,8 +49,9 @@ MUTANTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "between.cu", "den <= (S)a.eps ? S(0) : -sum / den", "-sum / den", ("gradients_match_the_reference",),
     ),
     "padding's output is not written": (
-        "decode.cu", "o[slice * COLUMNS + c] = narrowed<T>(0.0f);", ";", ("decodes_only_named_rows",),
+        "decode.cu", "o[c] = narrowed<T>(0.0f);", ";", ("decodes_only_named_rows",),
     ),
+    "a step is not counted": ("decode.cu", "*length += 1;", ";", ("decodes_as_the_whole",)),
     "z is the one of the row before": (
         "between.cu", "((const S*)a.from)[s * a.F + f];", "((const S*)a.from)[(s ? s - 1 : 0) * a.F + f];",
         ("continues_only_named_rows",),

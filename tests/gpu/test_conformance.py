@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 PARTS = 4
 GRAIN = 64
-MODES = ("triton", "triton in segments", "triton again", "cupy", "cupy on torch", "torch")
+MODES = ("triton", "triton in segments", "triton again", "cupy", "cupy on torch", "cupy again", "torch")
 
 
 class OnGpu(testing.BackendSubject):

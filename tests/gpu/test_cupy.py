@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import warnings
 from typing import Any
 
 import pytest
 
 import linattn
-from linattn import LRPE, State, registry
+from linattn import LRPE, Cosine, State, registry, tolerance
+from linattn.backends.cupy import tape
 from tests.gpu.calls import HEADS, both, captured, drawn, same
 
 torch = pytest.importorskip("torch")
@@ -72,6 +75,122 @@ def test_is_captured_in_a_graph(options: dict[str, Any]) -> None:
     q.mul_(0.5)
     graph.replay()
     same([o], [linattn.attention(q, k, v, backend="cupy", **options)])
+
+
+def test_cupy_arrays_on_another_device_than_the_current_one() -> None:
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = [cupy.asarray(part) for part in drawn(dtype=torch.float32)]
+    with cupy.cuda.Device(1):
+        moved_there = [cupy.array(part) for part in x]
+    table = linattn.decay.alibi(HEADS)
+    want, _ = linattn.attention(*x, log_decay=table, return_state=True)
+    for _ in range(4):
+        o, state = linattn.attention(*moved_there, log_decay=table, return_state=True)
+        assert {part.device.id for part in (o, state.kv, state.length)} == {1}
+        assert cupy.cuda.runtime.getDevice() == 0
+        assert (cupy.asnumpy(o) == cupy.asnumpy(want)).all()
+
+
+def test_called_again_with_other_tensors(options: dict[str, Any]) -> None:
+    """What is remembered of a call is about its shapes: not about addresses, aliases or alignment."""
+    q, k, v, do = drawn(count=4)
+    odd = torch.empty(q.numel() + 1, dtype=q.dtype, device="cuda")[1:].view_as(q).copy_(q)
+    assert odd.data_ptr() % 16
+    calls = [(q, k, v), (q, q, q), (q.clone(), k.clone(), v), (k, q, k), (odd, k, v), (q, k, v)]
+    want = []
+    for x in calls:
+        tape._seen.clear()
+        want.append([part.clone() for part in both(*x, do, backend="cupy", **options)])
+    for order in (calls, calls[::-1], calls * 2):
+        for x in order:
+            place = next(i for i, other in enumerate(calls) if other is x)
+            same(both(*x, do, backend="cupy", **options), want[place])
+
+
+def test_on_several_streams_and_threads(options: dict[str, Any]) -> None:
+    inputs = [drawn(count=4, seed=seed) for seed in range(4)]
+    want = [both(*x, backend="cupy", **options) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+
+    def many(i: int) -> list[Any]:
+        with torch.cuda.stream(streams[i]):
+            found = [both(*inputs[i], backend="cupy", **options) for _ in range(8)]
+        streams[i].synchronize()
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
+        for right, found in zip(want, pool.map(many, range(len(inputs))), strict=True):
+            for mine in found:
+                same(mine, right)
+
+
+def test_runs_on_cupys_stream() -> None:
+    q, k, v = (cupy.asarray(x) for x in drawn(dtype=torch.float32))
+    want = linattn.attention(q, k, v)
+    cupy.cuda.Device().synchronize()
+    for _ in range(4):
+        with cupy.cuda.Stream(non_blocking=True) as side:
+            late = q * 1
+            for _ in range(50):
+                late = late * 1
+            got = linattn.attention(late, k, v)
+        side.synchronize()
+        assert (got == want).all()
+
+
+def test_nothing_is_deprecated() -> None:
+    q, k, v = drawn(dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            linattn.attention(q, k, v, backend="cupy")
+
+
+DECODED = {
+    "decay": {"log_decay": True},
+    "cosformer": {"reweight": Cosine(512), "feature_map": "relu", "normalize": True},
+    "lrpe": {"log_decay": True, "lrpe": True, "feature_map": "silu"},
+}
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (100, 72), (33, 130), (256, 256)], ids=str)
+@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("batch", [2, 300], ids=["few", "many"])
+def test_decode_steps_of_usual_sizes(name: str, sizes: tuple[int, int], batch: int) -> None:
+    """Several blocks of threads for a head, and states that no cache holds; against torch, in float64."""
+    torch.manual_seed(0)
+    (d, e), heads = sizes, 3
+    options = dict(DECODED[name])
+    if options.pop("lrpe", False):
+        options["reweight"] = LRPE(torch.rand(heads, d, device="cuda").double())
+    if options.pop("log_decay", False):
+        options["log_decay"] = -torch.rand(heads, device="cuda").double()
+    slots = torch.randperm(batch + 2, device="cuda")[:batch]
+    slots[1] = -1
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        token = [torch.randn(batch, heads, size, device="cuda").to(dtype) for size in (d, d, e)]
+        named = {part: options.get(part) for part in ("reweight", "feature_map")}
+        mine = State.zeros(
+            token[0], batch + 2, heads, d, e, normalize=options.get("normalize", False), **named
+        )
+        mine.kv.uniform_(0, 1)
+        if mine.z is not None:
+            mine.z.uniform_(1, 2)
+        kv, z = (None if x is None else x.to(torch.float64, copy=True) for x in (mine.kv, mine.z))
+        other = State(kv, z, mine.length.clone(), mine.feature_map, mine.reweight, d)
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        given = {part: value.to(acc) if part == "log_decay" else value for part, value in options.items()}
+        for _ in range(3):
+            o = linattn.decode_step(*token, mine, slots=slots, backend="cupy", **given)
+            want = linattn.decode_step(
+                *(part.double() for part in token), other, slots=slots, backend="torch", **options
+            )
+        unit, own = (tolerance.UNIT[str(kind).removeprefix("torch.")] for kind in (acc, dtype))
+        assert (o - want).norm() <= ((d**0.5 + 4) * unit + own) * want.norm()
+        assert (mine.kv - other.kv).norm() <= 8 * unit * other.kv.norm()
+        assert torch.equal(mine.length, other.length)
 
 
 def test_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> None:

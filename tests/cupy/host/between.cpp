@@ -1,5 +1,5 @@
 // The kernels around the product as a library for the CPU.
-#include "host.hpp"
+#include "numbers.hpp"
 
 #define __shared__ static
 #include "between.cu"
@@ -18,6 +18,10 @@ template <class S, int PER_TOKEN, int BORDERS> static void suffixes(const void* 
 
 extern "C" void denominator_gradient_f32(const void* a, const int64_t*, int64_t grid) { run(grid, quotient<float>, a); }
 extern "C" void denominator_gradient_f64(const void* a, const int64_t*, int64_t grid) { run(grid, quotient<double>, a); }
+extern "C" void denominator_gradient_f16(const void* a, const int64_t*, int64_t grid) { run(grid, quotient<__half>, a); }
+extern "C" void denominator_gradient_bf16(const void* a, const int64_t*, int64_t grid) {
+  run(grid, quotient<__nv_bfloat16>, a);
+}
 
 template <class S> static void suffixes_of(const void* a, const int64_t* flags, int64_t grid) {
   void (*const all[])(const void*) = {suffixes<S, 0, 0>, suffixes<S, 0, 1>, suffixes<S, 0, 2>,

@@ -1,5 +1,5 @@
 // The decode step as a library for the CPU: one compilation for every combination of flags.
-#include "host.hpp"
+#include "numbers.hpp"
 
 #define __shared__ static
 #include "decode.cu"
@@ -7,6 +7,7 @@
 template <class T_, int W_> struct HostChoice {
   typedef T_ T;
   static constexpr int THREADS = 256, W = W_, LANES = 256 / W_, AT_ONCE = 2, WIDEST = 256;
+  static constexpr int TURNS = WIDEST, FULL = 0;
   static inline int FEATURE, ANGLES, DECAY, NORMALIZE;
 };
 
@@ -22,3 +23,7 @@ template <class O> static void run(const void* arguments, const int64_t* flags, 
 
 extern "C" void decode_f32(const void* a, const int64_t* flags, int64_t grid) { run<HostChoice<float, 1>>(a, flags, grid); }
 extern "C" void decode_f64(const void* a, const int64_t* flags, int64_t grid) { run<HostChoice<double, 1>>(a, flags, grid); }
+extern "C" void decode_f16(const void* a, const int64_t* flags, int64_t grid) { run<HostChoice<__half, 1>>(a, flags, grid); }
+extern "C" void decode_bf16(const void* a, const int64_t* flags, int64_t grid) {
+  run<HostChoice<__nv_bfloat16, 1>>(a, flags, grid);
+}

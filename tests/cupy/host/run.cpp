@@ -1,5 +1,5 @@
 // The kernels as a library for the CPU: one compilation for every combination of flags.
-#include "host.hpp"
+#include "numbers.hpp"
 
 #include "product.cu"
 
@@ -31,6 +31,14 @@ template <class T, class A> static void run(const Arguments* arguments, const in
   }
 }
 
+#ifdef NARROW
+extern "C" void product_f16_f64(const Arguments* a, const int64_t* flags, int64_t grid) {
+  run<__half, double>(a, flags, grid);
+}
+extern "C" void product_bf16_f64(const Arguments* a, const int64_t* flags, int64_t grid) {
+  run<__nv_bfloat16, double>(a, flags, grid);
+}
+#else
 extern "C" void product_f32(const Arguments* a, const int64_t* flags, int64_t grid) {
   run<float, float>(a, flags, grid);
 }
@@ -40,5 +48,6 @@ extern "C" void product_f64(const Arguments* a, const int64_t* flags, int64_t gr
 extern "C" void product_f32_f64(const Arguments* a, const int64_t* flags, int64_t grid) {
   run<float, double>(a, flags, grid);
 }
+#endif
 extern "C" int64_t arguments_size() { return sizeof(Arguments); }
 extern "C" int64_t shared_bytes_of(int64_t size, int64_t C, int64_t BE, int64_t F) { return shared_bytes(size, C, BE, F); }
