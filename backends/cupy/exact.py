@@ -6,7 +6,6 @@ NVRTC is called as CuPy calls it, and what it makes is kept in CuPy's folder of 
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ def load(file: str, kernel: str, architecture: str, shared: int) -> Any:
 
 
 def folder() -> Path:
-    """Where CuPy keeps what it compiles."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    """Where CuPy keeps what it compiles, unless it is told otherwise."""
+    return Path.home() / ".cupy" / "kernel_cache"
 
 
 def compiled(text: str, file: str, kernel: str, options: tuple[str, ...]) -> tuple[bytes, bytes]:

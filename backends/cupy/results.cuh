@@ -112,7 +112,7 @@ __device__ __forceinline__ void finish(
     __syncwarp();
   }
   UNROLL for (int below = 0; below < 2; ++below) {
-    const int i = 16 * b.warp + b.group + 8 * below;
+    const int i = forgotten(16 * b.warp + b.group + 8 * below);
     const bool there = b.in_x(span, i);
     float product = 0;
     UNROLL for (int n = 0; n < B::ONES; ++n) {

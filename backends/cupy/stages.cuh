@@ -163,7 +163,8 @@ template <class O> struct Helper {
 
   __device__ __forceinline__ void map_tiles(int from, int tiles) {
     uint4* const at = (uint4*)(unit.own() + from);
-    constexpr int TOGETHER = 2;  // pieces of a thread: one's exponentials while the other's are under way
+    // Pieces of a thread: one's exponentials while the other's are under way, as far as there are registers.
+    constexpr int TOGETHER = O::NORMALIZE && O::CONSUMERS == 2 ? 1 : 2;
     for (int first = m; first < tiles * TILE / 16; first += TOGETHER * HELPERS) {
       uint4 x[TOGETHER];
       UNROLL for (int u = 0; u < TOGETHER; ++u)

@@ -35,9 +35,9 @@ template <class T, int BE, int HELD> struct Places {
 
   static __host__ __device__ constexpr int64_t chunks(int64_t F) { return HELD ? HELD : (F + C - 1) / C; }
   static __host__ __device__ constexpr int64_t of_turns(int64_t F) { return OF_COPY + chunks(F) * C * W_PITCH; }
-  // While the state is read or written it lies in front, in float32.
+  // While the state is read or written it lies in front, in float32. Who reads ones beside tf32 reads 16 bytes more.
   static __host__ __device__ constexpr int64_t of_sums(int64_t F, int64_t turns) {
-    const int64_t end = of_turns(F) + 8 * turns, state = chunks(F) * C * (BE + 1) * 4;
+    const int64_t end = of_turns(F) + 8 * turns + 16, state = chunks(F) * C * (BE + 1) * 4;
     return ((end > state ? end : state) + 15) / 16 * 16;
   }
   static __host__ __device__ constexpr int64_t bytes(int64_t F, int64_t turns, bool normalize) {
@@ -278,18 +278,21 @@ template <class O> struct Block : Places<typename O::T, O::BE, O::HELD> {
 
   // The state's part of out, and pairs, as far as a chunk's features go.
   __device__ __forceinline__ void read(float (&out)[COLUMNS][4], float (&pairs)[C / 8][4], int chunk) const {
-    uint32_t x[STEPS][4];
-    UNROLL for (int k = 0; k < STEPS; ++k) load_4(x[k], x_at + 32 * k);
-    if (PAIRED) UNROLL for (int m = 0; m < C / 16; ++m) {
-        if (O::REVERSE ? m < warp : m > warp) continue;  // none of these rows sees them
-        UNROLL for (int k = 0; k < STEPS; ++k) {
-          uint32_t y[4];
-          load_4(y, y_at + 16 * m * PITCH + 32 * k);
-          Op::add(pairs[2 * m], x[k], y[0], y[1]);
-          Op::add(pairs[2 * m + 1], x[k], y[2], y[3]);
+    UNROLL for (int from = 0; from < STEPS; from += 4) {
+      uint32_t x[4][4];
+      UNROLL for (int k = 0; k < 4; ++k) load_4(x[k], x_at + 32 * (from + k));
+      if (PAIRED) UNROLL for (int m = 0; m < C / 16; ++m) {
+          if (O::REVERSE ? m < warp : m > warp) continue;  // none of these rows sees them
+          UNROLL for (int k = 0; k < 4; ++k) {
+            uint32_t y[4];
+            load_4(y, y_at + 16 * m * PITCH + 32 * (from + k));
+            Op::add(pairs[2 * m], x[k], y[0], y[1]);
+            Op::add(pairs[2 * m + 1], x[k], y[2], y[3]);
+          }
         }
-      }
-    UNROLL for (int k = 0; k < STEPS; ++k) add_columns(out, x[k], copy_at + (chunk * C + k * Op::K) * W_PITCH);
+      UNROLL for (int k = 0; k < 4; ++k)
+        add_columns(out, x[k], copy_at + (chunk * C + (from + k) * Op::K) * W_PITCH);
+    }
   }
 
   // The state goes on to the block's other end.
@@ -324,7 +327,7 @@ template <class O> struct Block : Places<typename O::T, O::BE, O::HELD> {
     wait_for_copies();
     put_xy(*this, now, chunk);
     if (ADDS && chunk == 0) put_w(*this, now);
-    if (O::OUTPUT && (ADDS || done == 0)) lay(sums, chunk);
+    if (O::OUTPUT && ADDS) lay(sums, chunk);
     if (chunk + 1 < chunks) {
       ask_xy(*this, now, chunk + 1);
     } else {
@@ -344,6 +347,11 @@ template <class O> struct Block : Places<typename O::T, O::BE, O::HELD> {
     if (!O::HELD)
       for (int k = 0; k < chunks; ++k) pass_sums(false, held[0], k), move_sums(true, held[0], k);
     __syncthreads();
+    if (!ADDS) {  // it stays as it is
+      UNROLL for (int k = 0; k < O::HELD; ++k) lay(held[k], k);
+      if (!O::HELD)
+        for (int k = 0; k < chunks; ++k) move_sums(false, held[0], k), lay(held[0], k);
+    }
     const int keeper = O::REVERSE ? 3 : 0;  // the warp with the fewest pairs
     prepare();
     ask(0);
@@ -356,13 +364,14 @@ template <class O> struct Block : Places<typename O::T, O::BE, O::HELD> {
       UNROLL for (int k = 0; k < O::HELD; ++k) go_through(held[k], out, pairs, k, done, adds);
       if (!O::HELD)
         for (int k = 0; k < chunks; ++k) {
-          move_sums(false, held[0], k);
+          if (ADDS) move_sums(false, held[0], k);
           go_through(held[0], out, pairs, k, done, adds);
           if (adds) move_sums(true, held[0], k);
         }
       if (O::OUTPUT) finish(*this, out, pairs, span(done));
       if (warp == keeper) know_tokens(span(done + 1));
     }
+    if (!ADDS) return;
     __syncthreads();
     UNROLL for (int k = 0; k < O::HELD; ++k) pass_sums(true, held[k], k);
     if (!O::HELD)

@@ -28,7 +28,7 @@ class Shape:
         tiles = 2 * C * (C * size + 16) + C * (self.columns * size + 16)
         copy = chunks * C * (self.columns * size + 16)
         state = chunks * C * (self.columns + 1) * 4
-        front = -(-max(tiles + TABLES + slots + copy + 8 * turns, state) // 16) * 16
+        front = -(-max(tiles + TABLES + slots + copy + 8 * turns + 16, state) // 16) * 16
         return front + (0 if self.held else chunks * (self.columns // 8 + normalize) * THREADS * 16)
 
 
@@ -41,11 +41,16 @@ SHAPES = (
 def shape(
     choices: tuple[Shape, ...], most: int, dtype: str, f: int, columns: int, turns: int, *, normalize: bool
 ) -> Shape | None:
-    """The first choice that holds the state or need not, in `most` bytes, no wider than it needs to be."""
+    """The first choice that holds the state or need not, in `most` bytes, no wider than it needs to be.
+
+    Of tf32 a block holds half as much as of bfloat16, so that two of them have room on a multiprocessor.
+    """
     fitting = [
         one
         for one in choices
-        if (one.held == 0 or f <= one.held * C) and one.shared(dtype, f, turns, normalize=normalize) <= most
+        if (one.held == 0 or f <= one.held * C)
+        and one.held * one.columns * SIZES[dtype][1] <= 256
+        and one.shared(dtype, f, turns, normalize=normalize) <= most
     ]
     return next((one for one in fitting if one.columns < 2 * columns), fitting[-1] if fitting else None)
 

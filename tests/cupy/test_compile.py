@@ -61,6 +61,7 @@ USUAL: dict[str, dict[str, Any]] = {
         "dtype": BFLOAT16, "log_decay": np.full((2, 100, 3), -0.1), "feature_map": "elu+1", "gradients": False
     },
     "float16": {"dtype": np.float16, **COSFORMER, "gradients": False, "decode": True},
+    "gradients": {"dtype": BFLOAT16, "log_decay": decays(), "feature_map": "relu", "d": 128, "e": 128},
 }  # fmt: skip
 MANY: dict[str, dict[str, Any]] = {
     f"{np.dtype(dtype).name} {name}": {"dtype": dtype, **options}

@@ -30,6 +30,7 @@ extern "C" void tensor_chosen(const Arguments* a, const int64_t* flags, int64_t 
   const bool outer = O::ANGLES == 2 && O::GRADIENT;
   const int64_t parts = O::ANGLES && !outer ? 2 : 1, turns = O::ANGLES < 2 ? O::ANGLES : outer ? 32 : a->D;
   const int64_t shared = tensor_bytes(parts * (a->D + (O::EXTRA ? 1 : 0)), turns, O::NORMALIZE);
+  warps::reachable = shared;
   for (int64_t i = 0; i < grid; ++i) {
     blockIdx.x = (int)i;
     fibers::block(128, shared, body, a);

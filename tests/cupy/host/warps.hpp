@@ -59,9 +59,10 @@ static inline void add_product(float (&s)[4], const Operands& own, Left left, Ri
 static inline float number(uint32_t both, int odd) { return from_bits(odd ? both & 0xffff0000u : both << 16); }
 static inline float number(uint32_t bits) { return from_bits(bits & 0xffffe000u); }
 
+static int64_t reachable = 0;  // bytes of shared memory
 static inline const char* checked(uint32_t at) {
-  if (at % 16) {
-    fprintf(stderr, "a row of a piece begins at %u, which 16 does not divide\n", at);
+  if (at % 16 || at + 16 > reachable) {
+    fprintf(stderr, "a row of a piece begins at %u, of %lld bytes\n", at, (long long)reachable);
     abort();
   }
   return shared_memory + at;
@@ -93,7 +94,13 @@ static inline uint32_t place(const void* p) { return (uint32_t)((const char*)p -
 static inline void load_4(uint32_t (&x)[4], uint32_t at) { warps::load(x, at, false); }
 static inline void load_4_turned(uint32_t (&x)[4], uint32_t at) { warps::load(x, at, true); }
 static inline void load_2_turned(uint32_t (&x)[2], uint32_t at) { warps::load(x, at, true); }
-static inline uint32_t load_1(uint32_t at) { return *(const uint32_t*)(shared_memory + at); }
+static inline uint32_t load_1(uint32_t at) {
+  if (at + 4 > warps::reachable) {
+    fprintf(stderr, "%u is read, of %lld bytes of shared memory\n", at, (long long)warps::reachable);
+    abort();
+  }
+  return *(const uint32_t*)(shared_memory + at);
+}
 static inline void copy_ahead(uint32_t to, const void* from) {
   if (to % 16 || (uintptr_t)from % 16) {
     fprintf(stderr, "a copy of 16 bytes from %p to %u\n", from, to);
