@@ -11,9 +11,11 @@ from linattn.backends.cupy import sources
 from linattn.backends.cupy.launch import ANGLES, DECAY, FEATURES, SIZES, Runner
 from linattn.backends.cupy.memory import address, dense, room, strides
 from linattn.backends.cupy.tape import Parts, repeatable
+from linattn.errors import UnsupportedError
 from linattn.problem import Problem
 from linattn.state import State
 
+MOST = 1024  # threads of a block
 NARROW, WIDE = 8, 16  # threads beside each other: to fill the device, and once it is full
 
 
@@ -85,6 +87,9 @@ def _step(
         return (o,)
     angles = ANGLES[problem.reweight]
     form = shape(b * h, d, e, wide, angles > 0, problem.normalize, runner.multiprocessors(q))
+    if form.threads > MOST:
+        why = f"a normalized step has at most {MOST} threads for a head; E = {e} needs {form.threads}"
+        raise UnsupportedError(problem, {"cupy": why})
     slices, widest = form.slices(e, wide), max(32, power(d))
     values: dict[str, float] = {
         "q": address(q), "k": address(k), "v": address(v), "o": address(o),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import linattn
-from linattn import registry
+from linattn import State, registry
 from linattn.backends.cupy import CupyBackend, decode, hopper, launch, memory, sources
 from linattn.backends.cupy.launch import Blocks, Room
 from linattn.cli.explain import describe
@@ -227,6 +227,17 @@ def test_decode_steps_ask_for_all_rows_at_once() -> None:
         assert found.threads % found.lanes == 0
         assert found.threads <= 512
         assert found.slices(e, wide) == 1 or not normalize
+
+
+def test_a_normalized_decode_step_that_is_too_wide_is_refused() -> None:
+    runner = Recorder()
+    backend = CupyBackend(runner=runner, arrays={"numpy": False})
+    q, v = np.ones((1, 2, 8)), np.ones((1, 2, 3001))
+    state = State.zeros(q, 1, 2, 8, 3001, normalize=True)
+    with pytest.raises(UnsupportedError, match="at most 1024 threads for a head; E = 3001 needs 4096"):
+        linattn.decode_step(q, q, v, state, normalize=True, backend=backend)
+    assert not runner.kernels
+    assert state.length[0] == 0
 
 
 def test_divisors_become_factors() -> None:

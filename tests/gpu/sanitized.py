@@ -98,8 +98,10 @@ def made(backend: str, part: int, of: int) -> int:
 def into_zeros(launch: Callable[..., None]) -> Callable[..., None]:
     """What bulk copies write counts as never written: results are filled before."""
 
-    def filled(*arguments: Any, out: torch.Tensor, **keywords: Any) -> None:
-        launch(*arguments, out=out.zero_(), **keywords)
+    def filled(*arguments: Any, out: Any, **keywords: Any) -> None:
+        if isinstance(out, torch.Tensor):  # not the description of one
+            out.zero_()
+        launch(*arguments, out=out, **keywords)
 
     return filled
 
