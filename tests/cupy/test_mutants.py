@@ -19,8 +19,7 @@ pytestmark = pytest.mark.skipif(hosted.COMPILER is None, reason="the kernels nee
 # what is wrong: the source, the right line, the wrong one, and properties of which one must notice
 MUTANTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "a block's last token is forgotten": (
-        "product.cu", "step < 0 ? 0 : (int)clamped(tokens - t, 0, C);",
-        "step < 0 ? 0 : (int)clamped(tokens - t, 0, C - 1);",
+        "product.cu", "here = (int)clamped(tokens - t, 0, C);", "here = (int)clamped(tokens - t, 0, C - 1);",
         ("matches_the_reference",),
     ),
     "the state decays by a whole block where it is ragged": (
@@ -43,7 +42,7 @@ MUTANTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("splits_anywhere", "merges_into_the_whole"),
     ),
     "gradients of angles count tokens from 0": (
-        "out.cuh", "(double)(b.t + i + 1) * mapped", "(double)(b.t + i) * mapped",
+        "product.cu", "(double)(t + i + 1) * mapped", "(double)(t + i) * mapped",
         ("gradients_match_the_reference",),
     ),
     "a clamped denominator has a gradient": (
