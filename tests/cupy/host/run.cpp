@@ -8,7 +8,6 @@ template <class T_, class A_> struct HostOptions {
   typedef T_ T;
   typedef A_ A;
   static constexpr int C = 32, BE = 16;
-  static constexpr bool AHEAD = sizeof(T) == 4;  // one dtype each way
   static inline int FEATURE, ANGLES, DECAY, REVERSE, STRICT, GRADIENT, NORMALIZE, EXTRA;
   static inline int MASK, BORDERS, TOTAL, OUTPUT, SUMS, ROWS, TURN, DO;
 
