@@ -12,7 +12,8 @@ from linattn.arrays import accumulate_dtype, dtype_name
 from linattn.checks import Call, problem_of, sequences_of
 from linattn.decode import of_one_token
 from linattn.errors import GradientError, OptionError
-from linattn.prepared import Known, facts_of, prepared, seen
+from linattn.known import Known, seen
+from linattn.prepared import facts_of, prepared
 from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine

@@ -1,7 +1,6 @@
-"""Calls without autograd: checked, and those on CuPy arrays remembered.
+"""Calls without autograd: checked, and those on CuPy arrays remembered (`known`).
 
-Only facts are remembered (shapes, strides, dtypes, devices, options), never values or arrays. torch tensors
-have `linattn.prepared`.
+torch tensors have `linattn.prepared`.
 """
 
 from __future__ import annotations
@@ -9,35 +8,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from linattn import registry
-from linattn.arrays import Array, dtype_name, kind_of
+from linattn.arrays import Array, kind_of
 from linattn.checks import Call, problem_of
-from linattn.problem import Problem
+from linattn.known import Facts, Known, Unusual, remember, seen
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
-from linattn.route import decodes
 from linattn.state import State
 from linattn.values import check_values
 
-if TYPE_CHECKING:
-    from linattn.backends import Backend
-
-
-class Known(NamedTuple):
-    """What follows from the facts of a call."""
-
-    problem: Problem
-    backend: Backend
-    on_host: bool  # it has values where they can be read without waiting for a device
-    direct: Callable[..., Any] | None  # the backend's method, if it takes the call's arrays as they are
-
-
-LIMIT = 4096  # calls to remember; then everything is forgotten
-
-_known: dict[Any, Known] = {}
-_registered: list[Any] = [None]  # the registry that their backends come from
 _NOTHING = contextlib.nullcontext()
 
 
@@ -61,32 +42,18 @@ def checked(
 
     whole: makes the call of a step's rows. Raises what `problem_of`, `choose` and `check_values` raise.
     """
-    key = registry.requested(backend)
-    if _registered[0] is not registry.known():
-        _known.clear()
-        _registered[0] = registry.known()
-    facts = facts_of(call, key, needs_grad, whole is not None)
-    known = None if facts is None else _known.get(facts)
+    key, step = registry.requested(backend), whole is not None
+    facts = facts_of(call, key, needs_grad, step)
+    known = seen(facts)
     if known is not None and not known.on_host and check is False:
         return known
     given = call if whole is None else whole(call)
     problem = problem_of(given, needs_grad=needs_grad) if known is None else known.problem
     check_values(given, device_too=check)
-    if known is None:
-        chosen = registry.choose(problem, key)
-        known = Known(problem, chosen, _on_host(call), _direct(problem, chosen, call, whole is not None))
-        if facts is not None:
-            if len(_known) >= LIMIT:
-                _known.clear()
-            _known[facts] = known
-    return known
+    return remember(facts, problem, key, call, _on_host(call), step=step) if known is None else known
 
 
-class _Unusual(Exception):
-    """An argument that is not remembered: the call is checked as if it were the first of its kind."""
-
-
-def facts_of(call: Call, key: str, needs_grad: bool, step: bool) -> Any:
+def facts_of(call: Call, key: str, needs_grad: bool, step: bool) -> Facts:
     """What decides about a call on CuPy arrays, or None; True is no 1 here, as it is to a dictionary."""
     if kind_of(call.q) != "cupy":
         return None
@@ -105,7 +72,7 @@ def facts_of(call: Call, key: str, needs_grad: bool, step: bool) -> Any:
             None if state is None else _memory(state), _array(call.slots), _array(call.key_mask),
             _array(call.lengths), _array(call.cu_seqlens),
         )  # fmt: skip
-    except _Unusual:
+    except Unusual:
         return None
 
 
@@ -118,7 +85,7 @@ def _array(x: Any) -> Any:
         return x.shape, x.strides, x.dtype, x.data.device_id
     if kind == "numpy":
         return x.shape, x.strides, x.dtype, None
-    raise _Unusual
+    raise Unusual
 
 
 def _turned(reweight: Any) -> Any:
@@ -126,15 +93,15 @@ def _turned(reweight: Any) -> Any:
         return "cosine", reweight.max_len
     if type(reweight) is LRPE:
         return "lrpe", _array(reweight.theta)
-    raise _Unusual
+    raise Unusual
 
 
 def _memory(state: Any) -> Any:
     if type(state) is not State:
-        raise _Unusual
+        raise Unusual
     named = state.feature_map, state.reweight
     if not all(name is None or type(name) is str for name in named) or type(state.d) not in (int, type(None)):
-        raise _Unusual
+        raise Unusual
     return _array(state.kv), _array(state.z), _array(state.length), named, state.d
 
 
@@ -144,13 +111,3 @@ def _on_host(call: Call) -> bool:
     if state is not None:
         given.append(state.length)
     return any(kind_of(x) == "numpy" for x in given)
-
-
-def _direct(problem: Problem, backend: Backend, call: Call, step: bool) -> Callable[..., Any] | None:
-    """The method that takes a call without a table to bring beside q and without slots to gather."""
-    for table in (call.log_decay, call.theta):
-        if table is not None and (kind_of(table) != problem.kind or dtype_name(table) != problem.accumulate):
-            return None
-    if step:
-        return backend.decode_step if decodes(backend) else None
-    return backend.forward if call.slots is None else None

@@ -11,7 +11,7 @@ from linattn import registry, route
 from linattn.arrays import accumulate_dtype, dtype_name, table
 from linattn.backends import Saved
 from linattn.checks import Call
-from linattn.prepared import Known
+from linattn.known import Known
 from linattn.problem import Problem
 from linattn.reweight import LRPE
 from linattn.state import State

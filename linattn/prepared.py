@@ -1,52 +1,17 @@
-"""Calls that have been checked before: the same facts give the same problem and the same backend.
-
-Only facts are remembered (shapes, strides, dtypes, devices, options), never values or arrays.
-"""
+"""What decides about a call on torch tensors, so that the next one like it is not checked again (`known`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from linattn import registry
 from linattn.checks import Call, problem_of
-from linattn.problem import Problem
+from linattn.known import Facts, Known, Unusual, remember, seen
 from linattn.reweight import LRPE, Cosine
-from linattn.route import decodes
 from linattn.state import State
 
-if TYPE_CHECKING:
-    from linattn.backends import Backend
-
-Facts = tuple[Any, ...] | None  # None: there is an unusual argument
-
-
-@dataclass(slots=True, eq=False)
-class Known:
-    """What follows from the facts of a call."""
-
-    problem: Problem
-    backend: Backend
-    on_host: bool  # values of it lie where they can be read without waiting for a device
-    where: str  # the type of its device
-    direct: Callable[..., Any] | None  # the backend's method, if it takes the call's arrays as they are
-    writable: bool = False  # the strides of a state to change in place have been looked at
-
-
-LIMIT = 4096  # calls to remember; then everything is forgotten, so that no length of the day stays for good
-
-_known: dict[Any, Known] = {}
-_latest: list[tuple[Facts, Known | None]] = [(None, None)]  # a model's layers ask for the same in turn
-_registered: list[Any] = [None]  # the registry that the backends above come from
-
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-class _Unusual(Exception):
-    """An argument that is no plain tensor: the call is checked as if it were the first of its kind."""
 
 
 def _tensor(x: Any) -> Any:
@@ -54,7 +19,7 @@ def _tensor(x: Any) -> Any:
     if x is None:
         return None
     if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or x.is_neg():
-        raise _Unusual
+        raise Unusual
     return x.shape, x.stride(), x.dtype, x.device
 
 
@@ -86,21 +51,21 @@ def facts_of(call: Call, key: str, needs_grad: bool, *, step: bool = False) -> F
             None if call.reweight is None and call.key_mask is None and call.lengths is None
             and call.cu_seqlens is None else _rare(call),
         )  # fmt: skip
-    except _Unusual:
+    except Unusual:
         return None
 
 
 def _memory(state: Any, slots: Any) -> tuple[Any, ...]:
     """Facts about a state and the rows of it."""
     if type(state) is not State:
-        raise _Unusual
+        raise Unusual
     kv, length, name, reweight, d = state.kv, state.length, state.feature_map, state.reweight, state.d
     if not (
         type(kv) in PLAIN and type(length) in PLAIN and kv.layout is length.layout is torch.strided
         and (name is None or type(name) is str) and (reweight is None or type(reweight) is str)
         and (d is None or type(d) is int) and not kv.is_neg()
     ):  # fmt: skip
-        raise _Unusual
+        raise Unusual
     return (
         kv.shape, length.shape, kv.stride(), length.stride(), kv.dtype, length.dtype, kv.device,
         length.device, None if state.z is None else _tensor(state.z),
@@ -117,7 +82,7 @@ def _rare(call: Call) -> tuple[Any, ...]:
     elif type(reweight) is LRPE:
         turned = ("lrpe", _tensor(reweight.theta))
     elif reweight is not None:
-        raise _Unusual
+        raise Unusual
     return turned, _tensor(call.key_mask), _tensor(call.lengths), _tensor(call.cu_seqlens)
 
 
@@ -132,33 +97,6 @@ def _on_host(call: Call) -> bool:
     return any(x is not None and (not isinstance(x, torch.Tensor) or x.device.type == "cpu") for x in given)
 
 
-def _direct(problem: Problem, backend: Backend, call: Call, step: bool) -> Callable[..., Any] | None:
-    """The method that takes a call without a table to bring beside q and without slots to gather."""
-    sums = getattr(torch, problem.accumulate)
-    if not all(x is None or getattr(x, "dtype", None) is sums for x in (call.log_decay, call.theta)):
-        return None
-    if step:
-        return backend.decode_step if decodes(backend) else None
-    return backend.forward if call.slots is None else None
-
-
-def seen(facts: Facts) -> Known | None:
-    """What follows from facts that were seen before."""
-    if _registered[0] is not registry.known():
-        _known.clear()
-        _latest[0] = None, None
-        _registered[0] = registry.known()
-    if facts is None:
-        return None
-    latest, found = _latest[0]
-    if facts == latest:
-        return found
-    found = _known.get(facts)
-    if found is not None:
-        _latest[0] = facts, found
-    return found
-
-
 def prepared(call: Call, key: str, needs_grad: bool, facts: Facts, *, step: bool = False) -> Known:
     """What is known about a call from now on; step: it is the one token of a `decode_step`.
 
@@ -168,11 +106,4 @@ def prepared(call: Call, key: str, needs_grad: bool, facts: Facts, *, step: bool
     if found is not None:
         return found
     problem = problem_of(call, needs_grad=needs_grad)
-    backend = registry.choose(problem, key)
-    direct = _direct(problem, backend, call, step)
-    found = Known(problem, backend, _on_host(call), call.q.device.type, direct)
-    if facts is not None:
-        if len(_known) >= LIMIT:
-            _known.clear()
-        _known[facts] = found
-    return found
+    return remember(facts, problem, key, call, _on_host(call), step=step)

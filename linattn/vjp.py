@@ -142,16 +142,16 @@ def explain(
     return explain_problem(problem, backend)
 
 
-def explain_problem(problem: Problem, only: BackendLike = "auto") -> Explanation:
+def explain_problem(problem: Problem, backend: BackendLike = "auto") -> Explanation:
     """The same decision for a problem without arrays."""
-    key = registry.requested(only)
+    key = registry.requested(backend)
     candidates = registry.names_of(key, problem.kind)
     listed = list(registry.known()) if key == "auto" else candidates
     reasons = {registry.get(name).name: registry.reason(registry.get(name), problem) for name in listed}
     chosen = next((name for name in candidates if registry.reason(registry.get(name), problem) is None), None)
     kernels = {}
     for name in listed:
-        backend = registry.get(name)
-        if reasons[backend.name] is None and (describe := getattr(backend, "describe", None)) is not None:
-            kernels[backend.name] = describe(problem)
+        one = registry.get(name)
+        if reasons[one.name] is None and (describe := getattr(one, "describe", None)) is not None:
+            kernels[one.name] = describe(problem)
     return Explanation(problem, None if chosen is None else registry.get(chosen).name, reasons, kernels)

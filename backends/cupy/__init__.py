@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from linattn.arrays import Array, written
-from linattn.backends import Gradients, Saved
+from linattn.backends import Gradients, Inputs, Saved
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -103,20 +103,6 @@ class CupyBackend:
             o = _module("decode").decode_step(problem, self.runner, q, k, v, log_decay, theta, state, slots)
         written(state.kv, state.z, state.length)
         return o
-
-
-class Inputs(NamedTuple):
-    """The arrays of a forward pass: `Saved`, which costs microseconds to fill, without what it lacks."""
-
-    q: Array
-    k: Array
-    v: Array
-    log_decay: Array | None
-    theta: Array | None
-    key_mask: Array | None
-    lengths: Array | None
-    cu_seqlens: Array | None
-    state: State | None
 
 
 @functools.cache

@@ -33,19 +33,6 @@ struct Suffixes {
   int64_t B, N, M, H, S;
 };
 
-// Where a sequence's tokens begin, and how many there are of `longest` at most; borders that make no sense are
-// cut. BORDERS: 1 lengths, 2 sequences back to back.
-template <int BORDERS>
-__device__ __forceinline__ void sequence_of(
-    int64_t s, const int64_t* borders, int64_t longest, int64_t& begin, int64_t& tokens) {
-  begin = 0, tokens = longest;
-  if (BORDERS == 1) tokens = clamped(borders[s], 0, longest);
-  if (BORDERS == 2) {
-    begin = clamped(borders[s], 0, longest);
-    tokens = clamped(borders[s + 1], begin, longest) - begin;
-  }
-}
-
 // The gradient of log decays: of each token the sum of everything that passes it, from the sequence's end on,
 // in float64. plus [slices B N H] and minus [slices B M H]: phi(q) . dq and phi(k) . dk; end [S H] float64: what
 // the final state adds, or null. out: S [B N H], or float64 [S H] summed over tokens if decays are per head.
@@ -55,7 +42,7 @@ template <class S, int PER_TOKEN, int BORDERS> __global__ void suffix_sums(Suffi
   const int64_t h = blockIdx.x % a.H, s = blockIdx.x / a.H;
   const int64_t row = BORDERS == 2 ? 0 : s;
   int64_t begin, tokens;
-  sequence_of<BORDERS>(s, (const int64_t*)a.borders, a.N > a.M ? a.N : a.M, begin, tokens);
+  sequence_of(BORDERS, s, (const int64_t*)a.borders, a.N > a.M ? a.N : a.M, begin, tokens);
   double carry = a.end ? ((const double*)a.end)[s * a.H + h] : 0, whole = 0;
   for (int64_t block = (tokens + THREADS - 1) / THREADS - 1; block >= 0; --block) {
     const int64_t n = block * THREADS + threadIdx.x, at = begin + n;
@@ -113,6 +100,6 @@ template <class S, int BORDERS> __global__ void keep_rows(Rows a) {
     for (int64_t f = threadIdx.x; f < a.F; f += THREADS)
       ((S*)a.z)[slot * a.F + f] = ((const S*)a.from)[s * a.F + f];
   int64_t begin, tokens;
-  sequence_of<BORDERS>(s, (const int64_t*)a.borders, a.N, begin, tokens);
+  sequence_of(BORDERS, s, (const int64_t*)a.borders, a.N, begin, tokens);
   if (threadIdx.x == 0) ((int64_t*)a.length)[slot] += tokens;
 }

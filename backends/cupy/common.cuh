@@ -90,6 +90,27 @@ __device__ __forceinline__ int64_t clamped(int64_t x, int64_t low, int64_t high)
   return x < low ? low : x > high ? high : x;
 }
 
+// Where a sequence's tokens begin, and how many there are of `longest` at most; borders that make no sense are cut.
+// kind: 1 lengths, 2 sequences back to back.
+__device__ __forceinline__ void sequence_of(
+    int kind, int64_t s, const int64_t* borders, int64_t longest, int64_t& begin, int64_t& tokens) {
+  begin = 0, tokens = longest;
+  if (kind == 1) tokens = clamped(borders[s], 0, longest);
+  if (kind == 2) {
+    begin = clamped(borders[s], 0, longest);
+    tokens = clamped(borders[s + 1], begin, longest) - begin;
+  }
+}
+
+// The tokens of a block's sequence; none of what is padding in a pool.
+template <class B> __device__ __forceinline__ void find_tokens(B& b) {
+  sequence_of(B::Flags::BORDERS, b.s, (const int64_t*)b.a.borders, b.tokens, b.begin, b.tokens);
+  if (B::Flags::BORDERS == 2) b.row = 0;
+  if (!b.a.slots) return;
+  const int64_t slot = ((const int64_t*)b.a.slots)[b.s];
+  if (slot < 0 || slot >= b.a.pool) b.tokens = 0;
+}
+
 // A sum of log decays: multiples of 2^-32, which add up exactly, and the rest. Differences of long sums lose
 // nothing.
 struct Sum {

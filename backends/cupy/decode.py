@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from linattn.arrays import Array
 from linattn.backends.cupy import sources
-from linattn.backends.cupy.launch import ANGLES, DECAY, FEATURES, SIZES, Runner
+from linattn.backends.cupy.launch import SIZES, Runner
 from linattn.backends.cupy.memory import address, dense, room, strides
+from linattn.backends.cupy.sources import ANGLES, DECAY, FEATURES
 from linattn.backends.cupy.tape import Parts, repeatable
 from linattn.errors import UnsupportedError
 from linattn.problem import Problem

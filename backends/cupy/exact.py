@@ -64,8 +64,9 @@ def keep(path: Path, content: bytes) -> None:
     """Write a file as a whole, whoever else does; a disk that refuses costs the next compilation."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
-            part.write(content)
-        Path(part.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            part.write_bytes(content)
+            part.replace(path)
     except OSError:
         return

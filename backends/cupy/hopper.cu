@@ -110,8 +110,8 @@ template <class O> struct Consumer {
   __device__ __forceinline__ void lay(char* tile, int j, const float* x) {
     const int r = 16 * warp + lane / 8 % 2 * 8 + lane % 8, piece = j + lane / 16;
     store_pieces(
-        place(tile) + r * 128 + (piece ^ r % 8) * 16, pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]),
-        pair(x[6], x[7]));
+        place(tile) + r * 128 + (piece ^ r % 8) * 16, rounded_bf16(x[0], x[1]), rounded_bf16(x[2], x[3]), rounded_bf16(x[4], x[5]),
+        rounded_bf16(x[6], x[7]));
   }
 
   // w^T, from shared memory, times far.
@@ -120,12 +120,12 @@ template <class O> struct Consumer {
     UNROLL for (int k = 0; k < 4; ++k) {
       uint32_t x[4];
       const int r = 16 * k + lane / 16 * 8 + lane % 8, piece = 2 * warp + lane / 8 % 2;
-      load_turned(x, tile + r * 128 + (piece ^ r % 8) * 16);
+      load_4_turned(x, tile + r * 128 + (piece ^ r % 8) * 16);
       UNROLL for (int v = 0; v < 4; ++v) {
         const float2 far = O::DECAY || O::ANGLES
             ? *(const float2*)(unit.table(2 * part + 1) + 16 * k + column + v / 2 * 8)
             : float2{1, 1};
-        w[4 * k + v] = O::DECAY || O::ANGLES ? pair(low_of(x[v]) * far.x, high_of(x[v]) * far.y) : x[v];
+        w[4 * k + v] = O::DECAY || O::ANGLES ? rounded_bf16(low_of(x[v]) * far.x, high_of(x[v]) * far.y) : x[v];
       }
     }
   }
@@ -143,7 +143,7 @@ template <class O> struct Consumer {
           right = MASKED ? right * lag.y : kept(right, lag.y);
         }
         if (O::NORMALIZE) weights[below] += left + right;
-        p[2 * j + below] = pair(left, right);
+        p[2 * j + below] = rounded_bf16(left, right);
         if (MASKED) p[2 * j + below] &= mask[2 * j + below];
       }
   }
@@ -260,8 +260,8 @@ template <class O> struct Consumer {
       UNROLL for (int j = 0; j < 8; ++j) {
         const uint32_t both = *(const uint32_t*)(raw + r * 128 + (j ^ r % 8) * 16 + 2 * column);
         float &left = out[4 * j + 2 * below], &right = out[4 * j + 2 * below + 1];
-        if (O::ROWS) sum += mapped<O::FEATURE>(low_of(both)) * left + mapped<O::FEATURE>(high_of(both)) * right;
-        if (O::FEATURE) left *= sloped<O::FEATURE>(low_of(both)), right *= sloped<O::FEATURE>(high_of(both));
+        if (O::ROWS) sum += quick_phi(O::FEATURE, low_of(both)) * left + quick_phi(O::FEATURE, high_of(both)) * right;
+        if (O::FEATURE) left *= quick_slope(O::FEATURE, low_of(both)), right *= quick_slope(O::FEATURE, high_of(both));
       }
       if (!O::ROWS) continue;
       sum += __shfl_xor_sync(~0u, sum, 1);

@@ -6,16 +6,12 @@
 // features is several tiles, one behind the other.
 #pragma once
 
-#ifdef __CUDACC__
-typedef unsigned int uint32_t;
+#include "warp.cuh"
 
+#ifdef __CUDACC__
 struct alignas(64) Map {  // of an array, as the driver encodes it
   char bytes[128];
 };
-
-__device__ __forceinline__ uint32_t place(const void* in_shared_memory) {
-  return (uint32_t)__cvta_generic_to_shared(in_shared_memory);
-}
 
 // Barriers: a phase ends when `count` have arrived and all bytes that were announced are there.
 __device__ __forceinline__ void barrier_begin(uint64_t* barrier, int count) {
@@ -84,32 +80,11 @@ template <int REGISTERS> __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// 8 x 8 pieces of shared memory to and from a warp: lane l's address is that of row l % 8 of piece l / 8. Of
-// a piece, or (turned) of its transpose, a thread has columns 2 (l % 4) and the next of row l / 4.
-__device__ __forceinline__ void load_turned(uint32_t (&x)[4], uint32_t at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(at)
-               : "memory");
-}
+// 8 x 8 pieces from a warp to shared memory, as `load_4` takes them up.
 __device__ __forceinline__ void store_pieces(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b),
                "r"(c), "r"(d)
                : "memory");
-}
-
-// Two numbers as bfloat16, and back.
-__device__ __forceinline__ uint32_t pair(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-__device__ __forceinline__ float low_of(uint32_t both) { return __uint_as_float(both << 16); }
-__device__ __forceinline__ float high_of(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
-__device__ __forceinline__ uint32_t relu_of(uint32_t both) {  // a NaN stays one
-  uint32_t out;
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(both), "r"(0));
-  return out;
 }
 
 // sums [8 8] += weights [8 16] features [16 8], by a warp; a thread has columns 2 (l % 4) and the next of row l / 4.

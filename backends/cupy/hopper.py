@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 BLOCK, TILE = 64, 64 * 128  # tokens of a step; bytes of a tile of 64 features
 FARTHEST = 1 << 40  # bytes between neighbours, for the unit that copies
-FEATURES = {None: 0, "relu": 1, "silu": 2, "elu+1": 3}
 
 
 CAPABILITY = 90  # times ten, as `sm_90a` asks for
@@ -135,7 +134,7 @@ def launch(
     e = w.shape[3]
     angles, decay = problem.reweight == "cosine", problem.decay is not None
     consumers = 1 if e % 128 or angles else 2  # two states for angles take the registers of one
-    feature, rows = FEATURES[problem.feature_map], rows and gradient
+    feature, rows = sources.FEATURES[problem.feature_map], rows and gradient
     reads_raw = gradient and (feature > 0 or rows)
     stages = (3 if d == 128 else 4) - (reads_raw and consumers == 2)
     numbers = (d, consumers, stages, feature, angles, decay, reverse, normalize, gradient, rows)

@@ -11,13 +11,11 @@ from typing import Any, Protocol
 from linattn.arrays import Array
 from linattn.backends.cupy import hopper, sources, tensor
 from linattn.backends.cupy.memory import address, dense, room, strides
+from linattn.backends.cupy.sources import ANGLES, DECAY, FEATURES
 from linattn.problem import Problem
 from linattn.state import State
 
 THREADS = 256  # of every other kernel's blocks
-FEATURES = {None: 0, "relu": 1, "silu": 2, "elu+1": 3}
-ANGLES = {None: 0, "cosine": 1, "lrpe": 2}
-DECAY = {None: 0, "head": 1, "token": 2}
 
 
 @dataclass(frozen=True)

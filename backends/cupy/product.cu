@@ -80,18 +80,7 @@ template <class O> struct Block {
   const Sum* sums = room;
 
   __device__ __forceinline__ explicit Block(const Arguments& arguments) : a(arguments) {
-    const int64_t* borders = (const int64_t*)a.borders;
-    const int64_t all = tokens;  // borders that make no sense are cut to it
-    if (O::BORDERS == 1) tokens = clamped(borders[s], 0, all);
-    if (O::BORDERS == 2) {
-      row = 0;
-      begin = clamped(borders[s], 0, all);
-      tokens = clamped(borders[s + 1], begin, all) - begin;
-    }
-    if (a.slots) {
-      const int64_t slot = ((const int64_t*)a.slots)[s];
-      if (slot < 0 || slot >= a.pool) tokens = 0;  // padding
-    }
+    find_tokens(*this);
     UNROLL for (int v = 0; v < V; ++v) e_step[v] = OUTER && e + v < E ? step_of(e + v, E) : 0;
   }
 

@@ -10,6 +10,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 OPTIONS = ("-std=c++17",)
+FEATURES = {None: 0, "relu": 1, "silu": 2, "elu+1": 3}
+ANGLES = {None: 0, "cosine": 1, "lrpe": 2}
+DECAY = {None: 0, "head": 1, "token": 2}
 EXACT = {"hopper.cu": "sm_90a"}
 """Sources that are written for one architecture's own instructions."""
 

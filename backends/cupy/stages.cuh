@@ -133,21 +133,6 @@ template <class O> __device__ __forceinline__ void produce(Unit<O>& unit) {
   }
 }
 
-// Feature maps with the hardware's own exponential and division: what they lose is far below a bfloat16.
-template <int FEATURE> __device__ __forceinline__ float mapped(float x) {
-  if (FEATURE == RELU) return x <= 0 ? 0.0f : x;
-  if (FEATURE == SILU) return __fdividef(x, 1 + __expf(-x));
-  if (FEATURE == ELU) return x > 0 ? x + 1 : __expf(x);
-  return x;
-}
-template <int FEATURE> __device__ __forceinline__ float sloped(float x) {
-  if (FEATURE == RELU) return x > 0 ? 1.0f : 0.0f;
-  if (FEATURE == ELU) return x > 0 ? 1.0f : __expf(x);
-  if (FEATURE != SILU) return 1;
-  const float s = __fdividef(1.0f, 1 + __expf(-x));
-  return s * (1 + x * (1 - s));
-}
-
 // The warps between: features, tables, and the normaliser's sums of weights. Two of them hold those, each of
 // half of the features, as a product with few rows: of cosines, of what these were rounded by, of sines likewise.
 template <class O> struct Helper {
@@ -172,8 +157,8 @@ template <class O> struct Helper {
       UNROLL for (int v = 0; v < 4 * TOGETHER; ++v) {
         uint32_t& both = ((uint32_t*)x)[v];
         both = O::FEATURE == RELU
-            ? relu_of(both)
-            : pair(mapped<O::FEATURE>(low_of(both)), mapped<O::FEATURE>(high_of(both)));
+            ? relu_of_both(both)
+            : rounded_bf16(quick_phi(O::FEATURE, low_of(both)), quick_phi(O::FEATURE, high_of(both)));
       }
       UNROLL for (int u = 0; u < TOGETHER; ++u)
         if (first + u * HELPERS < tiles * TILE / 16) at[first + u * HELPERS] = x[u];
@@ -201,7 +186,7 @@ template <class O> struct Helper {
     const float whole = O::DECAY ? exponential((float)(g * here)) : 1.0f;
     UNROLL for (int n = 0; n < GROUPS; ++n) {
       const float left = z[n][0] + __shfl_xor_sync(~0u, z[n][0], 4), right = z[n][1] + __shfl_xor_sync(~0u, z[n][1], 4);
-      const uint32_t high = pair(left, right), rest = pair(left - low_of(high), right - high_of(high));
+      const uint32_t high = rounded_bf16(left, right), rest = rounded_bf16(left - low_of(high), right - high_of(high));
       char* const at = tiles + piece(n) / 8 * 1024 + row * 128 + (piece(n) % 8 ^ row) * 16 + lane % 4 * 4;
       if (row < 2 * P::STATES) *(uint32_t*)at = row % 2 ? rest : high;
       z[n][0] = kept(z[n][0], whole), z[n][1] = kept(z[n][1], whole);
@@ -215,13 +200,13 @@ template <class O> struct Helper {
           if (O::DECAY || O::ANGLES) x = *(const float2*)(unit.table(row / 2 * 2 + 1) + j);
           else x = {j < here ? 1.0f : 0.0f, j + 1 < here ? 1.0f : 0.0f};
         }
-        far[v] = pair(x.x, x.y);
-        if (row % 2) far[v] = pair(x.x - low_of(far[v]), x.y - high_of(far[v]));
+        far[v] = rounded_bf16(x.x, x.y);
+        if (row % 2) far[v] = rounded_bf16(x.x - low_of(far[v]), x.y - high_of(far[v]));
       }
       UNROLL for (int n = 0; n < GROUPS; n += 2) {
         uint32_t y[4];
         const int r = 16 * k + lane / 8 % 2 * 8 + lane % 8, at = piece(n) + lane / 16;
-        load_turned(y, place(unit.own() + P::Y) + at / 8 * TILE + r * 128 + (at % 8 ^ r % 8) * 16);
+        load_4_turned(y, place(unit.own() + P::Y) + at / 8 * TILE + r * 128 + (at % 8 ^ r % 8) * 16);
         add_rows(z[n], far, y[0], y[1]);
         add_rows(z[n + 1], far, y[2], y[3]);
       }

@@ -95,18 +95,7 @@ template <class O> struct Block : Places<typename O::T, O::BE, O::HELD> {
   int parity = 0;  // of two tables: this step's
 
   __device__ __forceinline__ explicit Block(const Arguments& arguments) : a(arguments) {
-    const int64_t* borders = (const int64_t*)a.borders;
-    const int64_t all = tokens;  // borders that make no sense are cut to it
-    if (O::BORDERS == 1) tokens = clamped(borders[s], 0, all);
-    if (O::BORDERS == 2) {
-      row = 0;
-      begin = clamped(borders[s], 0, all);
-      tokens = clamped(borders[s + 1], begin, all) - begin;
-    }
-    if (a.slots) {
-      const int64_t slot = ((const int64_t*)a.slots)[s];
-      if (slot < 0 || slot >= a.pool) tokens = 0;  // padding
-    }
+    find_tokens(*this);
     steps = (int)((tokens + C - 1) / C);
   }
 

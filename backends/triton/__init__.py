@@ -6,10 +6,10 @@ import functools
 import importlib
 import importlib.util
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from linattn.arrays import Array, written
-from linattn.backends import Gradients, Saved
+from linattn.backends import Gradients, Inputs, Saved
 from linattn.problem import Problem
 from linattn.state import State
 
@@ -111,20 +111,6 @@ class TritonBackend:
             o = _module("decode").decode_step(problem, q, k, v, log_decay, theta, state, slots)
         written(state.kv, state.z, state.length)
         return o
-
-
-class Inputs(NamedTuple):
-    """The arrays of a forward pass: `Saved`, which costs microseconds to fill, without what it lacks."""
-
-    q: Array
-    k: Array
-    v: Array
-    log_decay: Array | None
-    theta: Array | None
-    key_mask: Array | None
-    lengths: Array | None
-    cu_seqlens: Array | None
-    state: State | None
 
 
 @functools.cache

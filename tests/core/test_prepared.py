@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linattn
-from linattn import LRPE, State, errors, prepared, registry
+from linattn import LRPE, State, errors, known, prepared, registry
 from linattn.backends.torch import backend as built_in
 
 Tensor = torch.Tensor
@@ -47,13 +47,12 @@ def recorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """A backend whose calls look as if their arrays lay on a device, or not."""
     if not request.param:
         monkeypatch.setattr(prepared, "_on_host", lambda call: False)
-    prepared._known.clear()
+    known.forget()
     found = Recorder()
     found.on_host = request.param
     monkeypatch.setitem(registry.known(), found.name, found)
     yield found
-    prepared._known.clear()
-    prepared._latest[0] = None, None
+    known.forget()
 
 
 def step(**change: Any) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import linattn
-from linattn import Cosine, State, checked, testing
+from linattn import Cosine, State, checked, known, testing
 from linattn.arrays import kind_of
 from linattn.backends.cupy import CupyBackend, memory, sources, tape
 from linattn.testing.subject import Natives, Result
@@ -179,9 +179,9 @@ def test_memory_of_passes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     found = pretended.module()
     monkeypatch.setitem(sys.modules, "cupy", found)
-    checked._known.clear()
+    known.forget()
     yield found
-    checked._known.clear()
+    known.forget()
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import linattn
-from linattn import checked, registry
+from linattn import known, registry
 from linattn.backends.cupy import gpu, tape
 from linattn.backends.cupy.gpu import Gpu
 from linattn.cli.explain import describe
@@ -27,13 +27,13 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     found = pretended.module()
     monkeypatch.setitem(sys.modules, "cupy", found)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    for cache in (checked._known, tape._seen):
-        cache.clear()
+    known.forget()
+    tape._seen.clear()
     for function in (gpu.unavailable, gpu.limits):
         function.cache_clear()
     yield found
-    for cache in (checked._known, tape._seen):
-        cache.clear()
+    known.forget()
+    tape._seen.clear()
     gpu.unavailable.cache_clear()
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import linattn
 from linattn import State, registry
-from linattn.backends.cupy import CupyBackend, decode, hopper, launch, memory, sources
+from linattn.backends.cupy import CupyBackend, decode, exact, hopper, launch, memory, sources
 from linattn.backends.cupy.launch import Blocks, Room
 from linattn.cli.explain import describe
 from linattn.errors import UnsupportedError
@@ -245,3 +245,12 @@ def test_divisors_become_factors() -> None:
         of = decode.inverse(divisor) % (1 << 64)
         for x in (0, 1, divisor - 1, divisor, 2 * divisor - 1, 12345678, 2**31, 2**32 - 1):
             assert (x * of >> 64 if of else x) == x // divisor, (x, divisor)
+
+
+def test_compiled_kernels_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
+    kept = tmp_path / "cache" / "kernel.cubin"
+    exact.keep(kept, b"name\0image")
+    assert kept.read_bytes() == b"name\0image"
+    assert list(kept.parent.iterdir()) == [kept]
+    exact.keep(kept / "below a file", b"")  # refused by the disk: only the next compilation is lost
+    assert list(tmp_path.rglob("*.cubin")) == [kept]

@@ -1,4 +1,4 @@
-// The 16-bit numbers that CUDA has and a host compiler has not.
+// The 16-bit numbers that CUDA has and a host compiler has not, and flags of kernels.
 #pragma once
 
 #include "host.hpp"
@@ -48,3 +48,15 @@ template <> inline __nv_bfloat16 narrowed<__nv_bfloat16>(float x) { return {bf16
 template <> inline __half narrowed<__half>(float x) { return {half_of(x)}; }
 template <> inline __nv_bfloat16 narrowed<__nv_bfloat16>(double x) { return {bf16_of((float)x)}; }
 template <> inline __half narrowed<__half>(double x) { return {half_of((float)x)}; }
+
+// A kernel's flags, set when it is called. Self: whose they are.
+template <class Self> struct HostFlags {
+  static inline int FEATURE, ANGLES, DECAY, REVERSE, STRICT, GRADIENT, NORMALIZE, EXTRA;
+  static inline int MASK, BORDERS, TOTAL, OUTPUT, SUMS, ROWS, TURN, DO;
+
+  static void set(const int64_t* flags) {
+    int* const all[] = {&FEATURE, &ANGLES,  &DECAY, &REVERSE, &STRICT, &GRADIENT, &NORMALIZE, &EXTRA,
+                        &MASK,    &BORDERS, &TOTAL, &OUTPUT,  &SUMS,   &ROWS,     &TURN,      &DO};
+    for (int* flag : all) *flag = (int)*flags++;
+  }
+};

@@ -3,19 +3,10 @@
 
 #include "product.cu"
 
-// A kernel's options with flags that are set when it is called.
-template <class T_, class A_> struct HostOptions {
+template <class T_, class A_> struct HostOptions : HostFlags<HostOptions<T_, A_>> {
   typedef T_ T;
   typedef A_ A;
   static constexpr int C = 32, BE = 16;
-  static inline int FEATURE, ANGLES, DECAY, REVERSE, STRICT, GRADIENT, NORMALIZE, EXTRA;
-  static inline int MASK, BORDERS, TOTAL, OUTPUT, SUMS, ROWS, TURN, DO;
-
-  static void set(const int64_t* flags) {
-    int* const all[] = {&FEATURE, &ANGLES,  &DECAY, &REVERSE, &STRICT, &GRADIENT, &NORMALIZE, &EXTRA,
-                        &MASK,    &BORDERS, &TOTAL, &OUTPUT,  &SUMS,   &ROWS,     &TURN,      &DO};
-    for (int* flag : all) *flag = (int)*flags++;
-  }
 };
 
 template <class O> static void body(const void* arguments) { product<O>(*(const Arguments*)arguments); }

@@ -3,19 +3,10 @@
 
 #include "tensor.cu"
 
-// A kernel's options with flags that are set when it is called.
-template <class T_, int BE_, int HELD_> struct HostWarps {
+template <class T_, int BE_, int HELD_> struct HostWarps : HostFlags<HostWarps<T_, BE_, HELD_>> {
   typedef T_ T;
   typedef float A;
   static constexpr int C = 64, BE = BE_, HELD = HELD_;
-  static inline int FEATURE, ANGLES, DECAY, REVERSE, STRICT, GRADIENT, NORMALIZE, EXTRA;
-  static inline int MASK, BORDERS, TOTAL, OUTPUT, SUMS, ROWS, TURN, DO;
-
-  static void set(const int64_t* flags) {
-    int* const all[] = {&FEATURE, &ANGLES,  &DECAY, &REVERSE, &STRICT, &GRADIENT, &NORMALIZE, &EXTRA,
-                        &MASK,    &BORDERS, &TOTAL, &OUTPUT,  &SUMS,   &ROWS,     &TURN,      &DO};
-    for (int* flag : all) *flag = (int)*flags++;
-  }
 };
 
 typedef HostWarps<HOST_T, HOST_BE, HOST_HELD> Chosen;
