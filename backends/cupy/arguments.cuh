@@ -33,8 +33,15 @@ struct Arguments {
   double scale, do_scale, eps;
 };
 
+__host__ __device__ constexpr int threads_of(int C, int BE) { return C * BE > 2048 ? C * BE / 16 : 128; }
+
+// Blocks for which the registers of a multiprocessor suffice without spilling.
+__host__ __device__ constexpr int blocks_of(int size, int threads) {
+  return threads > 128 ? 1 : size > 4 ? 2 : 3;
+}
+
 // x, y, w, raw, out: T [B N H features]; y and w have M tokens, x, raw and out N (another number only with
-// TOTAL). Of x and y D features are contracted, besides the extra one; w, raw and out have E. log_decay S [H]
+// TOTAL or SUMS). Of x and y D features are contracted, besides the extra one; w, raw and out have E. log_decay S [H]
 // or [B N H]; theta float64 [H features]; mask bool [B keys]; borders int64 [S] or [S + 1]; den S [B tokens
 // H] and extra S [B H extra_n], of the tokens of the gradient of the output; start and final S [S H F E],
 // their z [S H F]; slots int64 [S]; partial S [B N H E], partial_den S [B N H]; rows S [slices B N H], with
@@ -64,14 +71,10 @@ struct Options {
   static constexpr int ROWS = ROWS_;            // keeps phi(raw) . gradient, or the sums of weights
   static constexpr int TURN = TURN_;            // the gradient of angles, from the sequence's beginning
   static constexpr int DO = DO_;                // which of x (1), y (2), w (3) is the gradient of the output
+
+  // A block that is alone on a multiprocessor asks for lines while it computes with those before.
+  static constexpr bool AHEAD = blocks_of(sizeof(A), threads_of(C, BE)) == 1;
 };
-
-__host__ __device__ constexpr int threads_of(int C, int BE) { return C * BE > 2048 ? C * BE / 16 : 128; }
-
-// Blocks for which the registers of a multiprocessor suffice without spilling.
-__host__ __device__ constexpr int blocks_of(int size, int threads) {
-  return threads > 128 ? 1 : size > 4 ? 2 : 3;
-}
 
 // Bytes of shared memory; F contracted features, EXTRA's and both parts of each included.
 __host__ __device__ constexpr int64_t shared_bytes(int64_t size, int64_t C, int64_t BE, int64_t F) {

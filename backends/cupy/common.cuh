@@ -82,6 +82,13 @@ __device__ __forceinline__ void cos_sin(uint64_t phase, float* c, float* s) {
   sincospif((float)(int)(phase >> 32) * 4.656612873077393e-10f, s, c);
 }
 
+// The same number, which hides from a compiler that it is: what follows from it is computed anew in every step, instead
+// of waiting in registers.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A decay of 0 forgets what it is applied to, NaN too.
 template <class A> __device__ __forceinline__ A kept(A x, A decay) { return decay != 0 ? x * decay : A(0); }
 

@@ -16,6 +16,7 @@
 #include "arguments.cuh"
 #include "common.cuh"
 #include "rows.cuh"
+#include "out.cuh"
 #include "state.cuh"
 
 #ifdef __CUDACC__
@@ -30,11 +31,13 @@ template <class O> struct Block {
   typedef typename Wide<T>::type S;
   static constexpr int C = O::C, BE = O::BE, THREADS = threads_of(C, BE);
   static constexpr int V = 16 / sizeof(A), PITCH = C + V, W_PITCH = BE + V;
-  static constexpr int COLUMNS = C * BE / THREADS / 4, PAIRS = C * C / THREADS / 4;  // of a thread's 4 rows
-  static constexpr int WARPS = BE / (8 * COLUMNS);                                   // side by side
-  static constexpr int WIDTH = COLUMNS < V ? COLUMNS : V;                            // columns read at once
+  static constexpr int COLUMNS = C * BE / THREADS / 4, PAIRS = C * C / THREADS / 4;  // of a thread's 4 rows,
+  static constexpr int BAND = C / 4, GAP = C / PAIRS;      // which are BAND apart, as its pairs are GAP
+  static constexpr int WARPS = BE / (8 * COLUMNS);         // side by side
+  static constexpr int WIDTH = COLUMNS < V ? COLUMNS : V;  // columns read at once
 
-  static constexpr int ALL_XY = C * C / V / THREADS, ROWS_XY = ALL_XY < 4 ? ALL_XY : 4;  // at once
+  static constexpr bool AHEAD = O::AHEAD;
+  static constexpr int ALL_XY = C * C / V / THREADS, ROWS_XY = AHEAD || ALL_XY < 4 ? ALL_XY : 4;  // at once
   static constexpr int ROWS_W = C * BE / V / THREADS;
 
   typedef Piece<T, V> Line;  // V features of a row as they lie in memory
@@ -53,9 +56,10 @@ template <class O> struct Block {
   int64_t t = 0;  // the first of `here` tokens of this step
   int here = 0, here_x = 0, here_y = 0;  // fewer of x or of y, where their lengths differ
 
-  const int thread = threadIdx.x, tx = thread % 8, ty = thread / 8 % 4;
-  const int first_row = thread / 32 / WARPS * 16, warp_column = thread / 32 % WARPS;
-  const int first_column = warp_column * 8 * COLUMNS + tx * WIDTH, first_pair = warp_column * 8 * PAIRS + tx;
+  const int thread = threadIdx.x, tx = thread / 2 % 8, ty = thread % 2 + thread / 16 % 2 * 2;
+  const int warp_row = thread / 32 / WARPS, warp_column = thread / 32 % WARPS;
+  const int first_i = warp_row * 4 + ty, first_j = warp_column * 8 + tx;  // of pairs
+  const int first_f = warp_row * 16 + ty * V, first_c = warp_column * 8 * COLUMNS + tx * WIDTH;
   // A thread loads and stores V features: of x and y from c_d on, of w and out from e on.
   const int D_GROUPS = C / parts / V, c_d = thread % D_GROUPS * V;
   const int E_GROUPS = SLICE / V, c_e = thread % E_GROUPS * V, e = slice * SLICE + c_e;
@@ -98,9 +102,10 @@ template <class O> struct Block {
   __device__ __forceinline__ bool in_x(int i) const { return O::MASK == 2 ? shown[i] : i < here_x; }
   __device__ __forceinline__ bool in_y(int j) const { return O::MASK == 1 ? shown[j] : j < here_y; }
 
-  __device__ __forceinline__ void enter(int64_t step) {
-    t = step * C;
-    here = (int)clamped(tokens - t, 0, C);
+  __device__ __forceinline__ void enter(int step) {
+    t = (int64_t)step * C;
+    here = here_x = here_y = step < 0 ? 0 : (int)clamped(tokens - t, 0, C);
+    if (!O::TOTAL && !O::SUMS) return;  // as many of both
     here_x = (int)clamped(a.N - begin - t, 0, here);
     here_y = (int)clamped(a.M - begin - t, 0, here);
   }
@@ -165,22 +170,24 @@ template <class O> struct Block {
     return exponential((A)(O::REVERSE ? span(i, j) : span(j, i)));
   }
 
-  // The state's part of out, and pairs, as far as these features go; 16 rows skip columns that none of them
-  // sees.
+  // Whether some row of a band sees some of these pairs.
+  static __device__ __forceinline__ bool meet(int m, int n) {
+    return O::REVERSE ? (n + 1) * GAP > m * BAND : n * GAP < (m + 1) * BAND;
+  }
+
+  // The state's part of out, and pairs, as far as these features go.
   __device__ __forceinline__ void read(A (&o)[4][COLUMNS], A (&p)[4][PAIRS], A& weights, int f0) {
-    constexpr int SOME = PAIRS < 4 ? PAIRS : 4;
     const int count = F - f0 < C ? F - f0 : C;
     for (int f = 0; f < count; f += V) {
-      A x[4][V], y[SOME][V];
-      along<4>(x, X + (first_row + ty) * PITCH + f, PITCH);
-      tile<WIDTH>(o, x, state + (f0 + f) * BE + first_column, BE);
-      UNROLL for (int group = 0; group < PAIRS; group += SOME) {
-        const int first = (warp_column * PAIRS + group) * 8;
-        if (!PAIRED || (O::REVERSE ? first + 8 * SOME <= first_row : first >= first_row + 16)) continue;
-        along<8>(y, Y + (first_pair + 8 * group) * PITCH + f, PITCH);
+      A x[4][V];
+      along<BAND>(x, X + first_i * PITCH + f, PITCH);
+      tile<WIDTH>(o, x, state + (f0 + f) * BE + first_c, BE);
+      if (!PAIRED) continue;
+      UNROLL for (int n = 0; n < PAIRS; ++n) {
+        A y[1][V];
+        along<1>(y, Y + (first_j + GAP * n) * PITCH + f, PITCH);
         UNROLL for (int m = 0; m < 4; ++m)
-          UNROLL for (int n = 0; n < SOME; ++n)
-            UNROLL for (int v = 0; v < V; ++v) p[m][group + n] += x[m][v] * y[n][v];
+          if (meet(m, n)) UNROLL for (int v = 0; v < V; ++v) p[m][n] += x[m][v] * y[0][v];
       }
     }
     if (!O::NORMALIZE) return;
@@ -192,150 +199,81 @@ template <class O> struct Block {
     }
   }
 
-  // The state goes on to the block's other end.
-  __device__ __forceinline__ void move(int f0) {
-    if (O::DECAY) {
-      for (int i = thread * V; i < C * C; i += THREADS * V) {
-        A* const y = Y + i / C * PITCH + i % C;
-        Piece<A> piece = *(Piece<A>*)y;
-        UNROLL for (int v = 0; v < V; ++v) piece.v[v] = kept(piece.v[v], far[i / C]);
-        *(Piece<A>*)y = piece;
-      }
-      __syncthreads();
-    }
-    const A whole = O::DECAY ? (O::REVERSE ? far : near)[here - 1] : 1;
-    if (O::NORMALIZE && thread < C && f0 + thread < F) {
-      A sum = 0;
-      BATCH for (int j = 0; j < C; ++j) sum += Y[j * PITCH + thread];
-      z[f0 + thread] = kept(z[f0 + thread], whole) + sum;
-    }
-    if (f0 + first_row >= ROWS) return;
-    A sum[4][COLUMNS] = {};
-    BATCH for (int j = 0; j < C; ++j) {
-      A y[4], w[COLUMNS];
-      across<4, V>(y, Y + j * PITCH + first_row + ty * V);
-      across<8, WIDTH>(w, W + j * W_PITCH + first_column);
-      UNROLL for (int m = 0; m < 4; ++m) UNROLL for (int n = 0; n < COLUMNS; ++n) sum[m][n] += y[m] * w[n];
-    }
-    UNROLL for (int m = 0; m < 4; ++m) {
-      const int f = f0 + first_row + m / V * 4 * V + ty * V + m % V;
-      if (f < ROWS) {
-        A old[COLUMNS];
-        across<8, WIDTH>(old, state + f * BE + first_column);
-        UNROLL for (int n = 0; n < COLUMNS; ++n) sum[m][n] += kept(old[n], whole);
-        lay<8, WIDTH>(state + f * BE + first_column, sum[m]);
-      }
+  // y as the block's other end sees it.
+  __device__ __forceinline__ void fade() {
+    if (!O::DECAY) return;
+    for (int i = thread * V; i < C * C; i += THREADS * V) {
+      A* const y = Y + i / C * PITCH + i % C;
+      Piece<A> piece = *(Piece<A>*)y;
+      UNROLL for (int v = 0; v < V; ++v) piece.v[v] = kept(piece.v[v], far[i / C]);
+      *(Piece<A>*)y = piece;
     }
   }
 
   // Pairs lie where x was.
-  __device__ __forceinline__ void keep_pairs(const A (&p)[4][PAIRS]) {
+  __device__ __forceinline__ void keep_pairs(A (&o)[4][COLUMNS], const A (&p)[4][PAIRS]) {
     UNROLL for (int m = 0; m < 4; ++m) {
+      const int i = first_i + BAND * m;
+      if (O::DECAY) UNROLL for (int n = 0; n < COLUMNS; ++n) o[m][n] = kept(o[m][n], near[i]);
       UNROLL for (int n = 0; n < PAIRS; ++n) {
-        const int i = first_row + ty + 4 * m, j = first_pair + 8 * n;
+        if (!PAIRED || !(meet(m, n) || O::NORMALIZE)) continue;
+        const int j = first_j + GAP * n;
         const bool seen = O::REVERSE ? j > i : j < i;
         X[i * PITCH + j] = seen || (i == j && !O::STRICT) ? kept(p[m][n], between(i, j)) : A(0);
       }
     }
   }
 
-  // What sums of weights come to, in front of `share`.
-  __device__ __forceinline__ void divide_by(A weights) {
-    constexpr int PART = C * C / THREADS;
-    const int i = thread % C;
-    if (O::DECAY) weights = kept(weights, near[i]);
-    if (PAIRED)
-      for (int j = thread / C * PART; j < thread / C * PART + PART; ++j) weights += X[i * PITCH + j];
-    share[thread] = weights;
-    __syncthreads();
-    if (thread >= here_x) return;
-    A sum = 0;
-    for (int part = 0; part < THREADS; part += C) sum += share[part + i];
-    S* const partial = (S*)a.partial_den + line(i, a.N);
-    if (O::SUMS == 1 && slice == 0) *partial = (S)sum;
-    if (O::SUMS == 2) sum += (A)*partial;
-    sum *= (A)a.scale;
-    if (O::ROWS && O::SUMS != 1 && slice == 0) ((S*)a.rows)[line(i, a.N)] = (S)sum;
-    share[i] = sum <= (A)a.eps ? (A)a.eps : sum;
-  }
+  __device__ __forceinline__ A whole() const { return O::DECAY ? (O::REVERSE ? far : near)[here - 1] : A(1); }
 
-  // From the state so far to results: the pairs' part, then whatever follows feature by feature.
-  __device__ __forceinline__ void finish(A (&o)[4][COLUMNS]) {
-    if (O::DECAY) {
-      UNROLL for (int m = 0; m < 4; ++m)
-        UNROLL for (int n = 0; n < COLUMNS; ++n) o[m][n] = kept(o[m][n], near[first_row + ty + 4 * m]);
-    }
-    if (PAIRED) {
-      const int last = O::REVERSE ? C : first_row + 16;
-      for (int j = O::REVERSE ? first_row : 0; j < last; j += V) {
-        A p[4][V];
-        along<4>(p, X + (first_row + ty) * PITCH + j, PITCH);
-        tile<WIDTH>(o, p, W + j * W_PITCH + first_column, W_PITCH);
-      }
-      __syncthreads();
-    }
-    UNROLL for (int m = 0; m < 4; ++m)
-      lay<8, WIDTH>(W + (first_row + ty + 4 * m) * W_PITCH + first_column, o[m]);
-    Line raw[ROWS_W];
-    if (O::GRADIENT) ask_columns(*this, raw, rows(a.raw, a.raw_b, a.raw_n, a.raw_h, a.raw_d), here_x);
-    __syncthreads();
-    write(raw);
-  }
-
-  __device__ __forceinline__ void write(const Line (&raw)[ROWS_W]) {
-    const Rows<T> out = rows(a.out, a.out_b, a.out_n, a.out_h, a.out_d);
-    UNROLL for (int u = 0; u < ROWS_W; ++u) {
-      const int i = thread / E_GROUPS + u * (THREADS / E_GROUPS);
-      if (i >= C) continue;
-      A* const own = W + i * W_PITCH + c_e * w_parts;
-      A found[V], before[V] = {}, product = 0;
-      UNROLL for (int v = 0; v < V; ++v) found[v] = in_x(i) ? own[v * w_parts] : A(0);
-      if (O::GRADIENT && in_x(i)) map(before, raw[u], E - e, NONE, A(1), A(0));
-      UNROLL for (int v = 0; v < V; ++v) {
-        const A mapped = O::GRADIENT && in_x(i) && e + v < E ? phi(O::FEATURE, before[v]) : A(0);
-        if (OUTER && in_x(i)) {
-          A c, s;
-          cos_sin(e_step[v] * (t + i + 1), &c, &s);
-          const A across = c * own[v * 2 + 1] - s * found[v];
-          found[v] = c * found[v] + s * own[v * 2 + 1];
-          if (O::TURN && e + v < E) torque[v] += (double)(t + i + 1) * mapped * across * a.scale;
-        }
-        if (O::ROWS && e + v < E && in_x(i)) product += mapped * found[v];
-      }
-      if (O::GRADIENT && O::ROWS) own[0] = product * (A)a.scale;
-      if (i >= here_x) continue;
-      S* const partial = (S*)a.partial + line(i, a.N) * E + e;
-      UNROLL for (int v = 0; v < V; ++v) {
-        if (O::SUMS == 1 && e + v < E) partial[v] = (S)found[v];
-        if (O::SUMS == 2 && e + v < E) found[v] += (A)partial[v];
-        found[v] *= (A)a.scale;
-        if (O::NORMALIZE) found[v] /= share[i];
-        if (O::GRADIENT && O::FEATURE) found[v] *= slope(O::FEATURE, before[v]);
-      }
-      if (O::SUMS == 1) continue;
-      give(out, i, e, E - e, found);
-    }
-    if (O::GRADIENT && O::ROWS) {
-      __syncthreads();
-      if (thread >= here_x) return;
+  // w, which pairs bring to out, and y to the state.
+  __device__ __forceinline__ void add(A (&o)[4][COLUMNS], bool pairs, bool moves, int f0) {
+    if (O::NORMALIZE && moves && thread < C && f0 + thread < F) {
       A sum = 0;
-      for (int c = 0; c < SLICE; c += V) sum += W[thread * W_PITCH + c * w_parts];
-      ((S*)a.rows)[slice * a.B * a.N * a.H + line(thread, a.N)] = (S)sum;
+      BATCH for (int j = 0; j < C; ++j) sum += Y[j * PITCH + thread];
+      z[f0 + thread] = kept(z[f0 + thread], whole()) + sum;
     }
-  }
-
-  __device__ __forceinline__ void write_turn() {
-    double* const all = (double*)shared_memory;  // [V threads], where x was
-    UNROLL for (int v = 0; v < V; ++v) all[v * THREADS + thread] = torque[v];
-    __syncthreads();
-    if (thread >= E_GROUPS) return;
-    UNROLL for (int v = 0; v < V; ++v) {
-      double sum = 0;
-      for (int i = thread; i < THREADS; i += E_GROUPS) sum += all[v * THREADS + i];
-      if (e + v < E) ((double*)a.turn)[(s * a.H + h) * E + e + v] = sum;
+    A sum[4][COLUMNS] = {};
+    UNROLL for (int band = 0; band < 4; ++band) {
+      for (int j = band * BAND; j < (band + 1) * BAND; j += V) {
+        A w[V][COLUMNS];
+        UNROLL for (int v = 0; v < V; ++v) across<8, WIDTH>(w[v], W + (j + v) * W_PITCH + first_c);
+        if (moves) {
+          UNROLL for (int v = 0; v < V; ++v) {
+            A y[4];
+            across<4, V>(y, Y + (j + v) * PITCH + first_f);
+            UNROLL for (int m = 0; m < 4; ++m) UNROLL for (int n = 0; n < COLUMNS; ++n) sum[m][n] += y[m] * w[v][n];
+          }
+        }
+        if (!pairs) continue;
+        UNROLL for (int m = 0; m < 4; ++m) {
+          if (O::REVERSE ? m > band : m < band) continue;
+          A p[1][V];
+          along<1>(p, X + (first_i + BAND * m) * PITCH + j, PITCH);
+          UNROLL for (int v = 0; v < V; ++v) UNROLL for (int n = 0; n < COLUMNS; ++n) o[m][n] += p[0][v] * w[v][n];
+        }
+      }
+    }
+    if (!moves) return;
+    const A decay = whole();
+    UNROLL for (int m = 0; m < 4; ++m) {
+      const int f = f0 + first_f + m / V * 4 * V + m % V;
+      if (f >= ROWS) continue;
+      A old[COLUMNS];
+      across<8, WIDTH>(old, state + f * BE + first_c);
+      UNROLL for (int n = 0; n < COLUMNS; ++n) sum[m][n] += kept(old[n], decay);
+      lay<8, WIDTH>(state + f * BE + first_c, sum[m]);
     }
   }
 };
+
+// Lines of a step's features from f0 on; w's with the first ones.
+template <class B, class Line, int XY, int COLUMNS>
+__device__ __forceinline__ void ask(const B& b, Line (&x)[XY], Line (&y)[XY], Line (&w)[COLUMNS], int f0) {
+  const Arguments& a = b.a;
+  ask_xy(b, x, y, f0, 0);
+  if (b.ADDS) ask_columns(b, w, b.rows(a.w, a.w_b, a.w_n, a.w_h, a.w_d), f0 ? 0 : b.here_y);
+}
 
 // Read the state, go through the tokens block by block, write the state.
 template <class O> __global__ void
@@ -344,20 +282,23 @@ product(Arguments a) {
   typedef typename O::A A;
   Block<O> block(a);
   constexpr int C = O::C;
+  const int onward = O::REVERSE ? -1 : 1;
   read_state(block);
-  const int64_t steps = (block.tokens + C - 1) / C;
-  for (int64_t done = 0; done < steps; ++done) {
-    typename Block<O>::Line x[Block<O>::ROWS_XY], y[Block<O>::ROWS_XY], w[Block<O>::ROWS_W];
-    block.enter(O::REVERSE ? steps - 1 - done : done);
-    ask_xy(block, x, y, 0, 0);
-    if (block.ADDS) ask_columns(block, w, block.rows(a.w, a.w_b, a.w_n, a.w_h, a.w_d), block.here_y);
+  int left = (int)((block.tokens + C - 1) / C), step = O::REVERSE ? left - 1 : 0;
+  typename Block<O>::Line x[Block<O>::ROWS_XY], y[Block<O>::ROWS_XY], w[Block<O>::ROWS_W];
+  block.enter(step);
+  if (O::AHEAD) ask(block, x, y, w, 0);
+  for (; left; --left) {
+    if (!O::AHEAD) ask(block, x, y, w, 0);
     block.know_tokens();
     A o[4][Block<O>::COLUMNS] = {}, p[4][Block<O>::PAIRS] = {}, weights = 0;
+    const bool moves = block.ADDS && (left > 1 || a.final || a.final_z);
     if (block.ADDS) put_w(block, w);
     for (int f0 = 0; f0 < block.F; f0 += C) {
+      const bool last = f0 + C >= block.F;
       if (f0) __syncthreads();
       for (int first = 0; first * block.parts < Block<O>::ALL_XY; first += Block<O>::ROWS_XY) {
-        if (f0 || first) ask_xy(block, x, y, f0, first);
+        if (!O::AHEAD && (first || f0)) ask_xy(block, x, y, f0, first);
         put_xy(block, x, y, f0, first);
       }
       __syncthreads();
@@ -365,16 +306,26 @@ product(Arguments a) {
         block.read(o, p, weights, f0);
         __syncthreads();
       }
-      if (block.ADDS && (done + 1 < steps || a.final || a.final_z)) block.move(f0);
-    }
-    if (O::OUTPUT) {
-      if (block.PAIRED) block.keep_pairs(p);
+      if (moves) block.fade();
+      if (O::OUTPUT && last) block.keep_pairs(o, p);
       __syncthreads();
-      if (O::NORMALIZE) block.divide_by(weights);
-      block.finish(o);
+      if (O::AHEAD) {
+        block.enter(last ? step + onward : step);
+        ask_xy(block, x, y, last ? 0 : f0 + C, 0);
+        block.enter(step);
+      }
+      if (O::OUTPUT && O::NORMALIZE && last) divide_by(block, weights);
+      if (block.ADDS) block.add(o, block.PAIRED && last, moves, f0);
     }
+    if (O::AHEAD && block.ADDS) {
+      block.enter(step + onward);
+      ask_columns(block, w, block.rows(a.w, a.w_b, a.w_n, a.w_h, a.w_d), block.here_y);
+      block.enter(step);
+    }
+    if (O::OUTPUT) finish(block, o);
+    block.enter(step += onward);
   }
   __syncthreads();
   write_state(block);
-  if (O::TURN) block.write_turn();
+  if (O::TURN) write_turn(block);
 }

@@ -21,6 +21,23 @@ __device__ __forceinline__ Piece<T, V> ask(const Rows<T>& rows, int i, int here,
   return line;
 }
 
+// Every `apart`th row from i on.
+template <int V, class T, int ROWS>
+__device__ __forceinline__ void ask_all(
+    Piece<T, V> (&lines)[ROWS], int used, const Rows<T>& rows, int i, int apart, int here, int d, int count) {
+  const T* const from = rows.at + d;
+  i = anew(i);
+  if (rows.together && count >= V && here > 0) {
+    UNROLL for (int u = 0; u < ROWS; ++u) {
+      const int at = i + u * apart < here ? i + u * apart : here - 1;
+      if (u < used) lines[u] = *(const Piece<T, V>*)(from + at * rows.n);
+    }
+  } else {
+    UNROLL for (int u = 0; u < ROWS; ++u)
+      if (u < used) lines[u] = ask<V>(rows, i + u * apart, here, d, count);
+  }
+}
+
 template <class T, class A, int V>
 __device__ __forceinline__ void give(const Rows<T>& rows, int i, int d, int count, const A (&x)[V]) {
   T* const to = rows.at + i * rows.n + d * rows.d;
@@ -62,12 +79,9 @@ __device__ __forceinline__ void ask_xy(const B& b, Line (&x)[ROWS], Line (&y)[RO
   const Arguments& a = b.a;
   const auto of_x = b.rows(a.x, a.x_b, a.x_n, a.x_h, a.x_d), of_y = b.rows(a.y, a.y_b, a.y_n, a.y_h, a.y_d);
   const int d = f0 / b.parts + b.c_d;
-  UNROLL for (int u = 0; u < ROWS; ++u) {
-    if (u * b.parts >= B::ALL_XY) continue;
-    const int j = b.thread / b.D_GROUPS + (first + u) * (B::THREADS / b.D_GROUPS);
-    if (B::Flags::OUTPUT) x[u] = ask<B::V>(of_x, j, b.here_x, d, b.D - d);
-    if (b.ADDS) y[u] = ask<B::V>(of_y, j, b.here_y, d, b.D - d);
-  }
+  const int apart = B::THREADS / b.D_GROUPS, j = b.thread / b.D_GROUPS + first * apart, used = B::ALL_XY / b.parts;
+  if (B::Flags::OUTPUT) ask_all(x, used, of_x, j, apart, b.here_x, d, b.D - d);
+  if (b.ADDS) ask_all(y, used, of_y, j, apart, b.here_y, d, b.D - d);
 }
 
 template <class B, class Line, int ROWS>
@@ -76,10 +90,11 @@ __device__ __forceinline__ void put_xy(
   typedef typename B::A A;
   typedef typename B::Flags O;
   constexpr int V = B::V;
-  const int d = f0 / b.parts + b.c_d, count = b.D - d, feature = O::GRADIENT ? NONE : O::FEATURE;
+  const int d = f0 / b.parts + b.c_d, feature = O::GRADIENT ? NONE : O::FEATURE;
+  const int count = O::EXTRA || O::DO || feature == ELU ? b.D - d : V;  // others come as zeros, and stay so
   uint64_t step[V] = {};
   if (b.INNER && O::ANGLES == 2)
-    UNROLL for (int v = 0; v < V; ++v) step[v] = v < count ? b.step_of(d + v, b.D) : 0;
+    UNROLL for (int v = 0; v < V; ++v) step[v] = d + v < b.D ? b.step_of(d + v, b.D) : 0;
   UNROLL for (int u = 0; u < ROWS; ++u) {
     if (u * b.parts >= B::ALL_XY) continue;
     const int j = b.thread / b.D_GROUPS + (first + u) * (B::THREADS / b.D_GROUPS);
@@ -103,11 +118,8 @@ __device__ __forceinline__ void put_xy(
 // Rows of w's features, of w itself or whatever else has them.
 template <class B, class Line, int ROWS, class T>
 __device__ __forceinline__ void ask_columns(const B& b, Line (&lines)[ROWS], const Rows<T>& rows, int here) {
-  UNROLL for (int u = 0; u < ROWS; ++u) {
-    if (u && u * b.w_parts >= ROWS) continue;
-    const int j = b.thread / b.E_GROUPS + u * (B::THREADS / b.E_GROUPS);
-    lines[u] = ask<B::V>(rows, j, here, b.e, b.E - b.e);
-  }
+  const int apart = B::THREADS / b.E_GROUPS, used = ROWS > b.w_parts ? ROWS / b.w_parts : 1;
+  ask_all(lines, used, rows, b.thread / b.E_GROUPS, apart, here, b.e, b.E - b.e);
 }
 
 template <class B, class Line, int ROWS>
@@ -115,12 +127,13 @@ __device__ __forceinline__ void put_w(const B& b, const Line (&w)[ROWS]) {
   typedef typename B::A A;
   typedef typename B::Flags O;
   constexpr int V = B::V;
+  const int feature = O::GRADIENT ? O::FEATURE : NONE, count = O::DO == 3 || feature == ELU ? b.E - b.e : V;
   UNROLL for (int u = 0; u < ROWS; ++u) {
     const int j = b.thread / b.E_GROUPS + u * (B::THREADS / b.E_GROUPS);
     if (j >= B::C) continue;
     A of_w[V] = {}, c[V] = {}, s[V] = {};
     if (b.in_y(j))
-      map(of_w, w[u], b.E - b.e, O::GRADIENT ? O::FEATURE : NONE, O::DO == 3 ? b.factor[j] : A(1), A(0));
+      map(of_w, w[u], count, feature, O::DO == 3 ? b.factor[j] : A(1), A(0));
     if (b.OUTER) UNROLL for (int v = 0; v < V; ++v) cos_sin(b.e_step[v] * (b.t + j + 1), c + v, s + v);
     put(b.W + j * B::W_PITCH + b.c_e * b.w_parts, of_w, b.OUTER, c, s);
   }

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(hosted.COMPILER is None, reason="the kernels nee
 # what is wrong: the source, the right line, the wrong one, and properties of which one must notice
 MUTANTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "a block's last token is forgotten": (
-        "product.cu", "here = (int)clamped(tokens - t, 0, C);", "here = (int)clamped(tokens - t, 0, C - 1);",
+        "product.cu", "step < 0 ? 0 : (int)clamped(tokens - t, 0, C);",
+        "step < 0 ? 0 : (int)clamped(tokens - t, 0, C - 1);",
         ("matches_the_reference",),
     ),
     "the state decays by a whole block where it is ragged": (
@@ -34,6 +35,13 @@ MUTANTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "product.cu", "return O::MASK == 1 ? shown[j] : j < here_y;", "return j < here_y;",
         ("matches_the_reference", "takes_masked_keys_as_zero"),
     ),
+    "a band of rows sees no pairs of its own": (
+        "product.cu", "n * GAP < (m + 1) * BAND;", "n * GAP < m * BAND;", ("matches_the_reference",),
+    ),
+    "lines asked for ahead are of the step itself": (
+        "product.cu", "block.enter(last ? step + onward : step);", "block.enter(step);",
+        ("matches_the_reference",),
+    ),
     "strict pairs see themselves": (
         "product.cu", "(i == j && !O::STRICT)", "(i == j)", ("matches_the_reference",),
     ),
@@ -42,7 +50,7 @@ MUTANTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("splits_anywhere", "merges_into_the_whole"),
     ),
     "gradients of angles count tokens from 0": (
-        "product.cu", "(double)(t + i + 1) * mapped", "(double)(t + i) * mapped",
+        "out.cuh", "(double)(b.t + i + 1) * mapped", "(double)(b.t + i) * mapped",
         ("gradients_match_the_reference",),
     ),
     "a clamped denominator has a gradient": (

@@ -7,6 +7,7 @@ template <class T_, class A_> struct HostOptions : HostFlags<HostOptions<T_, A_>
   typedef T_ T;
   typedef A_ A;
   static constexpr int C = 32, BE = 16;
+  static constexpr bool AHEAD = sizeof(T) == 4;  // one dtype each way
 };
 
 template <class O> static void body(const void* arguments) { product<O>(*(const Arguments*)arguments); }
