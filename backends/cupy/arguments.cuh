@@ -36,9 +36,7 @@ struct Arguments {
 __host__ __device__ constexpr int threads_of(int C, int BE) { return C * BE > 2048 ? C * BE / 16 : 128; }
 
 // Blocks for which the registers of a multiprocessor suffice without spilling.
-__host__ __device__ constexpr int blocks_of(int size, int threads) {
-  return threads > 128 ? 1 : size > 4 ? 2 : 3;
-}
+__host__ __device__ constexpr int blocks_of(int threads) { return threads > 128 ? 1 : 2; }
 
 // x, y, w, raw, out: T [B N H features]; y and w have M tokens, x, raw and out N (another number only with
 // TOTAL or SUMS). Of x and y D features are contracted, besides the extra one; w, raw and out have E. log_decay S [H]
@@ -73,11 +71,15 @@ struct Options {
   static constexpr int DO = DO_;                // which of x (1), y (2), w (3) is the gradient of the output
 
   // A block that is alone on a multiprocessor asks for lines while it computes with those before.
-  static constexpr bool AHEAD = blocks_of(sizeof(A), threads_of(C, BE)) == 1;
+  static constexpr bool AHEAD = blocks_of(threads_of(C, BE)) == 1;
 };
+
+// Features that are read one after the other without asking how many there are, and rows of a state, in whole ones.
+constexpr int AT_ONCE = 16;
+__host__ __device__ constexpr int64_t rows_of(int64_t F) { return (F + AT_ONCE - 1) / AT_ONCE * AT_ONCE; }
 
 // Bytes of shared memory; F contracted features, EXTRA's and both parts of each included.
 __host__ __device__ constexpr int64_t shared_bytes(int64_t size, int64_t C, int64_t BE, int64_t F) {
-  const int64_t rows = (F + 3) / 4 * 4;
+  const int64_t rows = rows_of(F);
   return size * (C * (2 * C + BE + 5) + threads_of(C, BE) + rows * (BE + 1)) + 84 * C;
 }

@@ -31,7 +31,7 @@ class Blocks:
 
     def shared(self, size: int, f: int) -> int:
         """Bytes of shared memory, with numbers of `size` bytes and f contracted features (arguments.cuh)."""
-        rows = -(-f // 4) * 4
+        rows = -(-f // 16) * 16
         numbers = self.c * (2 * self.c + self.columns + 5) + self.threads + rows * (self.columns + 1)
         return size * numbers + 84 * self.c
 

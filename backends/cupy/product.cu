@@ -47,7 +47,7 @@ template <class O> struct Block {
   const bool OUTER = O::ANGLES == 2 && O::GRADIENT;
   const bool PAIRED = O::OUTPUT && !O::TOTAL, ADDS = !(O::OUTPUT && O::TOTAL);  // ADDS: y and w, to the state
   const int parts = INNER ? 2 : 1, w_parts = OUTER ? 2 : 1;
-  const int D = a.D, contracted = D + (O::EXTRA ? 1 : 0), F = parts * contracted, ROWS = (F + 3) / 4 * 4;
+  const int D = a.D, contracted = D + (O::EXTRA ? 1 : 0), F = parts * contracted, ROWS = rows_of(F);
   const int E = a.E, SLICE = BE / w_parts, slices = (E + SLICE - 1) / SLICE;
 
   const int slice = blockIdx.x % slices;
@@ -148,7 +148,7 @@ template <class O> struct Block {
       }
       sums = from;
     }
-    __syncthreads();
+    if (O::MASK || O::DO || O::EXTRA || O::ANGLES == 1 || O::DECAY == 2) __syncthreads();
     if (O::DECAY == 2 && i < C) {
       const A before = exponential((A)(sums[i].grains + sums[i].rest));
       const A after = exponential((A)span(i, C - 1));
@@ -178,16 +178,18 @@ template <class O> struct Block {
   // The state's part of out, and pairs, as far as these features go.
   __device__ __forceinline__ void read(A (&o)[4][COLUMNS], A (&p)[4][PAIRS], A& weights, int f0) {
     const int count = F - f0 < C ? F - f0 : C;
-    for (int f = 0; f < count; f += V) {
-      A x[4][V];
-      along<BAND>(x, X + first_i * PITCH + f, PITCH);
-      tile<WIDTH>(o, x, state + (f0 + f) * BE + first_c, BE);
-      if (!PAIRED) continue;
-      UNROLL for (int n = 0; n < PAIRS; ++n) {
-        A y[1][V];
-        along<1>(y, Y + (first_j + GAP * n) * PITCH + f, PITCH);
-        UNROLL for (int m = 0; m < 4; ++m)
-          if (meet(m, n)) UNROLL for (int v = 0; v < V; ++v) p[m][n] += x[m][v] * y[0][v];
+    for (int first = 0; first < count; first += AT_ONCE) {
+      UNROLL for (int f = first; f < first + AT_ONCE; f += V) {
+        A x[4][V];
+        along<BAND>(x, X + first_i * PITCH + f, PITCH);
+        tile<WIDTH>(o, x, state + (f0 + f) * BE + first_c, BE);
+        if (!PAIRED) continue;
+        UNROLL for (int n = 0; n < PAIRS; ++n) {
+          A y[1][V];
+          along<1>(y, Y + (first_j + GAP * n) * PITCH + f, PITCH);
+          UNROLL for (int m = 0; m < 4; ++m)
+            if (meet(m, n)) UNROLL for (int v = 0; v < V; ++v) p[m][n] += x[m][v] * y[0][v];
+        }
       }
     }
     if (!O::NORMALIZE) return;
@@ -202,26 +204,31 @@ template <class O> struct Block {
   // y as the block's other end sees it.
   __device__ __forceinline__ void fade() {
     if (!O::DECAY) return;
-    for (int i = thread * V; i < C * C; i += THREADS * V) {
-      A* const y = Y + i / C * PITCH + i % C;
-      Piece<A> piece = *(Piece<A>*)y;
-      UNROLL for (int v = 0; v < V; ++v) piece.v[v] = kept(piece.v[v], far[i / C]);
-      *(Piece<A>*)y = piece;
+    constexpr int APART = THREADS * V / C, LINES = C / APART < 4 ? C / APART : 4;  // of a thread, at once
+    for (int j = thread * V / C; j < C; j += LINES * APART) {
+      A* const first = Y + j * PITCH + thread * V % C;
+      Piece<A> line[LINES];
+      UNROLL for (int u = 0; u < LINES; ++u) {
+        line[u] = *(Piece<A>*)(first + u * APART * PITCH);
+        UNROLL for (int v = 0; v < V; ++v) line[u].v[v] = kept(line[u].v[v], far[j + u * APART]);
+      }
+      UNROLL for (int u = 0; u < LINES; ++u) *(Piece<A>*)(first + u * APART * PITCH) = line[u];
     }
   }
 
   // Pairs lie where x was.
-  __device__ __forceinline__ void keep_pairs(A (&o)[4][COLUMNS], const A (&p)[4][PAIRS]) {
+  __device__ __forceinline__ void keep_pairs(A (&o)[4][COLUMNS], A (&p)[4][PAIRS]) {
     UNROLL for (int m = 0; m < 4; ++m) {
       const int i = first_i + BAND * m;
       if (O::DECAY) UNROLL for (int n = 0; n < COLUMNS; ++n) o[m][n] = kept(o[m][n], near[i]);
       UNROLL for (int n = 0; n < PAIRS; ++n) {
-        if (!PAIRED || !(meet(m, n) || O::NORMALIZE)) continue;
         const int j = first_j + GAP * n;
         const bool seen = O::REVERSE ? j > i : j < i;
-        X[i * PITCH + j] = seen || (i == j && !O::STRICT) ? kept(p[m][n], between(i, j)) : A(0);
+        if (PAIRED && meet(m, n)) p[m][n] = seen || (i == j && !O::STRICT) ? kept(p[m][n], between(i, j)) : A(0);
       }
     }
+    UNROLL for (int m = 0; m < 4; ++m) UNROLL for (int n = 0; n < PAIRS; ++n)
+      if (PAIRED && (meet(m, n) || O::NORMALIZE)) X[(first_i + BAND * m) * PITCH + first_j + GAP * n] = p[m][n];
   }
 
   __device__ __forceinline__ A whole() const { return O::DECAY ? (O::REVERSE ? far : near)[here - 1] : A(1); }
@@ -235,7 +242,7 @@ template <class O> struct Block {
     }
     A sum[4][COLUMNS] = {};
     UNROLL for (int band = 0; band < 4; ++band) {
-      for (int j = band * BAND; j < (band + 1) * BAND; j += V) {
+      UNROLL for (int j = band * BAND; j < (band + 1) * BAND; j += V) {
         A w[V][COLUMNS];
         UNROLL for (int v = 0; v < V; ++v) across<8, WIDTH>(w[v], W + (j + v) * W_PITCH + first_c);
         if (moves) {
@@ -277,7 +284,7 @@ __device__ __forceinline__ void ask(const B& b, Line (&x)[XY], Line (&y)[XY], Li
 
 // Read the state, go through the tokens block by block, write the state.
 template <class O> __global__ void
-__launch_bounds__(threads_of(O::C, O::BE), blocks_of(sizeof(typename O::A), threads_of(O::C, O::BE)))
+__launch_bounds__(threads_of(O::C, O::BE), blocks_of(threads_of(O::C, O::BE)))
 product(Arguments a) {
   typedef typename O::A A;
   Block<O> block(a);
@@ -292,8 +299,8 @@ product(Arguments a) {
     if (!O::AHEAD) ask(block, x, y, w, 0);
     block.know_tokens();
     A o[4][Block<O>::COLUMNS] = {}, p[4][Block<O>::PAIRS] = {}, weights = 0;
-    const bool moves = block.ADDS && (left > 1 || a.final || a.final_z);
     if (block.ADDS) put_w(block, w);
+    const bool moves = block.ADDS && (left > 1 || a.final || a.final_z);
     for (int f0 = 0; f0 < block.F; f0 += C) {
       const bool last = f0 + C >= block.F;
       if (f0) __syncthreads();
