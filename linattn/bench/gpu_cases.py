@@ -38,7 +38,8 @@ WORDS: dict[Kind, str] = {
 class GpuCase:
     """One call on tensors of one dtype, D = E; a decode step has N = 1 and a float32 state.
 
-    required: milliseconds, or None where nothing is asked for; of a decode step `replayed`, in a CUDA graph.
+    required: milliseconds, or None where nothing is asked for; of a decode step `replayed`, in a CUDA graph of
+    them.
     share: of the floor, required on any card.
     """
 

@@ -12,6 +12,7 @@ from linattn.errors import LinattnError
 
 GIB = 2**30
 CALLS, ROUNDS = 200, 5  # of a tiny shape, for the time on the host
+STEPS = 20  # of a CUDA graph, as starting one takes longer than a small step
 
 
 class Meter(Protocol):
@@ -30,7 +31,7 @@ class Meter(Protocol):
         """The smallest of so many medians, each over many calls, the L2 cache flushed before each."""
 
     def replayed(self, work: Work, medians: int = 1) -> float | None:
-        """The same in a CUDA graph; None where the call cannot be captured."""
+        """The same of one of `STEPS` calls in a CUDA graph; None where they cannot be captured."""
 
     def host_microseconds(self, work: Work) -> float:
         """From Python to the launch, per call."""
@@ -90,8 +91,9 @@ class Cuda:
                     work()
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
-                outputs = work()
-            taken = self.milliseconds(lambda: (graph.replay(),), medians)
+                for _ in range(STEPS):
+                    outputs = work()
+            taken = self.milliseconds(lambda: (graph.replay(),), medians) / STEPS
         except failures():  # what a capture forbids
             torch.cuda.synchronize()
             return None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from linattn.bench.gpu_cases import WORDS
 from linattn.bench.gpu_machine import FACTS
+from linattn.bench.gpu_measure import STEPS
 from linattn.bench.gpu_results import MICROSECONDS, Cost, Entry, GpuResults, GpuRow
 from linattn.bench.report import section_of, size, table
 
@@ -26,7 +27,7 @@ COLUMNS = (
     "required ms",
     "met?",
 )
-PEER_COLUMNS = ("case", "who", "ms", "in a CUDA graph, ms", "error", "first call, s")
+PEER_COLUMNS = ("case", "who", "ms", f"one of {STEPS} in a CUDA graph, ms", "error", "first call, s")
 COST_COLUMNS = ("what", "who", "measured", "required", "met?")
 NOTHING = "–"
 MET = {True: "yes", False: "NO", None: NOTHING}

@@ -18,7 +18,7 @@ class Timing:
     """A call that was measured.
 
     error: against float64, None where it is another function. first: seconds of the first call, compilation
-    and tuning in it. replayed: milliseconds in a CUDA graph, of decode steps only.
+    and tuning in it. replayed: milliseconds in a CUDA graph of them, of decode steps only.
     """
 
     ms: float
