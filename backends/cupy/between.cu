@@ -79,7 +79,8 @@ template <class S, int PER_TOKEN, int BORDERS> __global__ void suffix_sums(Suffi
         __syncthreads();
         if (threadIdx.x < half) sums[0][threadIdx.x] += sums[0][threadIdx.x + half];
       }
-      if (threadIdx.x == 0) whole += sums[0][0];
+      __syncthreads();
+      whole += sums[0][0];
     }
     __syncthreads();
   }

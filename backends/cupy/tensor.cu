@@ -29,13 +29,14 @@ template <class T, int BE, int HELD> struct Places {
   static constexpr int C = 64, THREADS = 128, V = 16 / sizeof(T);
   static constexpr int PITCH = C * Op::SIZE + 16, W_PITCH = BE * Op::SIZE + 16;
   static constexpr int ROWS_XY = C * C / V / THREADS, ROWS_W = C * BE / V / THREADS;  // of a thread
-  static constexpr int OF_X = 0, OF_Y = C * PITCH, OF_W = 2 * C * PITCH, OF_TABLES = OF_W + C * W_PITCH;
+  static constexpr int OF_X = 0, OF_Y = C * PITCH, OF_W = 2 * C * PITCH, OF_TABLES = OF_W + C * W_PITCH + 16;
   static constexpr int OF_LAGS = OF_TABLES + 2 * TABLES * C * 4, OF_SLOTS = OF_LAGS + (2 * C + 4) * 4;
   static constexpr int OF_COPY = OF_SLOTS + (2 * ROWS_XY + ROWS_W) * THREADS * 16;
 
   static __host__ __device__ constexpr int64_t chunks(int64_t F) { return HELD ? HELD : (F + C - 1) / C; }
   static __host__ __device__ constexpr int64_t of_turns(int64_t F) { return OF_COPY + chunks(F) * C * W_PITCH; }
-  // While the state is read or written it lies in front, in float32. Who reads ones beside tf32 reads 16 bytes more.
+  // While the state is read or written it lies in front, in float32. Who reads ones beside tf32 reads 16 bytes more,
+  // of w too, which nobody may be writing.
   static __host__ __device__ constexpr int64_t of_sums(int64_t F, int64_t turns) {
     const int64_t end = of_turns(F) + 8 * turns + 16, state = chunks(F) * C * (BE + 1) * 4;
     return ((end > state ? end : state) + 15) / 16 * 16;

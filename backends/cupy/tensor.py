@@ -25,7 +25,7 @@ class Shape:
         raw, size = SIZES[dtype]
         chunks = self.held or -(-f // C)
         slots = C * (2 * C + self.columns) * raw
-        tiles = 2 * C * (C * size + 16) + C * (self.columns * size + 16)
+        tiles = 2 * C * (C * size + 16) + C * (self.columns * size + 16) + 16
         copy = chunks * C * (self.columns * size + 16)
         state = chunks * C * (self.columns + 1) * 4
         front = -(-max(tiles + TABLES + slots + copy + 8 * turns + 16, state) // 16) * 16

@@ -38,8 +38,7 @@ WORDS: dict[Kind, str] = {
 class GpuCase:
     """One call on tensors of one dtype, D = E; a decode step has N = 1 and a float32 state.
 
-    required: milliseconds, or None where nothing is asked for; of a decode step `replayed`, in a CUDA graph of
-    them.
+    required: milliseconds, or None where nothing is asked for; of a decode step `replayed`, in a CUDA graph.
     share: of the floor, required on any card.
     """
 
