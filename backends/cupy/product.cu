@@ -36,7 +36,7 @@ template <class O> struct Block {
   static constexpr int WARPS = BE / (8 * COLUMNS);         // side by side
   static constexpr int WIDTH = COLUMNS < V ? COLUMNS : V;  // columns read at once
 
-  static constexpr bool AHEAD = O::AHEAD;
+  static constexpr bool AHEAD = O::AHEAD, W_LATER = sizeof(A) > 4;  // float64 has no room for w while it adds
   static constexpr int ALL_XY = C * C / V / THREADS, ROWS_XY = AHEAD || ALL_XY < 4 ? ALL_XY : 4;  // at once
   static constexpr int ROWS_W = C * BE / V / THREADS;
 
@@ -55,6 +55,7 @@ template <class O> struct Block {
   int64_t row = s, begin = 0, tokens = !O::OUTPUT ? a.M : !PAIRED || a.N > a.M ? a.N : a.M;
   int64_t t = 0;  // the first of `here` tokens of this step
   int here = 0, here_x = 0, here_y = 0;  // fewer of x or of y, where their lengths differ
+  int known = 0;  // of so many tokens the decays are at hand
 
   const int thread = threadIdx.x, tx = thread / 2 % 8, ty = thread % 2 + thread / 16 % 2 * 2;
   const int warp_row = thread / 32 / WARPS, warp_column = thread / 32 % WARPS;
@@ -127,7 +128,7 @@ template <class O> struct Block {
         extra[i] = i < in_extra ? wide(a.extra, (row * a.H + h) * a.extra_n + begin + t + i) : A(0);
       if (O::EXTRA && O::DO) extra[i] *= (A)a.do_scale;
       if (O::ANGLES == 1) cos_sin(step_of(0, 0) * (t + i + 1), cosine + i, sine + i);
-      if (O::DECAY == 1) {
+      if (O::DECAY == 1 && here != known) {
         const int before = i + 1, after = i < here ? here - 1 - i : 0;
         near[i] = exponential((A)(g * (O::REVERSE ? after : before)));
         far[i] = exponential((A)(g * (O::REVERSE ? before : after)));
@@ -138,6 +139,7 @@ template <class O> struct Block {
         room[i] = {grain, one - grain};
       }
     }
+    known = here;
     if (O::DECAY == 2) {
       Sum *from = room, *to = room + C;
       for (int reach = 1; reach < C; reach *= 2) {
@@ -318,13 +320,14 @@ product(Arguments a) {
       __syncthreads();
       if (O::AHEAD) {
         block.enter(last ? step + onward : step);
-        ask_xy(block, x, y, last ? 0 : f0 + C, 0);
+        if (Block<O>::W_LATER) ask_xy(block, x, y, last ? 0 : f0 + C, 0);
+        else ask(block, x, y, w, last ? 0 : f0 + C);
         block.enter(step);
       }
       if (O::OUTPUT && O::NORMALIZE && last) divide_by(block, weights);
       if (block.ADDS) block.add(o, block.PAIRED && last, moves, f0);
     }
-    if (O::AHEAD && block.ADDS) {
+    if (O::AHEAD && Block<O>::W_LATER && block.ADDS) {
       block.enter(step + onward);
       ask_columns(block, w, block.rows(a.w, a.w_b, a.w_n, a.w_h, a.w_d), block.here_y);
       block.enter(step);
