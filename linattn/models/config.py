@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linattn.errors import CheckpointError, OptionError, ValueRangeError
+from linattn.features import FEATURE_MAPS
 
 SCHEDULES = ("released", "paper")
 
@@ -20,7 +21,8 @@ class TransNormerConfig:
     from embed_dim. glu_dim: inner width of the channel mixer. decay_schedule: "released" or "paper"
     (`linattn.decay.transnormer`). linear_use_lrpe_list: one 0 or 1 per layer, 1 where the layer has LRPE; ()
     for none.
-    no_scale_embedding: leave out the factor sqrt(embed_dim) on the embeddings.
+    no_scale_embedding: leave out the factor sqrt(embed_dim) on the embeddings. bias: of the layers' linear
+    maps. feature_map: what acts on q and k (`linattn.attention`).
 
     Raises ValueRangeError or OptionError for sizes below 1 and choices that do not exist or do not fit
     together.
@@ -35,6 +37,8 @@ class TransNormerConfig:
     decay_schedule: str = "released"
     linear_use_lrpe_list: tuple[int, ...] = ()
     no_scale_embedding: bool = False
+    bias: bool = False
+    feature_map: str | None = "silu"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "hidden_dim", "num_heads", "num_layers", "glu_dim"):
@@ -49,6 +53,9 @@ class TransNormerConfig:
             raise OptionError(
                 f"decay_schedule must be one of {', '.join(SCHEDULES)}, got {self.decay_schedule!r}"
             )
+        if self.feature_map not in (None, *FEATURE_MAPS):
+            known = ", ".join(FEATURE_MAPS)
+            raise OptionError(f"feature_map must be None or one of {known}, got {self.feature_map!r}")
         use = tuple(self.linear_use_lrpe_list)
         if len(use) not in (0, self.num_layers) or any(entry not in (0, 1) for entry in use):
             raise OptionError(

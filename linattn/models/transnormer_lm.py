@@ -35,8 +35,10 @@ class TransNormerLayer(nn.Module):
                 config.num_heads, index, config.num_layers, schedule=config.decay_schedule
             ),
             use_lrpe=config.uses_lrpe(index),
+            bias=config.bias,
+            feature_map=config.feature_map,
         )
-        self.channel_mixer = SGLU(config.embed_dim, config.glu_dim)
+        self.channel_mixer = SGLU(config.embed_dim, config.glu_dim, bias=config.bias)
 
     def forward(
         self,
@@ -101,7 +103,7 @@ class TransNormerLM(nn.Module):
 
     def embed(self, ids: Int[torch.Tensor, "*b"]) -> Float[torch.Tensor, "*b e"]:
         """Return x_0 = sqrt(embed_dim) * Emb[ids], or without the factor if the configuration says so."""
-        self._check_ids(ids)
+        check_ids(ids, self.config.vocab_size)
         x: torch.Tensor = self.embed_tokens(ids)
         return x if self.config.no_scale_embedding else x * math.sqrt(self.config.embed_dim)
 
@@ -163,12 +165,14 @@ class TransNormerLM(nn.Module):
             )
         return list(states)
 
-    def _check_ids(self, ids: torch.Tensor) -> None:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise DtypeError(f"ids must be int64 or int32, got {str(ids.dtype).removeprefix('torch.')}")
-        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
-            return  # on a device, reading the values would synchronise
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueRangeError(f"ids must lie in 0 … {self.config.vocab_size - 1}, got {bad}")
+
+def check_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise DtypeError or ValueRangeError for what are no ids (values only where they lie on the host)."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise DtypeError(f"ids must be int64 or int32, got {str(ids.dtype).removeprefix('torch.')}")
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        return  # on a device, reading the values would synchronise
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueRangeError(f"ids must lie in 0 … {vocab_size - 1}, got {bad}")

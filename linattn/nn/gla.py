@@ -26,7 +26,7 @@ class GatedLinearAttention(nn.Module):
 
     log_decay: [H], natural log of the factor per token, <= 0 (a schedule of `linattn.decay`), or None for no
     decay.
-    use_lrpe: adds `lrpe`, learnable angles per head and feature.
+    use_lrpe: adds `lrpe`, learnable angles per head and feature. feature_map: what acts on q and k.
 
     Raises OptionError unless num_heads divides hidden_dim, ShapeError when log_decay is not [H].
     Source: TransNormerLLM, arXiv:2307.14995, section 3.2; names and order from the released
@@ -42,6 +42,7 @@ class GatedLinearAttention(nn.Module):
         log_decay: Float[np.ndarray, " h"] | None = None,
         use_lrpe: bool = False,
         bias: bool = False,
+        feature_map: str | None = "silu",
     ) -> None:
         super().__init__()
         if num_heads < 1 or hidden_dim % num_heads:
@@ -54,6 +55,7 @@ class GatedLinearAttention(nn.Module):
             )
         self.num_heads = num_heads
         self.head_dim = hidden_dim // num_heads
+        self.feature_map = feature_map
         self.qkvu_proj = nn.Linear(embed_dim, 4 * hidden_dim, bias=bias)
         self.out_proj = nn.Linear(hidden_dim, embed_dim, bias=bias)
         self.norm = SimpleRMSNorm()
@@ -61,10 +63,12 @@ class GatedLinearAttention(nn.Module):
         # The bits of the float64 table in an integer buffer: it follows the module to a device, and no cast
         # of the module to another float type rounds it. Not saved: the schedule and the layer's index say
         # what it is.
-        bits = (
-            None if log_decay is None else torch.from_numpy(np.array(log_decay, np.float64)).view(torch.int64)
-        )
-        self.register_buffer("log_decay_bits", bits, persistent=False)
+        self.table = None if log_decay is None else np.array(log_decay, np.float64)
+        self.register_buffer("log_decay_bits", self.decay_bits(), persistent=False)
+
+    def decay_bits(self) -> torch.Tensor | None:
+        """The table of log decays as the buffer holds it."""
+        return None if self.table is None else torch.from_numpy(self.table.copy()).view(torch.int64)
 
     @property
     def log_decay(self) -> Float[torch.Tensor, " h"] | None:
@@ -83,7 +87,7 @@ class GatedLinearAttention(nn.Module):
     def options(self) -> dict[str, Any]:
         """Return this layer's keywords for `linattn.attention` and `linattn.decode_step`."""
         reweight = None if self.lrpe is None else self.lrpe()
-        return {"log_decay": self.log_decay, "reweight": reweight, "feature_map": "silu"}
+        return {"log_decay": self.log_decay, "reweight": reweight, "feature_map": self.feature_map}
 
     def forward(
         self,
@@ -125,7 +129,13 @@ class GatedLinearAttention(nn.Module):
         reweight = None if self.lrpe is None else self.lrpe()
         d = self.head_dim
         return linattn.State.zeros(
-            self.out_proj.weight, sequences, self.num_heads, d, d, reweight=reweight, feature_map="silu"
+            self.out_proj.weight,
+            sequences,
+            self.num_heads,
+            d,
+            d,
+            reweight=reweight,
+            feature_map=self.feature_map,
         )
 
     def _gated(self, o: Float[torch.Tensor, "*b h d"], u: Float[torch.Tensor, "*b e"]) -> torch.Tensor:

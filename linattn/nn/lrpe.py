@@ -23,8 +23,12 @@ class Lrpe(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        theta = torch.from_numpy(LRPE.default_theta(num_heads, head_dim))
-        self.theta = nn.Parameter(theta[:, None].to(torch.get_default_dtype()))
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.theta = nn.Parameter(self.default().to(torch.get_default_dtype()))
+
+    def default(self) -> torch.Tensor:
+        """The angles to begin with, float64 [H, 1, D]."""
+        return torch.from_numpy(LRPE.default_theta(self.num_heads, self.head_dim))[:, None]
 
     def forward(self) -> LRPE:
         """Return the reweighting of these angles; gradients reach theta through it."""

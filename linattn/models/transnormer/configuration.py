@@ -1,0 +1,123 @@
+"""What a TransNormerLLM is made of, with the released field names, and the published sizes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from linattn.errors import OptionError
+from linattn.models.config import TransNormerConfig as Parts
+
+__all__ = ["PRESETS", "TransNormerConfig", "preset"]
+
+# The names of the released `get_activation_fn` that are feature maps here; "None" leaves q and k as they are.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "1+elu": "elu+1", "None": None}
+
+
+class TransNormerConfig(PreTrainedConfig):
+    """The released configuration (model type "transnormer"), with one field more: decay_schedule.
+
+    decoder_embed_dim: width of the residual. hidden_dim: width of q, k, v and the gate, split into
+    decoder_attention_heads; may differ from decoder_embed_dim. glu_dim: inner width of the channel mixer.
+    decoder_layers: their number. linear_use_lrpe_list: one 0 or 1 per layer, 1 where it has LRPE; [] for
+    none. linear_act_fun: what acts on q and k: "silu" ("swish"), "relu", "1+elu" or "None". norm_type:
+    "simplermsnorm". no_scale_embedding: leave out the factor sqrt(decoder_embed_dim) on the embeddings.
+    bias: of every linear layer but the head. init_std: of new weights. add_bos_token: kept for tokenizers.
+    decay_schedule: "released" or "paper" (`linattn.decay.transnormer`).
+
+    Raises OptionError or ValueRangeError for values that do not exist or do not fit together.
+    Source: `TransnormerConfig` of the released TransNormerLLM code.
+    """
+
+    model_type = "transnormer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "decoder_embed_dim",
+        "num_hidden_layers": "decoder_layers",
+        "num_attention_heads": "decoder_attention_heads",
+        "intermediate_size": "glu_dim",
+        "initializer_range": "init_std",
+    }
+
+    vocab_size: int = 64000
+    decoder_embed_dim: int = 1024
+    decoder_layers: int = 24
+    decoder_attention_heads: int = 8
+    hidden_dim: int = 1024
+    glu_dim: int = 2816
+    linear_use_lrpe_list: list[int] | tuple[int, ...] = ()
+    linear_act_fun: str | None = "silu"
+    norm_type: str = "simplermsnorm"
+    no_scale_embedding: bool = False
+    bias: bool = False
+    decay_schedule: str = "released"
+    init_std: float = 0.02
+    add_bos_token: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.linear_use_lrpe_list = list(self.linear_use_lrpe_list)
+        self.parts()  # refuses what does not fit together
+        super().__post_init__(**kwargs)
+
+    def parts(self) -> Parts:
+        """Return what `linattn.models.transnormer_lm` builds layers from."""
+        if self.norm_type != "simplermsnorm":
+            raise OptionError(f"norm_type must be 'simplermsnorm', got {self.norm_type!r}")
+        act = str(self.linear_act_fun)
+        if act not in ACTIVATIONS:
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise OptionError(f"linear_act_fun must be one of {known}, got {self.linear_act_fun!r}")
+        return Parts(
+            vocab_size=self.vocab_size,
+            embed_dim=self.decoder_embed_dim,
+            hidden_dim=self.hidden_dim,
+            num_heads=self.decoder_attention_heads,
+            num_layers=self.decoder_layers,
+            glu_dim=self.glu_dim,
+            decay_schedule=self.decay_schedule,
+            linear_use_lrpe_list=tuple(self.linear_use_lrpe_list),
+            no_scale_embedding=self.no_scale_embedding,
+            bias=self.bias,
+            feature_map=ACTIVATIONS[act],
+        )
+
+
+def _size(layers: int, width: int, heads: int, glu: int) -> dict[str, Any]:
+    """Fields of a published size: LRPE in the first layer, as in the paper."""
+    return {
+        "decoder_layers": layers,
+        "decoder_embed_dim": width,
+        "hidden_dim": width,
+        "decoder_attention_heads": heads,
+        "glu_dim": glu,
+        "linear_use_lrpe_list": [1] + [0] * (layers - 1),
+    }
+
+
+# Layers, widths and heads of 385m to 7b and 175b: TransNormerLLM, arXiv:2307.14995, table of model variants;
+# of 15b: the card of the released TransNormerLLM3-15B. The channel mixer is 8/3 of the width, rounded up to a
+# multiple of 256.
+PRESETS: dict[str, dict[str, Any]] = {
+    "385m": _size(24, 1024, 8, 2816),
+    "1b": _size(16, 2048, 16, 5632),
+    "3b": _size(32, 2560, 20, 6912),
+    "7b": _size(30, 4096, 32, 11008),
+    "15b": _size(42, 5120, 40, 13824),
+    "175b": _size(88, 12288, 96, 32768),
+}
+
+
+def preset(name: str, **fields: Any) -> TransNormerConfig:
+    """Return the configuration of a published size ("385m", …), with `fields` in place of its own.
+
+    Raises OptionError for a name that is not in `PRESETS`.
+    """
+    if name.lower() not in PRESETS:
+        raise OptionError(f"no preset named {name!r}; known: {', '.join(PRESETS)}")
+    return TransNormerConfig(**{**PRESETS[name.lower()], **fields})

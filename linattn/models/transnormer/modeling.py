@@ -1,0 +1,294 @@
+"""TransNormerLLM for Hugging Face transformers: released checkpoints, `generate`, `Trainer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from linattn.errors import CheckpointError, OptionError, ShapeError
+from linattn.models.transnormer.cache import TransNormerCache
+from linattn.models.transnormer.configuration import TransNormerConfig
+from linattn.models.transnormer.padding import padding_of
+from linattn.models.transnormer_lm import TransNormerLayer, check_ids
+from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm
+from linattn.state import State
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["TransNormerForCausalLM", "TransNormerModel", "TransNormerPreTrainedModel"]
+
+
+class TransNormerBlock(GradientCheckpointingLayer, TransNormerLayer):
+    """A layer whose activations can be formed again in the backward pass."""
+
+
+class TransNormerPreTrainedModel(PreTrainedModel):
+    """What both models share: how weights begin, and how checkpoints are read."""
+
+    config: TransNormerConfig
+    config_class = TransNormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["TransNormerBlock"]
+    _is_stateful = True  # no assisted generation: a state cannot be rolled back
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["lrpe"]  # angles keep their bits
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Lrpe):
+            initialization.copy_(module.theta, module.default())
+        if isinstance(module, GatedLinearAttention) and module.log_decay_bits is not None:
+            initialization.copy_(module.log_decay_bits, module.decay_bits())
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
+        """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
+
+        Keys may begin with "model." or not. Pickled weights are read only with use_safetensors=False.
+
+        Raises CheckpointError when tensors are missing, unknown or of another shape, or a file is damaged.
+        """
+        options.setdefault("use_safetensors", True)
+        wants_report = options.pop("output_loading_info", False)
+        try:
+            model, report = super().from_pretrained(path, *arguments, output_loading_info=True, **options)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+        except OSError as error:
+            if options["use_safetensors"] and "safetensors" in str(error):
+                raise CheckpointError(
+                    f"{path} has no safetensors; pickled weights can run code: where you trust them, pass "
+                    "use_safetensors=False"
+                ) from error
+            raise
+        for words, key in (("lacks", "missing_keys"), ("has unknown", "unexpected_keys")):
+            if report[key]:
+                names = sorted(report[key])
+                raise CheckpointError(
+                    f"{path} is of another model: it {words} {', '.join(names[:3])} ({len(names)} in all)"
+                )
+        return (model, report) if wants_report else model
+
+
+class TransNormerModel(TransNormerPreTrainedModel):
+    """Token ids in, the last layer's normed rows out; linear in the length, with a memory of constant size.
+
+    x_0 = sqrt(d) Emb[ids]; per layer x += TM(SRMS(x)), x += CM(SRMS(x)); out = SRMS(x_L).
+    Source: TransNormerLLM, arXiv:2307.14995, section 3; `TransnormerModel` of the released code.
+    """
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
+
+    def __init__(self, config: TransNormerConfig) -> None:
+        super().__init__(config)
+        parts = config.parts()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.decoder_embed_dim, config.pad_token_id)
+        self.layers = nn.ModuleList(TransNormerBlock(parts, index) for index in range(config.decoder_layers))
+        self.norm = SimpleRMSNorm()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another embedding in its place."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Int[torch.Tensor, "b n"] | None = None,
+        attention_mask: Int[torch.Tensor, "b m"] | None = None,
+        position_ids: Int[torch.Tensor, "b n"] | None = None,
+        past_key_values: TransNormerCache | None = None,
+        inputs_embeds: Float[torch.Tensor, "b n e"] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Int[torch.Tensor, " s1"] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return BaseModelOutputWithPast, or a tuple without return_dict.
+
+        attention_mask: 0 for padding, wherever it is: such a token leaves no trace, in decays and positions
+        neither; of a mask longer than the input its end counts. past_key_values: continues a text, by any
+        number of tokens. cu_seqlens (or transformers' cu_seq_lens_q): b is 1 and n holds texts back to back,
+        which do not see each other; position_ids that begin again say the same. Otherwise position_ids say
+        nothing here. inputs_embeds: instead of ids, before the factor sqrt(decoder_embed_dim).
+
+        Raises ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError for
+        output_attentions, which do not exist, and what `linattn.attention` raises.
+        """
+        if kwargs.get("output_attentions"):
+            raise OptionError("output_attentions: linear attention forms no matrix of weights to return")
+        x = self._embedded(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        batch, n = x.shape[:2]
+        borders = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        if borders is None and cache is None:
+            borders = _borders(position_ids, n)
+        padding = padding_of(attention_mask, batch, n)
+        if padding is not None and borders is not None:
+            raise ShapeError("texts back to back have no padding: pass cu_seqlens or a mask with zeros")
+        x = x if padding is None else padding.to_front(x)
+        lengths = None if padding is None else padding.lengths
+        seen = [x]
+        for row in self._layers(x, cache, lengths, borders):
+            seen = [*seen, row] if output_hidden_states else [row]
+        seen[-1] = self.norm(seen[-1])
+        rows = tuple(one if padding is None else padding.back(one) for one in seen)
+        found = BaseModelOutputWithPast(
+            last_hidden_state=rows[-1],
+            past_key_values=cache,
+            hidden_states=rows if output_hidden_states else None,
+        )
+        return found if _named(return_dict, self.config) else found.to_tuple()
+
+    def _embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+        if (ids is None) == (embeds is None):
+            raise OptionError("pass either input_ids or inputs_embeds, one of them")
+        if ids is not None:
+            if ids.ndim != 2:
+                raise ShapeError(f"input_ids must have shape [b, n], got {tuple(ids.shape)}")
+            check_ids(ids, self.config.vocab_size)
+            embeds = self.embed_tokens(ids)
+        scale = 1.0 if self.config.no_scale_embedding else math.sqrt(self.config.decoder_embed_dim)
+        return embeds if scale == 1 else embeds * scale
+
+    def _cache(self, given: Any, use_cache: bool | None) -> TransNormerCache | None:
+        """What to continue and to keep; None where nothing is to be kept."""
+        if given is not None and not isinstance(given, TransNormerCache):
+            raise OptionError(f"past_key_values must be a TransNormerCache, got {type(given).__name__}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.training and self.is_gradient_checkpointing:
+            use_cache = False  # the second forward pass would see the state of the first
+        if given is None and use_cache:
+            return TransNormerCache()
+        return given
+
+    def _layers(
+        self,
+        x: torch.Tensor,
+        cache: TransNormerCache | None,
+        lengths: torch.Tensor | None,
+        borders: torch.Tensor | None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield what each layer gives; the cache is brought up to date once all have."""
+        n = x.shape[1]
+        states: list[State | None] = [None] * len(self.layers)
+        if cache is not None and cache.states:
+            states = [*cache.states]
+        stepping = n == 1 and states[0] is not None and lengths is None and not torch.is_grad_enabled()
+        after: list[State] = []
+        for layer, state in zip(self.layers, states, strict=True):
+            assert isinstance(layer, TransNormerBlock)
+            if stepping and state is not None:
+                x = layer.step(x[:, 0], state)[:, None]
+            else:
+                x, state = layer(x, state, cache is not None, lengths, None, borders)
+            if state is not None:
+                after.append(state)
+            yield x
+        if cache is not None:
+            cache.states, cache.columns = after, cache.columns + n
+
+
+class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
+    """A TransNormerModel and a head without bias: logits of the next token, a loss where labels are given.
+
+    `generate` goes greedily, samples and keeps beams, with padding on either side, and continues a
+    `TransNormerCache` by any number of tokens.
+    Source: TransNormerLLM, arXiv:2307.14995; `TransnormerForCausalLM` of the released code.
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TransNormerConfig) -> None:
+        super().__init__(config)
+        self.model = TransNormerModel(config)
+        self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another embedding in its place."""
+        self.model.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Int[torch.Tensor, "b n"] | None = None,
+        attention_mask: Int[torch.Tensor, "b m"] | None = None,
+        position_ids: Int[torch.Tensor, "b n"] | None = None,
+        past_key_values: TransNormerCache | None = None,
+        inputs_embeds: Float[torch.Tensor, "b n e"] | None = None,
+        labels: Int[torch.Tensor, "b n"] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cu_seqlens: Int[torch.Tensor, " s1"] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return CausalLMOutputWithPast: logits [b, n, vocab_size], and what the model returns.
+
+        labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
+        last so many columns only, or of these; 0 for all. Everything else: `TransNormerModel.forward`.
+        """
+        found = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            output_hidden_states, True, cu_seqlens, **kwargs,
+        )  # fmt: skip
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(found.last_hidden_state[:, columns])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        answer = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
+        )
+        return answer if _named(return_dict, self.config) else answer.to_tuple()
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What transformers prepares; after the first call no mask, as all that is new is real."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
+            inputs["attention_mask"] = None
+        inputs.pop("position_ids", None)
+        return inputs
+
+
+def _named(return_dict: bool | None, config: TransNormerConfig) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)
+
+
+def _borders(position_ids: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    """Where texts begin that lie back to back in one row; None for one text."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
+        return None
+    begins = (position_ids[0] == 0).nonzero()[:, 0]
+    if len(begins) < 2:
+        return None
+    return torch.cat([begins, begins.new_full((1,), n)])
