@@ -63,6 +63,8 @@ class TransNormerPreTrainedModel(PreTrainedModel):
         Raises CheckpointError when tensors are missing, unknown or of another shape, or a file is damaged.
         """
         options.setdefault("use_safetensors", True)
+        shapes_may_differ = options.setdefault("ignore_mismatched_sizes", False)
+        options["ignore_mismatched_sizes"] = True  # so that the report names them
         wants_report = options.pop("output_loading_info", False)
         try:
             model, report = super().from_pretrained(path, *arguments, output_loading_info=True, **options)
@@ -75,6 +77,11 @@ class TransNormerPreTrainedModel(PreTrainedModel):
                     "use_safetensors=False"
                 ) from error
             raise
+        if report["mismatched_keys"] and not shapes_may_differ:
+            name, found, own = min(report["mismatched_keys"])
+            raise CheckpointError(
+                f"{path} is of another model: {name} has shape {tuple(found)}, this model's is {tuple(own)}"
+            )
         for words, key in (("lacks", "missing_keys"), ("has unknown", "unexpected_keys")):
             if report[key]:
                 names = sorted(report[key])
@@ -164,13 +171,15 @@ class TransNormerModel(TransNormerPreTrainedModel):
     def _embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
         if (ids is None) == (embeds is None):
             raise OptionError("pass either input_ids or inputs_embeds, one of them")
-        if ids is not None:
-            if ids.ndim != 2:
-                raise ShapeError(f"input_ids must have shape [b, n], got {tuple(ids.shape)}")
+        if ids is None:
+            x = embeds
+        elif ids.ndim != 2:
+            raise ShapeError(f"input_ids must have shape [b, n], got {tuple(ids.shape)}")
+        else:
             check_ids(ids, self.config.vocab_size)
-            embeds = self.embed_tokens(ids)
-        scale = 1.0 if self.config.no_scale_embedding else math.sqrt(self.config.decoder_embed_dim)
-        return embeds if scale == 1 else embeds * scale
+            x = self.embed_tokens(ids)
+        assert x is not None
+        return x if self.config.no_scale_embedding else x * math.sqrt(self.config.decoder_embed_dim)
 
     def _cache(self, given: Any, use_cache: bool | None) -> TransNormerCache | None:
         """What to continue and to keep; None where nothing is to be kept."""
@@ -271,13 +280,36 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         )
         return answer if _named(return_dict, self.config) else answer.to_tuple()
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """What transformers prepares; after the first call no mask, as all that is new is real."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if use_cache and not is_first_iteration:
             inputs["attention_mask"] = None
         inputs.pop("position_ids", None)
         return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TransNormerCache()
 
 
 def _named(return_dict: bool | None, config: TransNormerConfig) -> bool:

@@ -1,0 +1,400 @@
+"""The Hugging Face TransNormerLLM: the formulas, released checkpoints, generation, and what went wrong elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+
+from linattn.errors import CheckpointError, OptionError, ShapeError, StateError, ValueRangeError
+from linattn.models.transnormer import (
+    PRESETS,
+    TransNormerCache,
+    TransNormerConfig,
+    TransNormerForCausalLM,
+    TransNormerModel,
+    preset,
+)
+from tests.models.test_transnormer_lm import close, restated
+
+VOCAB = 23
+SIZES = {
+    "vocab_size": VOCAB,
+    "decoder_embed_dim": 8,
+    "hidden_dim": 12,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 3,
+    "glu_dim": 10,
+    "linear_use_lrpe_list": [1, 0, 1],
+    "eos_token_id": None,
+}
+CHOICES = {
+    "released": {},
+    "paper": {"decay_schedule": "paper", "decoder_attention_heads": 4},
+    "one layer": {"decoder_layers": 1, "linear_use_lrpe_list": [1]},
+    "no lrpe": {"linear_use_lrpe_list": []},
+    "no scale": {"no_scale_embedding": True},
+}
+GREEDY = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+def make(seed=0, **fields):
+    torch.manual_seed(seed)
+    model = TransNormerForCausalLM(TransNormerConfig(**{**SIZES, **fields})).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=1.0 if name.endswith("theta") else 0.5)
+    return model
+
+
+def text(rows, n, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(3, VOCAB, (rows, n)))
+
+
+def plain(model):
+    return {name.removeprefix("model."): x.detach().numpy() for name, x in model.state_dict().items()}
+
+
+def same(got, want):
+    """Equal but for the order of sums: the same numbers in other blocks."""
+    close(got.detach(), want.detach().numpy())
+
+
+def greedy(model, ids, steps):
+    """What `generate` must give: the whole text anew for each token."""
+    with torch.no_grad():
+        for _ in range(steps):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.fixture
+def model():
+    return make()
+
+
+@pytest.mark.parametrize("fields", CHOICES.values(), ids=CHOICES)
+def test_logits_are_the_formulas(fields):
+    model = make(**fields)
+    ids = text(2, 13)
+    want = np.stack([restated(model.config.parts(), plain(model), row) for row in ids.numpy()])
+    with torch.no_grad():
+        close(model(ids).logits, want)
+        head = model(ids[:, :5], use_cache=True)  # then in pieces, of several tokens and of one
+        parts, cache = [head.logits], head.past_key_values
+        for start, stop in ((5, 6), (6, 9), (9, 10), (10, 11), (11, 13)):
+            found = model(ids[:, start:stop], past_key_values=cache)
+            assert found.past_key_values is cache
+            parts.append(found.logits)
+    close(torch.cat(parts, 1), want)
+    assert cache.get_seq_length() == 13
+    assert [state.length.tolist() for state in cache.states] == [[13, 13]] * len(cache.states)
+
+
+def test_a_released_checkpoint_loads_without_remote_code(model, tmp_path):
+    """Released names and fields, with the pointers to remote code that such a folder has."""
+    ids = text(2, 9)
+    fields = {**SIZES, "model_type": "transnormer", "architectures": ["TransnormerForCausalLM"], "init_std": 0.02,
+              "auto_map": {"AutoConfig": "configuration_transnormer.TransnormerConfig",
+                           "AutoModelForCausalLM": "modeling_transnormer.TransnormerForCausalLM"},
+              "torch_dtype": "float64", "linear_act_fun": "silu", "norm_type": "simplermsnorm"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for prefix in ("model.", ""):
+        tensors = {
+            (name if name.startswith("lm_head") else prefix + name): torch.tensor(x)
+            for name, x in plain(model).items()
+        }
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert type(loaded) is TransNormerForCausalLM and loaded.dtype == torch.float64
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        base = AutoModel.from_pretrained(tmp_path).eval()
+        assert type(base) is TransNormerModel
+        assert torch.equal(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 8
+    assert type(AutoModelForCausalLM.from_config(loaded.config)) is TransNormerForCausalLM
+
+
+def test_saved_is_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    ids = text(2, 9)
+    loaded = TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    half = TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    mixer = half.model.layers[0].token_mixer
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert mixer.lrpe.theta.dtype == torch.float32  # angles are not rounded
+    assert torch.equal(mixer.log_decay, model.model.layers[0].token_mixer.log_decay)  # nor decays
+    assert {state.kv.dtype for state in half(ids, use_cache=True).past_key_values.states} == {torch.float32}
+
+
+DAMAGES = {
+    "lacks": (lambda x: x.pop("model.layers.1.channel_mixer.l2.weight"), "lacks model.layers.1.channel_mixer.l2"),
+    "extra": (lambda x: x.update(other=torch.ones(2)), "has unknown other"),
+    "shape": (lambda x: x.update({"lm_head.weight": torch.ones(VOCAB, 9)}), r"lm_head.weight has shape \(23, 9\), this"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_does_not_fit_is_not_loaded(model, tmp_path, damage):
+    model.save_pretrained(tmp_path)
+    change, words = DAMAGES[damage]
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_not_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_pickles_are_read_only_when_asked(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="use_safetensors=False"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False, dtype=torch.float64)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"decay_schedule": "linear"}, "decay_schedule"),
+        ({"norm_type": "layernorm"}, "norm_type"),
+        ({"linear_act_fun": "gelu"}, "linear_act_fun"),
+        ({"linear_use_lrpe_list": [1]}, "linear_use_lrpe_list"),
+        ({"decoder_attention_heads": 5}, "num_heads"),
+    ],
+)
+def test_configurations_that_cannot_be(fields, words):
+    with pytest.raises(OptionError, match=words):
+        TransNormerConfig(**{**SIZES, **fields})
+
+
+def test_activations(model):
+    ids = text(1, 6)
+    logits = {}
+    for act in ("silu", "swish", "relu", "1+elu", "None"):
+        other = make(linear_act_fun=act)
+        logits[act] = other(ids).logits
+        assert other.model.layers[0].token_mixer.options()["feature_map"] in ("silu", "relu", "elu+1", None)
+    assert torch.equal(logits["silu"], logits["swish"])
+    assert len({x.sum().item() for x in logits.values()}) == 4
+
+
+def test_generate_is_the_likeliest_token_every_time(model):
+    ids = text(3, 7)
+    want = greedy(model, ids, 6)
+    assert torch.equal(model.generate(ids, generation_config=GREEDY), want)
+    # a second generation on the same module, and one without a cache
+    assert torch.equal(model.generate(ids, generation_config=GREEDY), want)
+    assert torch.equal(model.generate(ids, generation_config=GREEDY, use_cache=False), want)
+    chunked = model.generate(ids, generation_config=GREEDY, prefill_chunk_size=3)
+    assert torch.equal(chunked, want)
+
+
+def test_beams_are_scored_as_without_a_cache(model):
+    ids = text(2, 5)
+    beams = {"num_beams": 4, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want = model.generate(ids, use_cache=False, **beams)
+    assert torch.equal(model.generate(ids, **beams), want)
+    assert not torch.equal(want, greedy(model, ids, 5))  # else the order of states was not asked for
+
+
+def test_samples_are_those_of_the_seed(model):
+    ids = text(2, 5)
+    options = {"do_sample": True, "max_new_tokens": 12, "num_return_sequences": 3, "pad_token_id": 0}
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        found.append(model.generate(ids, use_cache=use_cache, **options))
+    assert torch.equal(*found) and found[0].shape == (6, 17)
+    assert len({tuple(row.tolist()) for row in found[0]}) > 2
+
+
+@pytest.mark.filterwarnings("ignore:.*right-padding")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_leaves_no_trace(model, side):
+    rows = [text(1, n, seed=n) for n in (3, 9, 6)]
+    ids, mask = torch.zeros(3, 9, dtype=torch.int64), torch.zeros(3, 9, dtype=torch.int64)
+    for row, tokens in enumerate(rows):
+        n = tokens.shape[1]
+        where = slice(9 - n, 9) if side == "left" else slice(0, n)
+        ids[row, where], mask[row, where] = tokens[0], 1
+    found = model(ids, attention_mask=mask, use_cache=True)
+    for row, tokens in enumerate(rows):
+        alone = model(tokens, use_cache=True)
+        same(found.logits[row, mask[row].bool()], alone.logits[0])
+        for state, of_one in zip(found.past_key_values.states, alone.past_key_values.states, strict=True):
+            same(state.kv[row], of_one.kv[0])
+            assert state.length[row] == tokens.shape[1]
+    made = model.generate(ids, attention_mask=mask, generation_config=GREEDY)
+    for row, tokens in enumerate(rows):
+        assert torch.equal(made[row, 9:], greedy(model, tokens, 6)[0, tokens.shape[1] :])
+    # other numbers under the mask change nothing
+    other = torch.where(mask.bool(), ids, text(3, 9, seed=5))
+    changed = model(other, attention_mask=mask).logits
+    assert torch.equal(changed[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
+
+
+def test_padded_continuations(model):
+    """A second turn of other lengths: rows padded on the left, behind states that are not empty."""
+    first, second = text(2, 6), text(2, 5, seed=1)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    cache = model(first, use_cache=True).past_key_values
+    whole = torch.cat([torch.ones(2, 6, dtype=torch.int64), mask], 1)
+    found = model(second, attention_mask=whole, past_key_values=cache)
+    want = model(torch.cat([first[:1], second[:1, 2:]], 1), use_cache=True)
+    same(found.logits[0, 2:], want.logits[0, 6:])
+    same(cache.states[1].kv[0], want.past_key_values.states[1].kv[0])
+    one = torch.tensor([[7], [8]])  # a step that only one row takes
+    before = cache.states[1].kv[0].clone()
+    model(one, attention_mask=torch.tensor([[0], [1]]), past_key_values=cache)
+    assert torch.equal(cache.states[1].kv[0], before)
+    assert cache.states[1].length.tolist() == [9, 12]
+
+
+def test_a_prompt_is_kept_for_several_continuations(model):
+    ids = text(1, 8)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    for _ in range(2):
+        made = model.generate(ids, past_key_values=copy.deepcopy(cache), generation_config=GREEDY)
+        assert torch.equal(made, greedy(model, ids, 6))
+    assert cache.get_seq_length() == 6
+
+
+def test_the_cache_does_not_grow(model):
+    with torch.no_grad():
+        cache = model(text(2, 1), use_cache=True).past_key_values
+        size = cache.nbytes
+        for n in (1, 40, 1):
+            model(text(2, n), past_key_values=cache)
+    assert cache.nbytes == size == sum(2 * 3 * f * 4 * 4 * 8 for f in (2, 1, 2))
+    assert "columns=43" in repr(cache)
+    cache.batch_repeat_interleave(2)
+    assert cache.states[0].length.tolist() == [43] * 4
+    cache.batch_select_indices(torch.tensor([3]))
+    assert cache.states[0].length.tolist() == [43]
+    cache.reset()
+    assert cache.get_seq_length() == 0 and not cache.has_previous_state()
+
+
+def test_no_rolling_back(model):
+    with pytest.raises(StateError, match="rolled back"):
+        TransNormerCache().crop(-1)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(text(1, 4), assistant_model=make(), max_new_tokens=3)
+
+
+def test_packed_texts_do_not_see_each_other(model):
+    texts = [text(1, n, seed=n) for n in (4, 1, 7)]
+    ids, borders = torch.cat(texts, 1), torch.tensor([0, 4, 5, 12])
+    want = torch.cat([model(one).logits for one in texts], 1)
+    positions = torch.cat([torch.arange(n) for n in (4, 1, 7)])[None]
+    for packed in ({"cu_seqlens": borders}, {"cu_seq_lens_q": borders.int()}, {"position_ids": positions}):
+        same(model(ids, **packed, use_cache=False).logits, want)
+    # position_ids of one text say nothing
+    assert torch.equal(model(ids, position_ids=torch.arange(12)[None]).logits, model(ids).logits)
+
+
+def test_embeddings_instead_of_ids(model):
+    ids = text(2, 5)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+    made = model.generate(inputs_embeds=embeds, generation_config=GREEDY)
+    assert torch.equal(made, greedy(model, ids, 6)[:, 5:])
+
+
+def test_hidden_states_and_tuples(model):
+    ids = text(2, 5)
+    found = model(ids, output_hidden_states=True, use_cache=True)
+    assert len(found.hidden_states) == 4
+    assert torch.equal(model.lm_head(found.hidden_states[-1]), found.logits)
+    logits, cache, hidden = model(ids, output_hidden_states=True, use_cache=True, return_dict=False)
+    assert torch.equal(logits, found.logits) and len(hidden) == 4 and len(cache) == 3
+    last = model(ids, logits_to_keep=2).logits
+    assert torch.equal(last, found.logits[:, -2:])
+
+
+def test_every_weight_learns(model):
+    ids = text(2, 9)
+    found = model(ids, labels=ids)
+    want = torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert found.loss.item() == pytest.approx(want.item(), rel=1e-6)  # the loss is formed in float32
+    found.loss.backward()
+    gradients = {name: x.grad.clone() for name, x in model.named_parameters()}
+    assert all(bool(x.abs().sum() > 0) for x in gradients.values())
+    model.zero_grad()
+    model.train()
+    model.gradient_checkpointing_enable()
+    again = model(ids, labels=ids)
+    assert again.past_key_values is None
+    again.loss.backward()
+    for name, x in model.named_parameters():
+        assert torch.equal(x.grad, gradients[name]), name
+
+
+def test_tied_embeddings(tmp_path):
+    model = make(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    loaded = TransNormerForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_bad_calls(model):
+    with pytest.raises(ValueRangeError, match=r"0 … 22, got 23"):
+        model(torch.tensor([[VOCAB]]))
+    with pytest.raises(OptionError, match="input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ShapeError, match=r"input_ids must have shape \[b, n\]"):
+        model(torch.tensor([1, 2]))
+    with pytest.raises(OptionError, match="no matrix of weights"):
+        model(text(1, 3), output_attentions=True)
+    with pytest.raises(ShapeError, match="no matrix of pairs"):
+        model(text(1, 3), attention_mask=torch.ones(1, 1, 3, 3))
+    with pytest.raises(ShapeError, match=r"\[1, 3 or more\]"):
+        model(text(1, 3), attention_mask=torch.ones(1, 2))
+    with pytest.raises(ShapeError, match="back to back"):
+        model(text(1, 3), attention_mask=torch.tensor([[1, 1, 0]]), cu_seqlens=torch.tensor([0, 1, 3]))
+    with pytest.raises(OptionError, match="TransNormerCache, got tuple"):
+        model(text(1, 3), past_key_values=())
+    with pytest.raises(OptionError, match="known: 385m"):
+        preset("2b")
+
+
+# Without embeddings: layers (5 d^2 + 3 d glu), and d angles of the first layer.
+@pytest.mark.parametrize(
+    ("name", "inner", "in_words"),
+    [
+        ("385m", 333_448_192, 0.385e9),
+        ("1b", 889_194_496, 1.0e9),
+        ("3b", 2_747_271_680, 2.9e9),
+        ("7b", 6_574_575_616, 6.8e9),
+        ("15b", 14_423_168_000, 14.83e9),
+        ("175b", 172_738_228_224, 175e9),
+    ],
+)
+def test_presets_have_the_published_sizes(name, inner, in_words):
+    with torch.device("meta"):
+        model = TransNormerModel(preset(name))
+    count = sum(x.numel() for name, x in model.named_parameters() if not name.startswith("embed"))
+    assert count == inner
+    # what is published counts one embedding, of a vocabulary between 50 and 100 thousand
+    width = model.config.decoder_embed_dim
+    assert inner + 20_000 * width < in_words * 1.03 and in_words * 0.97 < inner + 110_000 * width
+    assert model.config.linear_use_lrpe_list == [1] + [0] * (model.config.decoder_layers - 1)
+    assert set(PRESETS) == {"385m", "1b", "3b", "7b", "15b", "175b"}
