@@ -1,4 +1,4 @@
-"""The Hugging Face TransNormerLLM: the formulas, released checkpoints, generation, and what went wrong elsewhere."""
+"""The Hugging Face TransNormerLLM: its formulas, released checkpoints, generation, padding, packed texts."""
 
 from __future__ import annotations
 
@@ -99,10 +99,18 @@ def test_logits_are_the_formulas(fields):
 def test_a_released_checkpoint_loads_without_remote_code(model, tmp_path):
     """Released names and fields, with the pointers to remote code that such a folder has."""
     ids = text(2, 9)
-    fields = {**SIZES, "model_type": "transnormer", "architectures": ["TransnormerForCausalLM"], "init_std": 0.02,
-              "auto_map": {"AutoConfig": "configuration_transnormer.TransnormerConfig",
-                           "AutoModelForCausalLM": "modeling_transnormer.TransnormerForCausalLM"},
-              "torch_dtype": "float64", "linear_act_fun": "silu", "norm_type": "simplermsnorm"}  # fmt: skip
+    fields = {
+        **SIZES,
+        "model_type": "transnormer",
+        "architectures": ["TransnormerForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_transnormer.TransnormerConfig",
+            "AutoModelForCausalLM": "modeling_transnormer.TransnormerForCausalLM",
+        },
+        "torch_dtype": "float64",
+        "linear_act_fun": "silu",
+        "norm_type": "simplermsnorm",
+    }
     (tmp_path / "config.json").write_text(json.dumps(fields))
     for prefix in ("model.", ""):
         tensors = {
@@ -134,10 +142,16 @@ def test_saved_is_loaded(model, tmp_path):
 
 
 DAMAGES = {
-    "lacks": (lambda x: x.pop("model.layers.1.channel_mixer.l2.weight"), "lacks model.layers.1.channel_mixer.l2"),
+    "lacks": (
+        lambda x: x.pop("model.layers.1.channel_mixer.l2.weight"),
+        "lacks model.layers.1.channel_mixer",
+    ),
     "extra": (lambda x: x.update(other=torch.ones(2)), "has unknown other"),
-    "shape": (lambda x: x.update({"lm_head.weight": torch.ones(VOCAB, 9)}), r"lm_head.weight has shape \(23, 9\), this"),
-}  # fmt: skip
+    "shape": (
+        lambda x: x.update({"lm_head.weight": torch.ones(VOCAB, 9)}),
+        r"lm_head.weight has shape \(23, 9\), this",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -155,7 +169,7 @@ def test_a_truncated_file_is_not_loaded(model, tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

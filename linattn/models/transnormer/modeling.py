@@ -55,21 +55,26 @@ class TransNormerPreTrainedModel(PreTrainedModel):
         return False  # the model makes its own
 
     @classmethod
-    def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, *arguments: Any, **options: Any
+    ) -> Any:
         """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
 
-        Keys may begin with "model." or not. Pickled weights are read only with use_safetensors=False.
+        Keys may begin with "model." or not. Pickled weights are read only with use_safetensors=False. Who asks for
+        the report (output_loading_info=True) judges it himself.
 
         Raises CheckpointError when tensors are missing, unknown or of another shape, or a file is damaged.
         """
+        path = pretrained_model_name_or_path
         options.setdefault("use_safetensors", True)
-        shapes_may_differ = options.setdefault("ignore_mismatched_sizes", False)
-        options["ignore_mismatched_sizes"] = True  # so that the report names them
         wants_report = options.pop("output_loading_info", False)
+        shapes_may_differ = options.pop("ignore_mismatched_sizes", wants_report)
         try:
-            model, report = super().from_pretrained(path, *arguments, output_loading_info=True, **options)
-        except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+            model, report = super().from_pretrained(
+                path, *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
         except OSError as error:
             if options["use_safetensors"] and "safetensors" in str(error):
                 raise CheckpointError(
@@ -77,6 +82,8 @@ class TransNormerPreTrainedModel(PreTrainedModel):
                     "use_safetensors=False"
                 ) from error
             raise
+        if wants_report:
+            return model, report
         if report["mismatched_keys"] and not shapes_may_differ:
             name, found, own = min(report["mismatched_keys"])
             raise CheckpointError(
@@ -88,7 +95,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
                 raise CheckpointError(
                     f"{path} is of another model: it {words} {', '.join(names[:3])} ({len(names)} in all)"
                 )
-        return (model, report) if wants_report else model
+        return model
 
 
 class TransNormerModel(TransNormerPreTrainedModel):
