@@ -15,15 +15,20 @@ COMMANDS = {
     "backends": "What can run on this machine, and why the rest cannot.",
     "explain": "Which backend a call uses, and why not the others.",
     "verify": "Prove the backends, or your own kernel, right.",
-    "train": "Train a small byte-level language model on text.",
+    "train": "Train a language model on text, small or of a published size.",
     "generate": "Continue a prompt from a checkpoint.",
+    "eval": "Bits per byte or perplexity of a checkpoint on text.",
     "demo": "Verify, train, generate and draw, with no download.",
     "bench": "Time and memory, beside softmax attention.",
     "tune": "Find faster launch configurations for this GPU.",
 }
 # what a subcommand may find missing -> the extra that brings it; three subcommands need more than one package
-EXTRAS = {"torch": "torch", "hypothesis": "testing", "safetensors": "models", "matplotlib": "models"}
-WITH_MODELS = ("train", "generate", "demo")
+EXTRAS = {
+    "torch": "torch", "hypothesis": "testing", "safetensors": "models", "matplotlib": "models",
+    "transformers": "transformers", "accelerate": "transformers", "datasets": "transformers",
+}  # fmt: skip
+WITH_MODELS = ("train", "generate", "eval", "demo")
+MODULES = {"eval": "evaluate"}  # a name that Python has for something else
 DEBUG = "--debug"
 
 app = typer.Typer(
@@ -56,8 +61,8 @@ def _options(
 
 def _load(name: str) -> Callable[..., object]:
     """Import a subcommand's function."""
-    module = importlib.import_module(f"linattn.cli.{name}")
-    function: Callable[..., object] = getattr(module, name)
+    module = importlib.import_module(f"linattn.cli.{MODULES.get(name, name)}")
+    function: Callable[..., object] = getattr(module, MODULES.get(name, name))
     return function
 
 
@@ -74,7 +79,9 @@ def _run(name: str, arguments: list[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        extra = "models" if name in WITH_MODELS else EXTRAS[package]
+        extra = EXTRAS[package]
+        if name in WITH_MODELS and extra == "torch":
+            extra = "models"
         raise LinattnError(f"`linattn {name}` needs {package}: pip install 'linattn[{extra}]'") from error
     return status if isinstance(status, int) else 0
 

@@ -14,7 +14,7 @@ def generate(
         Path, typer.Option(help="A checkpoint folder, or a run's folder: then its newest checkpoint.")
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(help="How many bytes to add.")] = 500,
+    tokens: Annotated[int, typer.Option(help="How many tokens to add: bytes, or a tokenizer's.")] = 500,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among so many likeliest bytes only.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
@@ -27,9 +27,20 @@ def generate(
     from linattn.train import generate as continue_text
     from linattn.train import load_model
     from linattn.train.device import choose_device
-    from linattn.train.generate import decoded
+    from linattn.train.generate import continue_ids, decoded, pieces
 
     model = load_model(checkpoint, choose_device(device))
+    if (checkpoint / "tokenizer_config.json").is_file():
+        from linattn.train.corpus import load_tokenizer
+
+        words = load_tokenizer(checkpoint)
+        start = words(prompt)["input_ids"] or [words.eos_token_id or 0]
+        ids = continue_ids(model, start, tokens, temperature=temperature, top_k=top_k, seed=seed)
+        typer.echo(prompt, nl=False)
+        for piece in pieces(words, start, ids):
+            typer.echo(on_screen(piece), nl=False)
+        typer.echo()
+        return
     stream = continue_text(
         model,
         prompt.encode("utf-8", "surrogateescape"),

@@ -1,4 +1,4 @@
-"""`linattn train`: teach a small byte-level model some text."""
+"""`linattn train`: teach a model some text, byte by byte or with a tokenizer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ import typer
 
 
 def train(
-    text: Annotated[Path, typer.Option(help="A text file, or a folder of them.")],
+    text: Annotated[
+        Path, typer.Option(help="A text file, a folder of them, or a folder that `datasets` wrote.")
+    ],
     out: Annotated[Path, typer.Option(help="The run's folder, for checkpoints.")] = Path("out"),
-    preset: Annotated[str, typer.Option(help="The model's sizes: tiny or small.")] = "tiny",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="The model's sizes: tiny or small, which a small loop trains; 385m, 1b, 3b, 7b, 15b, 175b "
+            "or a folder with a config.json, and weights to fine-tune, which transformers' Trainer trains."
+        ),
+    ] = "tiny",
     steps: Annotated[int, typer.Option(help="Optimizer steps in the whole run.")] = 1000,
     batch: Annotated[int | None, typer.Option(help="Windows per step. [default: the preset's]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Bytes per window. [default: the preset's]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window. [default: the preset's]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: the preset's]")] = None,
     seed: Annotated[int, typer.Option(help="Fixes the first weights and the order of the text.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
@@ -24,9 +32,16 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer's folder, with Trainer. [default: bytes]")
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Passes that a step is split into, with Trainer.")] = 1,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Form activations twice for less memory, with Trainer.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """Train on text, byte by byte, and measure bits per byte on a part that is held out.
+    """Train on text, and measure bits per byte on a part that is held out.
 
     A run that was killed goes on with --resume and the same options, and ends as if nothing had happened.
     """
@@ -34,17 +49,42 @@ def train(
 
     from linattn.errors import OptionError, ValueRangeError
     from linattn.models import PRESETS
-    from linattn.train import SETTINGS, Trainer, read_text
-    from linattn.train.checkpoint import checkpoints
     from linattn.train.device import choose_device
-    from linattn.train.report import Report
 
-    if preset not in PRESETS:
-        raise OptionError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if save_every is not None and save_every < 1:
         raise ValueRangeError(f"--save-every must be at least 1, got {save_every}")
     given = {"batch": batch, "seq_len": seq_len, "lr": lr, "steps": steps, "seed": seed}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if preset not in PRESETS:
+        from linattn.train import published
+        from linattn.train.corpus import load_tokenizer, read_corpus
+
+        plan = published.Plan(
+            **changes,
+            save_every=save_every or max(1, steps // 10),
+            accumulate=accumulate,
+            checkpointing=checkpointing,
+        )
+        published.known(preset)
+        words = None if tokenizer is None else load_tokenizer(tokenizer)
+        published.train(
+            preset,
+            read_corpus(text, words, exclude=[out]),
+            plan,
+            out,
+            device=choose_device(device),
+            resume=resume,
+            as_json=as_json,
+            tokenizer=words,
+        )
+        return
+    if tokenizer is not None or accumulate != 1 or checkpointing:
+        raise OptionError(f"--preset {preset} is trained on bytes by a small loop, without these options")
+
+    from linattn.train import SETTINGS, Trainer, read_text
+    from linattn.train.checkpoint import checkpoints
+    from linattn.train.report import Report
+
     settings = dataclasses.replace(SETTINGS[preset], **changes)
     if not resume and (found := checkpoints(out)):
         raise OptionError(

@@ -11,6 +11,14 @@ from linattn.errors import CheckpointError, OptionError, ValueRangeError
 from linattn.features import FEATURE_MAPS
 
 SCHEDULES = ("released", "paper")
+NORM = "simplermsnorm"
+# The released names of fields, and of activations that are feature maps here; "None" leaves q and k alone.
+RELEASED = {
+    "embed_dim": "decoder_embed_dim",
+    "num_layers": "decoder_layers",
+    "num_heads": "decoder_attention_heads",
+}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "1+elu": "elu+1", "None": None}
 
 
 @dataclass(frozen=True)
@@ -69,22 +77,40 @@ class TransNormerConfig:
         return bool(self.linear_use_lrpe_list) and bool(self.linear_use_lrpe_list[layer])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them."""
-        return dataclasses.asdict(self) | {"linear_use_lrpe_list": list(self.linear_use_lrpe_list)}
+        """Return the fields as JSON can hold them, under the released names."""
+        fields = dataclasses.asdict(self) | {"linear_use_lrpe_list": list(self.linear_use_lrpe_list)}
+        for own, released in RELEASED.items():
+            fields[released] = fields.pop(own)
+        act = fields.pop("feature_map")
+        return fields | {"linear_act_fun": next(name for name, has in ACTIVATIONS.items() if has == act)}
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> TransNormerConfig:
-        """Read what `to_dict` wrote. Raises CheckpointError for unknown fields and bad values."""
-        known = {field.name for field in dataclasses.fields(TransNormerConfig)}
-        if unknown := sorted(set(fields) - known):
+        """Read what `to_dict` or transformers wrote, or a released checkpoint has.
+
+        Raises CheckpointError for bad values, and for unknown fields unless transformers wrote them.
+        """
+        own = {field.name for field in dataclasses.fields(TransNormerConfig)}
+        names = {released: name for name, released in RELEASED.items()}
+        found = {names.get(name, name): value for name, value in fields.items()}
+        act, norm = str(found.pop("linear_act_fun", "silu")), found.pop("norm_type", NORM)
+        if act not in ACTIVATIONS or norm != NORM:
+            raise CheckpointError(
+                f"the configuration has linear_act_fun {act!r} and norm_type {norm!r}; known are "
+                f"{', '.join(ACTIVATIONS)} and {NORM}"
+            )
+        found.setdefault("feature_map", ACTIVATIONS[act])
+        unknown = sorted(set(found) - own)
+        if unknown and not {"architectures", "transformers_version"} & set(fields):
             raise CheckpointError(f"the configuration has unknown fields: {', '.join(unknown)}")
-        use = fields.get("linear_use_lrpe_list", ())
+        use = found.get("linear_use_lrpe_list", ())
         if not isinstance(use, (list, tuple)):
             raise CheckpointError(
                 f"the configuration is damaged: linear_use_lrpe_list must be a list, got {use!r}"
             )
+        kept = {name: value for name, value in found.items() if name in own}
         try:
-            return TransNormerConfig(**{**fields, "linear_use_lrpe_list": tuple(use)})
+            return TransNormerConfig(**{**kept, "linear_use_lrpe_list": tuple(use)})
         except (ValueRangeError, OptionError) as error:
             raise CheckpointError(f"the configuration is damaged: {error}") from error
 

@@ -125,7 +125,7 @@ def find(path: Path) -> Path:
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> TransNormerLM:
-    """Return the model of a checkpoint or of a run's newest one, in its saved dtype.
+    """Return the model of a checkpoint or of a run's newest one, float32; also of a transformers folder.
 
     Raises CheckpointError when anything is missing, damaged, or does not fit together; nothing is loaded by
     halves.
@@ -135,7 +135,11 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TransNormerLM:
     kind = fields.pop("model_type", None)
     if kind != MODEL_TYPE:
         raise CheckpointError(f"{folder / CONFIG} is for a model of type {kind!r}, this is {MODEL_TYPE!r}")
-    tensors = _read_tensors(folder / MODEL, _sums(folder))
+    tensors = {
+        name.removeprefix("model."): x for name, x in _read_tensors(folder / MODEL, _sums(folder)).items()
+    }
+    if fields.get("tie_word_embeddings") and "embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     model = TransNormerLM(TransNormerConfig.from_dict(fields))
     load_weights(model, tensors, folder / MODEL)
     return model.to(device)

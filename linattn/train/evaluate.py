@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from linattn.errors import DataError
+from linattn.errors import DataError, ValueRangeError
 from linattn.models import TransNormerLM
 
 if TYPE_CHECKING:
-    from jaxtyping import UInt8
+    from jaxtyping import Int32, UInt8
 
 ROWS, CHUNK = 8, 512  # how much of the text one call sees; the states carry the rest
 
@@ -61,6 +61,35 @@ def bits_per_byte(
             logits = model(torch.cat([body[-1, -1:], rest[:-1]])[None], last)
             nats += F.cross_entropy(logits[0].float(), rest, reduction="sum").item()
     return nats / math.log(2) / len(text)
+
+
+def nats_of(
+    model: TransNormerLM, ids: Int32[np.ndarray, " n"], context: int | None = None, chunk: int = 4096
+) -> float:
+    """Return what the model pays for a text's tokens, in nats; a context's first costs log(vocabulary).
+
+    context: forget everything after so many tokens; None: never. The text is read in chunks, the states
+    carried on, so memory does not grow with it.
+
+    Raises DataError for an empty text, ValueRangeError for ids outside the vocabulary or a context below 1.
+    """
+    size = model.config.vocab_size
+    if len(ids) == 0:
+        raise DataError("there is no text to measure")
+    if context is not None and context < 1:
+        raise ValueRangeError(f"context must be at least 1, got {context}")
+    device = model.lm_head.weight.device
+    nats = 0.0
+    with torch.no_grad():
+        for begin in range(0, len(ids), context or len(ids)):
+            part = torch.from_numpy(ids[begin : begin + (context or len(ids))].astype(np.int64)).to(device)
+            nats += math.log(size)
+            states = model.initial_states(1)
+            for start in range(0, len(part) - 1, chunk):
+                piece = part[start : start + chunk + 1]
+                logits, states = model(piece[None, :-1], states, return_states=True)
+                nats += F.cross_entropy(logits[0].float(), piece[1:], reduction="sum").item()
+    return nats
 
 
 def compressed_bits_per_byte(text: UInt8[np.ndarray, " n"]) -> dict[str, float]:

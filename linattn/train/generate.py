@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PREFILL = 1024  # bytes of a prompt per call, so that a long prompt needs no more memory than a short one
+BEFORE = 8  # tokens that say how the next one is spelt: with a space or without
 START = b"\n"  # what an empty prompt stands for: a model predicts from something
 
 
@@ -40,17 +41,30 @@ def generate(
         raise OptionError(
             f"text is bytes, so the model's vocabulary must be 256, it is {model.config.vocab_size}"
         )
+    return continue_ids(model, list(prompt or START), tokens, temperature=temperature, top_k=top_k, seed=seed)
+
+
+def continue_ids(
+    model: TransNormerLM,
+    prompt: Sequence[int],
+    tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield `tokens` ids that continue a prompt of at least one; everything else as in `generate`."""
     if tokens < 0:
         raise ValueRangeError(f"tokens must be at least 0, got {tokens}")
     if not 0 <= temperature < math.inf:
         raise ValueRangeError(f"temperature must be at least 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueRangeError(f"top_k must be at least 1, got {top_k}")
-    return _generate(model, prompt or START, tokens, temperature, top_k, seed)
+    return _generate(model, prompt, tokens, temperature, top_k, seed)
 
 
 def _generate(
-    model: TransNormerLM, prompt: bytes, tokens: int, temperature: float, top_k: int | None, seed: int
+    model: TransNormerLM, prompt: Sequence[int], tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> Iterator[int]:
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -88,3 +102,16 @@ def decoded(stream: Iterator[int]) -> Iterator[str]:
             yield text
     if text := decoder.decode(b"", final=True):
         yield text
+
+
+def pieces(tokenizer: Any, prompt: Sequence[int], ids: Iterator[int]) -> Iterator[str]:
+    """Turn ids into text as soon as whole characters are there, in view of a few tokens before."""
+    recent = list(prompt[-BEFORE:])
+    shown = tokenizer.decode(recent)
+    for one in ids:
+        recent.append(one)
+        text = tokenizer.decode(recent)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            recent = recent[-BEFORE:]
+            shown = tokenizer.decode(recent)

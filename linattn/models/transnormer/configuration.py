@@ -7,12 +7,10 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from linattn.errors import OptionError
+from linattn.models.config import ACTIVATIONS, NORM
 from linattn.models.config import TransNormerConfig as Parts
 
 __all__ = ["PRESETS", "TransNormerConfig", "preset"]
-
-# The names of the released `get_activation_fn` that are feature maps here; "None" leaves q and k as they are.
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "1+elu": "elu+1", "None": None}
 
 
 class TransNormerConfig(PreTrainedConfig):
@@ -67,8 +65,8 @@ class TransNormerConfig(PreTrainedConfig):
 
     def parts(self) -> Parts:
         """Return what `linattn.models.transnormer_lm` builds layers from."""
-        if self.norm_type != "simplermsnorm":
-            raise OptionError(f"norm_type must be 'simplermsnorm', got {self.norm_type!r}")
+        if self.norm_type != NORM:
+            raise OptionError(f"norm_type must be {NORM!r}, got {self.norm_type!r}")
         act = str(self.linear_act_fun)
         if act not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))

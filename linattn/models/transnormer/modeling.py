@@ -60,8 +60,8 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
 
-        Keys may begin with "model." or not. Pickled weights are read only with use_safetensors=False. Who asks for
-        the report (output_loading_info=True) judges it himself.
+        Keys may begin with "model." or not. Pickled weights are read only with use_safetensors=False. With
+        output_loading_info=True the report is returned, and nothing that it says is an error.
 
         Raises CheckpointError when tensors are missing, unknown or of another shape, or a file is damaged.
         """

@@ -1,0 +1,190 @@
+"""TransNormerLLM in its published sizes, trained or fine-tuned by transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
+from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerForCausalLM, preset
+from linattn.train.corpus import Corpus
+
+JUDGED = 64  # windows of the held-out text that are measured, spread over all of it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does: steps of `batch` windows of seq_len tokens, AdamW, warm-up and a cosine.
+
+    accumulate: windows are split into so many passes a step. checkpointing: activations are formed again in
+    the backward pass, for less memory.
+    """
+
+    steps: int = 1000
+    batch: int = 4
+    seq_len: int = 8192
+    lr: float = 3e-4
+    warmup: int = 100
+    seed: int = 0
+    save_every: int = 100
+    accumulate: int = 1
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "seq_len", "save_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueRangeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueRangeError(f"lr must be above 0, got {self.lr}")
+        if self.batch % self.accumulate:
+            raise ValueRangeError(f"accumulate must divide batch, got {self.accumulate} and {self.batch}")
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of seq_len tokens, one after the other; what is left at the end is not used."""
+
+    def __init__(self, ids: np.ndarray, seq_len: int, most: int | None = None) -> None:
+        count = len(ids) // seq_len
+        if count < 1:
+            raise DataError(f"the text has {len(ids)} tokens, one window needs {seq_len}: give more text")
+        every = range(count) if most is None or count <= most else np.linspace(0, count - 1, most).astype(int)
+        self.ids, self.seq_len, self.rows = ids, seq_len, [int(row) for row in every]
+
+    def __len__(self) -> int:
+        """How many windows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = self.rows[index] * self.seq_len
+        row = torch.from_numpy(self.ids[start : start + self.seq_len].astype(np.int64))
+        return {"input_ids": row, "labels": row}
+
+
+def known(size: str) -> None:
+    """Raise OptionError unless a size is a published one or a folder with a configuration."""
+    if size.lower() not in PRESETS and not (Path(size) / "config.json").is_file():
+        sizes = ", ".join(("tiny", "small", *PRESETS))
+        raise OptionError(f"--preset must be one of {sizes}, or a folder with a config.json, got {size!r}")
+
+
+def model_of(size: str, vocab_size: int) -> TransNormerForCausalLM:
+    """Return a new model of a published size, or of a folder's configuration, or that folder's weights.
+
+    Raises OptionError for a name that is neither, CheckpointError for weights of another vocabulary.
+    """
+    folder = Path(size)
+    if size.lower() in PRESETS:
+        return TransNormerForCausalLM(preset(size, vocab_size=vocab_size, pad_token_id=None))
+    known(size)
+    config = TransNormerConfig.from_pretrained(folder)
+    if not any(folder.glob("*.safetensors")):
+        config.vocab_size = vocab_size
+        return TransNormerForCausalLM(config)
+    if config.vocab_size < vocab_size:
+        raise CheckpointError(
+            f"{folder} is of a vocabulary of {config.vocab_size}, the text's tokens need {vocab_size}"
+        )
+    model: TransNormerForCausalLM = TransNormerForCausalLM.from_pretrained(folder)
+    return model
+
+
+class Lines(TrainerCallback):
+    """A line now and then, or JSON: loss in bits per token, and of held-out text in bits per byte."""
+
+    def __init__(self, bytes_per_token: float, as_json: bool) -> None:
+        self.bytes_per_token, self.as_json = bytes_per_token, as_json
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """What Trainer has to say."""
+        logs = logs or {}
+        fields: dict[str, Any] = {"event": "step", "step": state.global_step}
+        if "loss" in logs:
+            fields["train_bits_per_token"] = logs["loss"] / math.log(2)
+        if "eval_loss" in logs:
+            fields["held_out_bits_per_byte"] = logs["eval_loss"] / math.log(2) / self.bytes_per_token
+        if len(fields) == 2:
+            return
+        if self.as_json:
+            typer.echo(json.dumps(fields))
+            return
+        words = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in list(fields.items())[2:]]
+        typer.echo(f"step {state.global_step:>6} of {state.max_steps}  {', '.join(words)}")
+
+
+def train(
+    size: str,
+    corpus: Corpus,
+    plan: Plan,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    as_json: bool = False,
+    tokenizer: Any = None,
+) -> None:
+    """Run transformers' Trainer to the end of the plan and leave the model in `out`.
+
+    bfloat16 autocast on CUDA, float32 on the CPU, where a run that was interrupted goes on bit for bit.
+
+    Raises DataError for a text that is too short, CheckpointError where there is nothing to resume.
+    """
+    torch.manual_seed(plan.seed)
+    model = model_of(size, corpus.vocab_size)
+    held_out = Rows(corpus.held_out, plan.seq_len, JUDGED)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=plan.steps,
+        per_device_train_batch_size=max(1, plan.batch // plan.accumulate),
+        per_device_eval_batch_size=max(1, plan.batch // plan.accumulate),
+        gradient_accumulation_steps=plan.accumulate,
+        learning_rate=plan.lr,
+        warmup_steps=min(plan.warmup, plan.steps),
+        lr_scheduler_type="cosine",
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        gradient_checkpointing=plan.checkpointing,
+        save_steps=plan.save_every,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=plan.save_every,
+        logging_steps=max(1, plan.steps // 100),
+        seed=plan.seed,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Rows(corpus.train, plan.seq_len),
+        eval_dataset=held_out,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        callbacks=[Lines(max(1, corpus.held_out_bytes) / max(1, len(corpus.held_out)), as_json)],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    saved = sorted(out.glob("checkpoint-*")) if out.is_dir() else []
+    if resume and not saved:
+        raise CheckpointError(f"{out} holds no checkpoint to go on from")
+    if saved and not resume:
+        raise OptionError(
+            f"{out} holds a run already ({saved[-1].name}): pass --resume to go on, or another --out"
+        )
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model(str(out))
+    if not as_json:
+        typer.echo(f"saved {out}")

@@ -1,0 +1,161 @@
+"""Training by transformers' Trainer: interrupted and continued, fine-tuned, with words, on a dataset."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from linattn.cli import app
+from linattn.errors import CheckpointError, DataError, OptionError
+from linattn.models.transnormer import TransNormerConfig
+from linattn.train import corpus, load_model, published
+from linattn.train.evaluate import nats_of
+
+LINE = "The quick brown fox jumps over the lazy dog.\n"
+SIZES = {
+    "decoder_embed_dim": 16,
+    "hidden_dim": 16,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "glu_dim": 24,
+    "linear_use_lrpe_list": [1, 0],
+    "pad_token_id": None,
+}
+PLAN = published.Plan(steps=6, batch=2, seq_len=16, lr=1e-2, warmup=2, save_every=3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(LINE * 60)
+    return path
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    folder = tmp_path / "sizes"
+    TransNormerConfig(vocab_size=256, **SIZES).save_pretrained(folder)
+    return folder
+
+
+def words(folder):
+    """A tokenizer of words and spaces, as a folder holds it."""
+    found = sorted({"<eos>", *LINE.replace("\n", "").split(" "), "Ġ", "Ċ", "[UNK]"})
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(found)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="[UNK]")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def run(sizes, text, out, plan=PLAN, **options):
+    published.train(str(sizes), corpus.read_corpus(text), plan, out, device=CPU, as_json=True, **options)
+    return load_file(out / "model.safetensors")
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(sizes, text, tmp_path, capsys):
+    whole = run(sizes, text, tmp_path / "whole")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    bits = [line["held_out_bits_per_byte"] for line in lines if "held_out_bits_per_byte" in line]
+    assert len(bits) == 2 and bits[1] < bits[0] < 8.5
+
+    class Stopped(Exception):
+        pass
+
+    plain = published.Trainer.training_step
+
+    def stopping(self, *arguments, **options):
+        if self.state.global_step == 4:
+            raise Stopped
+        return plain(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published.Trainer, "training_step", stopping)
+        with pytest.raises(Stopped):
+            run(sizes, text, tmp_path / "cut")
+    with pytest.raises(OptionError, match="checkpoint-3"):
+        run(sizes, text, tmp_path / "cut")
+    again = run(sizes, text, tmp_path / "cut", resume=True)
+    assert whole.keys() == again.keys()
+    for name, x in whole.items():
+        assert torch.equal(x, again[name]), name
+
+
+def test_a_finished_run_is_read_everywhere(sizes, text, tmp_path):
+    out = tmp_path / "out"
+    run(sizes, text, out)
+    model = load_model(out)  # without transformers
+    found = CliRunner().invoke(app, ["eval", "--checkpoint", str(out), "--text", str(text), "--json"])
+    assert found.exit_code == 0, found.output
+    fields = json.loads(found.output)
+    ids = np.frombuffer((LINE * 60).encode(), np.uint8).astype(np.int32)
+    assert fields["tokens"] == fields["bytes"] == len(ids)
+    assert fields["bits_per_byte"] == pytest.approx(nats_of(model, ids) / math.log(2) / len(ids), rel=1e-12)
+    assert nats_of(model, ids, chunk=7) == pytest.approx(nats_of(model, ids), rel=1e-5)
+    assert nats_of(model, ids, context=5) > nats_of(model, ids)
+    made = CliRunner().invoke(
+        app, ["generate", "--checkpoint", str(out), "--prompt", "The ", "--tokens", "9", "--device", "cpu"]
+    )
+    assert made.exit_code == 0 and made.output.startswith("The ") and len(made.output.encode()) >= 14
+    # its weights are what a fine-tuning begins with
+    tuned = run(
+        out, text, tmp_path / "tuned", published.Plan(steps=1, batch=2, seq_len=16, lr=1e-9, save_every=1)
+    )
+    before = load_file(out / "model.safetensors")
+    assert all(torch.allclose(tuned[name], x, atol=1e-6) for name, x in before.items())
+
+
+def test_with_a_tokenizer(sizes, text, tmp_path):
+    tokenizer = words(tmp_path / "words")
+    out = tmp_path / "out"
+    found = CliRunner().invoke(
+        app,
+        ["train", "--preset", str(sizes), "--text", str(text), "--out", str(out), "--json", "--device", "cpu",
+         "--tokenizer", str(tmp_path / "words"), "--steps", "3", "--batch", "2", "--seq-len", "8"],
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert load_model(out).config.vocab_size == len(tokenizer)
+    made = CliRunner().invoke(
+        app, ["generate", "--checkpoint", str(out), "--prompt", "The quick", "--tokens", "5"]
+    )
+    assert made.exit_code == 0 and made.output.startswith("The quick"), made.output
+    judged = CliRunner().invoke(app, ["eval", "--checkpoint", str(out), "--text", str(text)])
+    assert "over 541 tokens of 2,700 bytes" in judged.output
+
+
+def test_a_dataset(sizes, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="part of the development tools")
+    rows = [f"text {i}: {LINE}" for i in range(40)]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "data")
+    tokenizer = words(tmp_path / "words")
+    found = corpus.read_corpus(tmp_path / "data", tokenizer)
+    assert (found.train == tokenizer.eos_token_id).sum() == 38 and found.held_out_bytes == sum(
+        map(len, rows[38:])
+    )
+    run(sizes, tmp_path / "data", tmp_path / "out")
+    datasets.Dataset.from_dict({"other": rows}).save_to_disk(tmp_path / "bad")
+    with pytest.raises(DataError, match='no column "text", only other'):
+        corpus.read_corpus(tmp_path / "bad")
+
+
+def test_bad_runs(sizes, text, tmp_path):
+    with pytest.raises(OptionError, match="tiny, small, 385m"):
+        published.model_of("9b", 256)
+    with pytest.raises(DataError, match="one window needs 4096"):
+        run(sizes, text, tmp_path / "a", published.Plan(seq_len=4096))
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+        run(sizes, text, tmp_path / "b", resume=True)
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        corpus.load_tokenizer(tmp_path)
+    published.model_of(str(sizes), 256).save_pretrained(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="a vocabulary of 256, the text's tokens need 300"):
+        published.model_of(str(tmp_path / "weights"), 300)
