@@ -139,5 +139,5 @@ class GatedLinearAttention(nn.Module):
         )
 
     def _gated(self, o: Float[torch.Tensor, "*b h d"], u: Float[torch.Tensor, "*b e"]) -> torch.Tensor:
-        y: torch.Tensor = self.out_proj(u * self.norm(o.flatten(-2)))
+        y: torch.Tensor = self.out_proj(self.norm.gated(o.flatten(-2), u))
         return y

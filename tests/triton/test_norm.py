@@ -1,0 +1,91 @@
+"""The fused norm: in Triton's interpreter, and compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
+pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
+
+import torch
+
+from linattn.backends.triton import norm
+from linattn.nn import SimpleRMSNorm
+from tests.triton.launches import compiled, recorded, spilled
+
+PROGRAM = Path(__file__).parent / "interpreted_norm.py"
+ROOT = PROGRAM.parent.parent.parent
+# in groups of about equal time, each a process of its own
+CHECKS = (
+    ("formula",),
+    ("mutants", "alone"),
+    ("not_finite", "layouts", "layer"),
+    ("autograd", "only_one", "too_old", "twice", "autocast"),
+)
+
+
+@pytest.mark.parametrize("checks", CHECKS, ids="-".join)
+def test_interpreted(checks: tuple[str, ...]) -> None:
+    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
+    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", str(PROGRAM), *checks]
+    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launched(width: int, dtype: Any, gated: bool) -> list[Any]:
+    """Both passes over rows that lie one after the other."""
+    with recorded() as seen:
+        x, u, dy = (torch.empty(64, width, dtype=dtype, device="meta") for _ in range(3))
+        norm.forward(x, u if gated else None, 1e-6)
+        norm.backward(x, u if gated else None, dy, 1e-6)
+    return list(seen)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_compiles_with_wide_loads(capability: int, dtype: Any, gated: bool) -> None:
+    for width in (64, 2560, 4096):
+        found = launched(width, dtype, gated)
+        assert [one.kernel.__name__ for one in found] == ["norm", "norm_backward"]
+        for one in found:
+            binary = compiled(one, capability)
+            assert "ld.global.v4" in binary.asm["ptx"], one
+            assert "st.global.v4" in binary.asm["ptx"], one
+            assert spilled(binary) == 0, one
+
+
+@pytest.mark.parametrize("width", [1, 3, 100, 2049, 12288, norm.WIDEST, norm.WIDEST + 1, 40000])
+def test_compiles_at_any_width(width: int) -> None:
+    for one in launched(width, torch.bfloat16, True):
+        assert spilled(compiled(one, 90)) == 0, one
+
+
+def test_launches_cover_a_row() -> None:
+    for width in (*range(1, 300), 1000, 2049, 4096, 12288, norm.WIDEST, norm.WIDEST + 1, 1 << 20):
+        how = norm.shape(width)
+        assert how.block >= width or width > norm.WIDEST
+        assert how.warps in (1, 2, 4, 8, 16, 32)
+        assert how.rows * how.block <= norm.WIDEST
+
+
+def test_a_cpu_keeps_the_plain_norm() -> None:
+    x, u = (torch.randn(5, 7, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for part, gate in ((x.to(dtype), u.to(dtype)), (x.to(dtype), u)):
+            wide = part if dtype == torch.float64 else part.float()
+            want = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
+            for module in (SimpleRMSNorm(fused=True), SimpleRMSNorm()):
+                assert torch.equal(module(part), want)
+                assert torch.equal(module.gated(part, gate), gate * want)
+    assert repr(SimpleRMSNorm(fused=True)) == "SimpleRMSNorm(eps=1e-06, fused=True)"
+    assert repr(SimpleRMSNorm()) == "SimpleRMSNorm(eps=1e-06)"
+    y = torch.compile(SimpleRMSNorm(fused=True), fullgraph=True, backend="eager")(x)
+    assert torch.equal(y, SimpleRMSNorm(fused=True)(x))
