@@ -108,7 +108,9 @@ def test_train_refusals(text, tmp_path):
     refused(run(tmp_path / "binary"), "binary is not text: byte 0 is NUL")
     (tmp_path / "short").write_text("short")
     refused(run(tmp_path / "short"), "one window needs")
-    refused(run(text, "--preset", "huge"), "--preset must be one of tiny, small, 385m, 1b, 3b, 7b, 15b, 175b, or")
+    refused(
+        run(text, "--preset", "huge"), "--preset must be one of tiny, small, 385m, 1b, 3b, 7b, 15b, 175b, or"
+    )
     refused(run(text, "--steps", "0"), "steps must be at least 1")
     refused(run(text, "--save-every", "0"), "--save-every must be at least 1")
     refused(run(text, "--device", "tpu"), "device must be cpu, cuda, cuda:N or auto, got 'tpu'")

@@ -107,11 +107,16 @@ def test_a_finished_run_is_read_everywhere(sizes, text, tmp_path):
     )
     assert made.exit_code == 0 and made.output.startswith("The ") and len(made.output.encode()) >= 14
     # its weights are what a fine-tuning begins with
+    lr = 1e-6
     tuned = run(
-        out, text, tmp_path / "tuned", published.Plan(steps=1, batch=2, seq_len=16, lr=1e-9, save_every=1)
+        out, text, tmp_path / "tuned", published.Plan(steps=1, batch=2, seq_len=16, lr=lr, save_every=1)
     )
     before = load_file(out / "model.safetensors")
-    assert all(torch.allclose(tuned[name], x, atol=1e-6) for name, x in before.items())
+    for (
+        name,
+        x,
+    ) in before.items():  # AdamW's first step moves a weight by the learning rate at most, and decays it
+        assert (tuned[name] - x).abs().max() <= 2 * lr, name
 
 
 def test_with_a_tokenizer(sizes, text, tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 __all__ = ["TransNormerForCausalLM", "TransNormerModel", "TransNormerPreTrainedModel"]
+
+IGNORED = -100  # a label that asks nothing
 
 
 class TransNormerBlock(GradientCheckpointingLayer, TransNormerLayer):
@@ -232,6 +235,10 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
 
     `generate` goes greedily, samples and keeps beams, with padding on either side, and continues a
     `TransNormerCache` by any number of tokens.
+
+    loss_chunk: in training, the loss is formed from so many tokens at a time, whose logits are formed again
+    in the backward pass, and no logits are returned: their memory does not grow with the text. None: all at
+    once.
     Source: TransNormerLLM, arXiv:2307.14995; `TransnormerForCausalLM` of the released code.
     """
 
@@ -241,6 +248,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TransNormerModel(config)
         self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
+        self.loss_chunk: int | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -276,9 +284,12 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             output_hidden_states, True, cu_seqlens, **kwargs,
         )  # fmt: skip
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(found.last_hidden_state[:, columns])
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if labels is None or self.loss_chunk is None or not self.training:
+            logits = self.lm_head(found.last_hidden_state[:, columns])
+        else:
+            loss = self._loss_by_chunks(found.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+        if labels is not None and logits is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
@@ -286,6 +297,21 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
         )
         return answer if _named(return_dict, self.config) else answer.to_tuple()
+
+    def _loss_by_chunks(
+        self, rows: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """The mean over what is asked, here or (`asked`) in all passes of a step."""
+        x, wanted = rows[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(rows.device)
+        total = x.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(x), self.loss_chunk or len(x)):
+            part = slice(start, start + (self.loss_chunk or len(x)))
+            total = total + checkpoint(self._summed_loss, x[part], wanted[part], use_reentrant=False)
+        return total / ((wanted != IGNORED).sum() if asked is None else asked)
+
+    def _summed_loss(self, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(x).float()
+        return nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
 
     def prepare_inputs_for_generation(
         self,

@@ -1,0 +1,169 @@
+"""Configurations and checkpoints of the Hugging Face TransNormerLLM: released, saved, damaged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from linattn.errors import CheckpointError, OptionError
+from linattn.models.transnormer import (
+    PRESETS,
+    TransNormerConfig,
+    TransNormerForCausalLM,
+    TransNormerModel,
+    preset,
+)
+from tests.models.test_transnormer import SIZES, VOCAB, make, plain, text
+
+
+@pytest.fixture
+def model():
+    return make()
+
+
+def test_a_released_checkpoint_loads_without_remote_code(model, tmp_path):
+    """Released names and fields, with the pointers to remote code that such a folder has."""
+    ids = text(2, 9)
+    fields = {
+        **SIZES,
+        "model_type": "transnormer",
+        "architectures": ["TransnormerForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_transnormer.TransnormerConfig",
+            "AutoModelForCausalLM": "modeling_transnormer.TransnormerForCausalLM",
+        },
+        "torch_dtype": "float64",
+        "linear_act_fun": "silu",
+        "norm_type": "simplermsnorm",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for prefix in ("model.", ""):
+        tensors = {
+            (name if name.startswith("lm_head") else prefix + name): torch.tensor(x)
+            for name, x in plain(model).items()
+        }
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert type(loaded) is TransNormerForCausalLM and loaded.dtype == torch.float64
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        base = AutoModel.from_pretrained(tmp_path).eval()
+        assert type(base) is TransNormerModel
+        assert torch.equal(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 8
+    assert type(AutoModelForCausalLM.from_config(loaded.config)) is TransNormerForCausalLM
+
+
+def test_saved_is_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    ids = text(2, 9)
+    loaded = TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    half = TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    mixer = half.model.layers[0].token_mixer
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert mixer.lrpe.theta.dtype == torch.float32  # angles are not rounded
+    assert torch.equal(mixer.log_decay, model.model.layers[0].token_mixer.log_decay)  # nor decays
+    assert {state.kv.dtype for state in half(ids, use_cache=True).past_key_values.states} == {torch.float32}
+
+
+DAMAGES = {
+    "lacks": (
+        lambda x: x.pop("model.layers.1.channel_mixer.l2.weight"),
+        "lacks model.layers.1.channel_mixer",
+    ),
+    "extra": (lambda x: x.update(other=torch.ones(2)), "has unknown other"),
+    "shape": (
+        lambda x: x.update({"lm_head.weight": torch.ones(VOCAB, 9)}),
+        r"lm_head.weight has shape \(23, 9\), this",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_does_not_fit_is_not_loaded(model, tmp_path, damage):
+    model.save_pretrained(tmp_path)
+    change, words = DAMAGES[damage]
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_not_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_pickles_are_read_only_when_asked(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="use_safetensors=False"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False, dtype=torch.float64)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"decay_schedule": "linear"}, "decay_schedule"),
+        ({"norm_type": "layernorm"}, "norm_type"),
+        ({"linear_act_fun": "gelu"}, "linear_act_fun"),
+        ({"linear_use_lrpe_list": [1]}, "linear_use_lrpe_list"),
+        ({"decoder_attention_heads": 5}, "num_heads"),
+    ],
+)
+def test_configurations_that_cannot_be(fields, words):
+    with pytest.raises(OptionError, match=words):
+        TransNormerConfig(**{**SIZES, **fields})
+
+
+def test_activations(model):
+    ids = text(1, 6)
+    logits = {}
+    for act in ("silu", "swish", "relu", "1+elu", "None"):
+        other = make(linear_act_fun=act)
+        logits[act] = other(ids).logits
+        assert other.model.layers[0].token_mixer.options()["feature_map"] in ("silu", "relu", "elu+1", None)
+    assert torch.equal(logits["silu"], logits["swish"])
+    assert len({x.sum().item() for x in logits.values()}) == 4
+
+
+def test_tied_embeddings(tmp_path):
+    model = make(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    loaded = TransNormerForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+# Without embeddings: layers (5 d^2 + 3 d glu), and d angles of the first layer.
+@pytest.mark.parametrize(
+    ("name", "inner", "in_words"),
+    [
+        ("385m", 333_448_192, 0.385e9),
+        ("1b", 889_194_496, 1.0e9),
+        ("3b", 2_747_271_680, 2.9e9),
+        ("7b", 6_574_575_616, 6.8e9),
+        ("15b", 14_423_168_000, 14.83e9),
+        ("175b", 172_738_228_224, 175e9),
+    ],
+)
+def test_presets_have_the_published_sizes(name, inner, in_words):
+    with torch.device("meta"):
+        model = TransNormerModel(preset(name))
+    count = sum(x.numel() for name, x in model.named_parameters() if not name.startswith("embed"))
+    assert count == inner
+    # what is published counts one embedding, of a vocabulary between 50 and 100 thousand
+    width = model.config.decoder_embed_dim
+    assert inner + 20_000 * width < in_words * 1.03 and in_words * 0.97 < inner + 110_000 * width
+    assert model.config.linear_use_lrpe_list == [1] + [0] * (model.config.decoder_layers - 1)
+    assert set(PRESETS) == {"385m", "1b", "3b", "7b", "15b", "175b"}
