@@ -19,6 +19,7 @@ from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeEr
 from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerForCausalLM, preset
 from linattn.train.corpus import Corpus
 
+LOSS_CHUNK = 8192  # tokens whose logits are there at once
 JUDGED = 64  # windows of the held-out text that are measured, spread over all of it
 
 
@@ -140,6 +141,7 @@ def train(
     """
     torch.manual_seed(plan.seed)
     model = model_of(size, corpus.vocab_size)
+    model.loss_chunk = LOSS_CHUNK
     held_out = Rows(corpus.held_out, plan.seq_len, JUDGED)
     arguments = TrainingArguments(
         output_dir=str(out),
