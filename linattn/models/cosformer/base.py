@@ -1,0 +1,201 @@
+"""What all cosFormer models share: how weights begin and are loaded, embeddings, positions, padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from linattn.errors import OptionError, ShapeError, ValueRangeError
+from linattn.models.cosformer.block import CosformerBlock
+from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.models.cosformer.loading import load_whole
+from linattn.models.transnormer.padding import Padding, padding_of
+from linattn.models.transnormer_lm import check_ids
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["CosformerPreTrainedModel", "CosformerStack", "Rows", "Source"]
+
+
+class CosformerPreTrainedModel(PreTrainedModel):
+    """What the models share: how weights begin, and how checkpoints are read."""
+
+    config: CosformerConfig
+    config_class = CosformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["CosformerBlock"]
+    _is_stateful = True  # no assisted generation: a state cannot be rolled back
+    _new_heads: ClassVar[tuple[str, ...]] = ()  # what a checkpoint of another task need not have
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
+        """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
+
+        A head of another task than the checkpoint's begins anew: an encoder becomes a classifier. Pickled
+        weights are read only with use_safetensors=False.
+
+        Raises CheckpointError when tensors are missing, unknown or of another shape, or a file is damaged.
+        """
+        load = super().from_pretrained
+        return load_whole(load, cls.__name__, cls._new_heads, path, *arguments, **options)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Embedded texts, their real tokens in front.
+
+    x: [b, n, e]. positions: [b or 1, n], of each token in its text. lengths: [b], real tokens, or None where
+    all are. padding: how to put rows back into the columns they came in. columns: how many those were.
+    """
+
+    x: Float[torch.Tensor, "b n e"]
+    positions: Int[torch.Tensor, "b n"]
+    lengths: Int[torch.Tensor, " b"] | None
+    padding: Padding | None
+    columns: int
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """Return every column's output; padding has that of the last real token before it."""
+        if self.padding is None:
+            return x
+        # not Padding.back: x may be shorter than the columns
+        return torch.gather(x, 1, self.padding.place[..., None].expand(-1, -1, x.shape[2]))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a decoder attends to: x [b, m, e], real tokens in front; lengths [b], None where all are real."""
+
+    x: Float[torch.Tensor, "b m e"]
+    lengths: Int[torch.Tensor, " b"] | None
+
+
+class CosformerStack(CosformerPreTrainedModel):
+    """Embeddings, blocks and a last norm; what is done with them is the subclasses' business.
+
+    A stack that crosses has no embeddings of its own: its source's stack embeds both texts.
+    """
+
+    def __init__(self, config: CosformerConfig, layers: int, causal: bool, crosses: bool) -> None:
+        config.check()
+        super().__init__(config)
+        self.crosses = crosses
+        self.embed_tokens = None if crosses else nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        if config.position_embeddings == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(CosformerBlock(config, causal, crosses) for _ in range(layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The embedding; None where the source's serves."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another embedding in its place."""
+        self.embed_tokens = value
+
+    def begin(
+        self,
+        ids: torch.Tensor | None,
+        embeds: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        before: torch.Tensor | None = None,
+        columns: int = 0,
+    ) -> Rows:
+        """Return the rows that the first block takes.
+
+        before: [b], tokens each text has had already. columns: columns those came in, at least as many.
+        """
+        x = self.embed(ids, embeds)
+        arrived = x.shape[1]
+        padding = padding_of(mask, *x.shape[:2])
+        lengths = None
+        if padding is not None:
+            x, lengths = _to_front(x, padding), padding.lengths
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        if before is not None:
+            positions = positions + before[:, None]
+        limit = self.config.max_position_embeddings
+        if columns + x.shape[1] > limit:  # the values are read only where they may be too large
+            total = positions[:, -1] + 1 if lengths is None else positions[:, 0] + lengths
+            if not torch.compiler.is_compiling() and total.numel() and int(total.max()) > limit:
+                raise ValueRangeError(
+                    f"a text of {int(total.max())} tokens is longer than max_position_embeddings = {limit}"
+                )
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions.clamp(max=limit - 1))
+        return Rows(self.dropout(x), positions, lengths, padding, arrived)
+
+    def blocks(self) -> list[CosformerBlock]:
+        """The blocks, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, CosformerBlock)]
+
+    def embed(
+        self, ids: Int[torch.Tensor, "b n"] | None, embeds: Float[torch.Tensor, "b n e"] | None
+    ) -> Float[torch.Tensor, "b n e"]:
+        """Return the embeddings of ids, or those given. Raises what `CosformerModel.forward` does."""
+        if (ids is None) == (embeds is None):
+            raise OptionError("pass either input_ids or inputs_embeds, one of them")
+        if embeds is not None:
+            if embeds.ndim != 3 or embeds.shape[2] != self.config.hidden_size:
+                width = self.config.hidden_size
+                raise ShapeError(f"inputs_embeds must have shape [b, n, {width}], got {tuple(embeds.shape)}")
+            return embeds
+        assert ids is not None
+        if self.embed_tokens is None:
+            raise OptionError("a decoder with a source takes inputs_embeds: the encoder embeds both texts")
+        if ids.ndim != 2:
+            raise ShapeError(f"input_ids must have shape [b, n], got {tuple(ids.shape)}")
+        check_ids(ids, self.config.vocab_size)
+        embedded: torch.Tensor = self.embed_tokens(ids)
+        return embedded
+
+
+def source_of(rows: Float[torch.Tensor, "b m e"], mask: torch.Tensor | None) -> Source:
+    """Return the encoder's rows [b, m, e] as a decoder takes them. Raises ShapeError for other masks."""
+    if mask is not None and mask.shape != rows.shape[:2]:
+        raise ShapeError(
+            f"the source's attention_mask must have shape {tuple(rows.shape[:2])}, got {tuple(mask.shape)}"
+        )
+    padding = padding_of(mask, *rows.shape[:2])
+    return Source(rows, None) if padding is None else Source(_to_front(rows, padding), padding.lengths)
+
+
+def _to_front(x: Float[torch.Tensor, "b m e"], padding: Padding) -> Float[torch.Tensor, "b n e"]:
+    """Return rows with their real tokens in front, as long as the longest text."""
+    x = padding.to_front(x)
+    if torch.compiler.is_compiling():
+        return x
+    return x[:, : max(1, int(padding.lengths.max()))]
+
+
+def check_options(given: dict[str, Any], config: CosformerConfig) -> None:
+    """Raise OptionError for keywords that ask for what these models do not have."""
+    weights = given.get("output_attentions")
+    if config.output_attentions if weights is None else weights:
+        raise OptionError("output_attentions: linear attention forms no matrix of weights to return")
+    for name in ("position_ids", "decoder_position_ids"):
+        if given.get(name) is not None:
+            raise OptionError(f"{name}: positions count a text's real tokens, the mask says which those are")
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        if given.get(name) is not None:
+            raise OptionError(f"{name}: texts back to back are not taken, pass one text a row")
+
+
+def named(return_dict: bool | None, config: CosformerConfig) -> bool:
+    """Whether to answer with names rather than with a tuple."""
+    return bool(config.return_dict if return_dict is None else return_dict)

@@ -1,0 +1,215 @@
+"""The causal cosFormer: a stack that remembers in states, and a language model of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from linattn.errors import OptionError
+from linattn.models.cosformer.base import (
+    CosformerPreTrainedModel,
+    CosformerStack,
+    Rows,
+    Source,
+    check_options,
+    named,
+    source_of,
+)
+from linattn.models.cosformer.block import remember
+from linattn.models.cosformer.cache import CosformerCache
+from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.state import State
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["CosformerDecoder", "CosformerForCausalLM"]
+
+
+class CosformerDecoder(CosformerStack):
+    """Token ids in, normed rows out, each of what is before it; with decoder layers, of a source as well.
+
+    Blocks as `CosformerModel`'s, causal; of an encoder-decoder (num_decoder_layers above 0) each also attends
+    to all of the source, with the cosine of both positions' difference, counted from each text's beginning,
+    and the text comes as inputs_embeds, as the encoder's embedding is for both.
+    """
+
+    base_model_prefix = "decoder"
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
+
+    def __init__(self, config: CosformerConfig) -> None:
+        crosses = config.num_decoder_layers > 0
+        layers = config.num_decoder_layers if crosses else config.num_hidden_layers
+        super().__init__(config, layers, causal=True, crosses=crosses)
+
+    def forward(
+        self,
+        input_ids: Int[torch.Tensor, "b n"] | None = None,
+        attention_mask: Int[torch.Tensor, "b k"] | None = None,
+        past_key_values: CosformerCache | None = None,
+        inputs_embeds: Float[torch.Tensor, "b n e"] | None = None,
+        use_cache: bool | None = None,
+        encoder_hidden_states: Float[torch.Tensor, "b m e"] | None = None,
+        encoder_attention_mask: Int[torch.Tensor, "b m"] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return BaseModelOutputWithPast, or a tuple without return_dict.
+
+        attention_mask: 0 for padding, wherever it is: such a token leaves no trace; of a mask longer than the
+        input its end counts. past_key_values: continues a text, by any number of tokens; what it remembers of
+        the source counts, not encoder_hidden_states. encoder_attention_mask: 0 for the source's padding.
+
+        Raises OptionError where a source is missing or not taken, and what `CosformerModel.forward` raises.
+        """
+        check_options(kwargs, self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = self._cache(past_key_values, use_cache)
+        rows = self._begun(input_ids, attention_mask, inputs_embeds, cache)
+        known = cache is not None and bool(cache.states)
+        if self.crosses and not known and encoder_hidden_states is None:
+            raise OptionError("a decoder with num_decoder_layers above 0 needs encoder_hidden_states")
+        if not self.crosses and encoder_hidden_states is not None:
+            raise OptionError("encoder_hidden_states are for models with num_decoder_layers above 0")
+        source = None
+        if encoder_hidden_states is not None and not known:
+            source = source_of(encoder_hidden_states, encoder_attention_mask)
+        seen = [rows.x]
+        for x in self._run(rows, source, cache):
+            seen = [*seen, x] if output_hidden_states else [x]
+        seen[-1] = self.norm(seen[-1])
+        back = tuple(map(rows.back, seen))
+        found = BaseModelOutputWithPast(
+            last_hidden_state=back[-1],
+            past_key_values=cache,
+            hidden_states=back if output_hidden_states else None,
+        )
+        return found if named(return_dict, self.config) else found.to_tuple()
+
+    def _cache(self, given: Any, use_cache: bool | None) -> CosformerCache | None:
+        """What to continue and to keep; None where nothing is to be kept."""
+        if given is not None and not isinstance(given, CosformerCache):
+            raise OptionError(f"past_key_values must be a CosformerCache, got {type(given).__name__}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if given is None and use_cache:
+            return CosformerCache()
+        return given
+
+    def _begun(
+        self,
+        ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        embeds: torch.Tensor | None,
+        cache: CosformerCache | None,
+    ) -> Rows:
+        """The rows that the first block takes, at the positions where the cache's texts end."""
+        if cache is None or not cache.states:
+            return self.begin(ids, embeds, mask)
+        return self.begin(ids, embeds, mask, cache.states[0].length, cache.columns)
+
+    def _run(self, rows: Rows, source: Source | None, cache: CosformerCache | None) -> Iterator[torch.Tensor]:
+        """Yield what each block gives; the cache is brought up to date once all have."""
+        x, blocks = rows.x, self.blocks()
+        states: list[State | None] = [None] * len(blocks)
+        memories: list[State | None] = [None] * len(blocks)
+        if cache is not None and cache.states:
+            states = [*cache.states[: len(blocks)]]
+            memories = [*(cache.states[len(blocks) :] or memories)]
+        elif cache is not None and source is not None:
+            memories = [remember(block.cross_attention, source.x, source.lengths) for block in blocks]
+        stepping = x.shape[1] == 1 and rows.lengths is None and not torch.is_grad_enabled()
+        after: list[State] = []
+        for block, state, memory in zip(blocks, states, memories, strict=True):
+            if stepping and state is not None:
+                x = block.step(x[:, 0], state, memory, rows.positions)[:, None]
+            elif source is None or memory is not None:
+                x, state = block(
+                    x, rows.lengths, state, cache is not None, None, None, memory, rows.positions
+                )
+            else:
+                x, state = block(x, rows.lengths, state, cache is not None, source.x, source.lengths)
+            if state is not None:
+                after.append(state)
+            yield x
+        if cache is not None:
+            cache.states = [*after, *(memory for memory in memories if memory is not None)]
+            cache.columns += rows.columns
+
+
+class CosformerForCausalLM(CosformerPreTrainedModel, GenerationMixin):
+    """A causal cosFormer and a head without bias: logits of the next token, a loss where labels are given.
+
+    `generate` goes greedily, samples and keeps beams, with padding on either side, and continues a
+    `CosformerCache` by any number of tokens, up to max_position_embeddings in all.
+    Raises OptionError for a configuration of an encoder-decoder.
+    Source: Qin et al. 2022, cosFormer, https://arxiv.org/abs/2202.08791.
+    """
+
+    base_model_prefix = "decoder"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
+
+    def __init__(self, config: CosformerConfig) -> None:
+        super().__init__(config)
+        if config.num_decoder_layers:
+            raise OptionError(
+                f"num_decoder_layers must be 0 for a causal model, got {config.num_decoder_layers}; its "
+                "layers are num_hidden_layers, an encoder-decoder is CosformerForConditionalGeneration"
+            )
+        self.decoder = CosformerDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Put another head in its place."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Int[torch.Tensor, "b n"] | None = None,
+        attention_mask: Int[torch.Tensor, "b k"] | None = None,
+        past_key_values: CosformerCache | None = None,
+        inputs_embeds: Float[torch.Tensor, "b n e"] | None = None,
+        labels: Int[torch.Tensor, "b n"] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Return CausalLMOutputWithPast: logits [b, n, vocab_size], and what the decoder returns.
+
+        labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
+        last so many columns only, or of these; 0 for all. Everything else: `CosformerDecoder.forward`.
+        """
+        found = self.decoder(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache,
+            output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
+        )  # fmt: skip
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(found.last_hidden_state[:, columns])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        answer = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
+        )
+        return answer if named(return_dict, self.config) else answer.to_tuple()
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What transformers prepares; after the first call no mask, as all that is new is real."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
+            inputs["attention_mask"] = None
+        return inputs
