@@ -81,10 +81,10 @@ def test_an_encoder_becomes_a_classifier_and_a_damaged_classifier_nothing(tmp_pa
     with pytest.raises(CheckpointError, match=r"has unknown encoder\.other"):
         load(tmp_path)
     save_file(tensors | {"classifier.bias": torch.zeros(9)}, file)
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"classifier\.bias has shape \(9,\), this"):
         load(tmp_path)
     file.write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         load(tmp_path)
     file.unlink()
     torch.save(tensors, tmp_path / "pytorch_model.bin")

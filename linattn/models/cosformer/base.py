@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models.cosformer.block import CosformerBlock
 from linattn.models.cosformer.configuration import CosformerConfig
-from linattn.models.cosformer.loading import load_whole
-from linattn.models.transnormer.padding import Padding, padding_of
+from linattn.models.huggingface.loading import load_whole
+from linattn.models.huggingface.padding import Padding, padding_of
 from linattn.models.transnormer_lm import check_ids
 
 if TYPE_CHECKING:
@@ -38,16 +38,18 @@ class CosformerPreTrainedModel(PreTrainedModel):
         return False  # the model makes its own
 
     @classmethod
-    def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, *arguments: Any, **options: Any
+    ) -> Any:
         """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
 
-        A head of another task than the checkpoint's begins anew: an encoder becomes a classifier. Pickled
-        weights are read only with use_safetensors=False.
-
-        Raises CheckpointError when tensors are missing, unknown or of another shape, or a file is damaged.
+        A head of another task than the checkpoint's begins anew: an encoder becomes a classifier. Everything
+        else: `linattn.models.huggingface.loading.load_whole`.
         """
-        load = super().from_pretrained
-        return load_whole(load, cls.__name__, cls._new_heads, path, *arguments, **options)
+        path = pretrained_model_name_or_path
+        return load_whole(
+            super().from_pretrained, path, *arguments, new=(cls.__name__, cls._new_heads), **options
+        )
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,7 @@ class Rows:
 
     def back(self, x: torch.Tensor) -> torch.Tensor:
         """Return every column's output; padding has that of the last real token before it."""
-        if self.padding is None:
-            return x
-        # not Padding.back: x may be shorter than the columns
-        return torch.gather(x, 1, self.padding.place[..., None].expand(-1, -1, x.shape[2]))
+        return x if self.padding is None else self.padding.back(x)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from linattn.models.transnormer.cache import TransNormerCache
+from linattn.models.huggingface.cache import StateCache
 
 __all__ = ["CosformerCache"]
 
 
-class CosformerCache(TransNormerCache):
-    """The `past_key_values` of cosFormer models, of a size that does not depend on any length.
+class CosformerCache(StateCache):
+    """The `past_key_values` of cosFormer models.
 
     states: one `linattn.State` for each layer's own text, then, in an encoder-decoder, one for each layer's
-    view of the source, which never changes. Everything else is as in `TransNormerCache`.
+    view of the source, which never changes.
     """
-
-    def __repr__(self) -> str:
-        return f"CosformerCache(states={len(self.states)}, columns={self.columns}, bytes={self.nbytes})"

@@ -1,92 +1,11 @@
-"""What a TransNormerLLM remembers of a text: one state a layer, of constant size."""
+"""What a TransNormerLLM remembers."""
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-from transformers import Cache
-
-from linattn.errors import StateError
-from linattn.state import State
+from linattn.models.huggingface.cache import StateCache
 
 __all__ = ["TransNormerCache"]
 
 
-class TransNormerCache(Cache):
-    """The `past_key_values` of TransNormer models.
-
-    states: one `linattn.State` a layer, float32 (float64 for float64 weights), empty before the first call.
-    A step of one token changes them in place; `copy.deepcopy` keeps a prompt's for another continuation.
-    get_seq_length counts columns of input, padding included; the states' own lengths count real tokens.
-
-    crop raises StateError: what a state has added up cannot be taken out again.
-    """
-
-    is_compileable = False
-    is_initialized = True
-    is_croppable = False
-    is_sliding: ClassVar[list[bool]] = []  # there are no layers of keys
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.states: list[State] = []
-        self.columns = 0
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __repr__(self) -> str:
-        return f"TransNormerCache(layers={len(self.states)}, columns={self.columns}, bytes={self.nbytes})"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all states; the same after one token and after a million."""
-        arrays = (x for s in self.states for x in (s.kv, s.z) if x is not None)
-        return sum(x.numel() * x.element_size() for x in arrays)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of input seen so far."""
-        return self.columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return -1: there is no longest text."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Columns that a mask over everything seen and a query has, and the first one's index."""
-        return self.columns + query_length, 0
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether anything was seen."""
-        return bool(self.states)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row b goes on from what row beam_idx[b] has seen."""
-        self.states = [state.select(beam_idx.to(state.kv.device)) for state in self.states]
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, one after the other."""
-        if self.states:
-            rows = torch.arange(len(self.states[0].length), device=self.states[0].kv.device)
-            self.reorder_cache(rows.repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.states, self.columns = [], 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raise StateError unless nothing is to be removed."""
-        if tokens_to_remove:
-            raise StateError(
-                "a state of linear attention cannot be rolled back: keep a copy (copy.deepcopy) from before, "
-                "or generate without an assistant model"
-            )
-
-    def activate_past_recording(self) -> None:
-        """Raise StateError: assisted generation wants to roll back."""
-        self.crop(1)
+class TransNormerCache(StateCache):
+    """The `past_key_values` of TransNormer models: one `linattn.State` a layer."""

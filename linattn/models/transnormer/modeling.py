@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from linattn.errors import CheckpointError, OptionError, ShapeError
+from linattn.errors import OptionError, ShapeError
+from linattn.models.huggingface.loading import load_whole
+from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
-from linattn.models.transnormer.padding import padding_of
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm
 from linattn.state import State
@@ -63,42 +63,9 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
 
-        Keys may begin with "model." or not. Pickled weights are read only with use_safetensors=False. With
-        output_loading_info=True the report is returned, and nothing that it says is an error.
-
-        Raises CheckpointError when tensors are missing, unknown or of another shape, or a file is damaged.
+        Everything else: `linattn.models.huggingface.loading.load_whole`.
         """
-        path = pretrained_model_name_or_path
-        options.setdefault("use_safetensors", True)
-        wants_report = options.pop("output_loading_info", False)
-        shapes_may_differ = options.pop("ignore_mismatched_sizes", wants_report)
-        try:
-            model, report = super().from_pretrained(
-                path, *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        except OSError as error:
-            if options["use_safetensors"] and "safetensors" in str(error):
-                raise CheckpointError(
-                    f"{path} has no safetensors; pickled weights can run code: where you trust them, pass "
-                    "use_safetensors=False"
-                ) from error
-            raise
-        if wants_report:
-            return model, report
-        if report["mismatched_keys"] and not shapes_may_differ:
-            name, found, own = min(report["mismatched_keys"])
-            raise CheckpointError(
-                f"{path} is of another model: {name} has shape {tuple(found)}, this model's is {tuple(own)}"
-            )
-        for words, key in (("lacks", "missing_keys"), ("has unknown", "unexpected_keys")):
-            if report[key]:
-                names = sorted(report[key])
-                raise CheckpointError(
-                    f"{path} is of another model: it {words} {', '.join(names[:3])} ({len(names)} in all)"
-                )
-        return model
+        return load_whole(super().from_pretrained, pretrained_model_name_or_path, *arguments, **options)
 
 
 class TransNormerModel(TransNormerPreTrainedModel):

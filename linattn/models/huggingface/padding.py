@@ -31,8 +31,8 @@ class Padding:
         return torch.gather(x, 1, self.order[..., None].expand_as(x))
 
     def back(self, x: Float[torch.Tensor, "b n e"]) -> Float[torch.Tensor, "b n e"]:
-        """Return every column's output, from rows with their real tokens in front."""
-        return torch.gather(x, 1, self.place[..., None].expand_as(x))
+        """Return every column's output, from rows with their real tokens in front, which may be fewer."""
+        return torch.gather(x, 1, self.place[..., None].expand(-1, -1, x.shape[2]))
 
 
 def padding_of(attention_mask: torch.Tensor | None, batch: int, n: int) -> Padding | None:

@@ -1,0 +1,1 @@
+"""What the Hugging Face models share: caches of states, padding, checkpoints loaded whole or not at all."""

@@ -1,0 +1,65 @@
+"""Checkpoints are loaded whole, from safetensors, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from safetensors import SafetensorError
+
+from linattn.errors import CheckpointError
+
+__all__ = ["load_whole"]
+
+
+def load_whole(
+    load: Callable[..., Any],
+    path: Any,
+    *arguments: Any,
+    new: tuple[str, tuple[str, ...]] = ("", ()),
+    **options: Any,
+) -> Any:
+    """Return what `load`, a `PreTrainedModel.from_pretrained`, makes of a checkpoint, if nothing is amiss.
+
+    Keys may begin with the base model's name or not. Pickled weights are read only with
+    use_safetensors=False. With output_loading_info=True the report is returned, and nothing that it says is
+    an error. new: a class, and beginnings of names of its tensors that a checkpoint of another class may
+    lack, as its own task's are new.
+
+    Raises CheckpointError when tensors are missing, unknown or of another shape (unless
+    ignore_mismatched_sizes=True), or a file is damaged.
+    """
+    options.setdefault("use_safetensors", True)
+    wants_report = options.pop("output_loading_info", False)
+    shapes_may_differ = options.pop("ignore_mismatched_sizes", wants_report)
+    try:
+        model, report = load(
+            path, *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        if options["use_safetensors"] and "safetensors" in str(error):
+            raise CheckpointError(
+                f"{path} has no safetensors; pickled weights can run code: where you trust them, pass "
+                "use_safetensors=False"
+            ) from error
+        raise
+    if wants_report:
+        return model, report
+    if report["mismatched_keys"] and not shapes_may_differ:
+        name, found, own = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{path} is of another model: {name} has shape {tuple(found)}, this model's is {tuple(own)}"
+        )
+    saved = model.config.architectures or [new[0]]
+    may_lack = () if new[0] in saved else new[1]
+    wrong = {
+        "lacks": [key for key in report["missing_keys"] if not key.startswith(may_lack or ("\0",))],
+        "has unknown": report["unexpected_keys"],
+    }
+    for words, keys in wrong.items():
+        if keys:
+            names = ", ".join(sorted(keys)[:3])
+            raise CheckpointError(f"{path} is of another model: it {words} {names} ({len(keys)} in all)")
+    return model
