@@ -9,7 +9,11 @@ from safetensors import SafetensorError
 
 from linattn.errors import CheckpointError
 
-__all__ = ["load_whole"]
+__all__ = ["ShapeMismatchError", "load_whole"]
+
+
+class ShapeMismatchError(CheckpointError, RuntimeError):
+    """A tensor of another shape; a RuntimeError, too, as transformers raises one there."""
 
 
 def load_whole(
@@ -49,7 +53,7 @@ def load_whole(
         return model, report
     if report["mismatched_keys"] and not shapes_may_differ:
         name, found, own = min(report["mismatched_keys"])
-        raise CheckpointError(
+        raise ShapeMismatchError(
             f"{path} is of another model: {name} has shape {tuple(found)}, this model's is {tuple(own)}"
         )
     saved = model.config.architectures or [new[0]]
