@@ -22,6 +22,7 @@ from linattn.models import TransNormerConfig, TransNormerLM
 
 MODEL_TYPE = "transnormer"
 CONFIG, MODEL, TRAINING, RUN = "config.json", "model.safetensors", "training.safetensors", "training.json"
+SHARDS = "model.safetensors.index.json"  # of checkpoints in several files
 KEPT = 2  # the newest checkpoint and the one before it
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -115,7 +116,7 @@ def find(path: Path) -> Path:
 
     Raises CheckpointError when there is none.
     """
-    if (path / MODEL).is_file():
+    if (path / MODEL).is_file() or (path / SHARDS).is_file():
         return path
     if found := checkpoints(path):
         return found[-1]
@@ -135,14 +136,25 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TransNormerLM:
     kind = fields.pop("model_type", None)
     if kind != MODEL_TYPE:
         raise CheckpointError(f"{folder / CONFIG} is for a model of type {kind!r}, this is {MODEL_TYPE!r}")
-    tensors = {
-        name.removeprefix("model."): x for name, x in _read_tensors(folder / MODEL, _sums(folder)).items()
-    }
+    tensors = {name.removeprefix("model."): x for name, x in _weights(folder).items()}
     if fields.get("tie_word_embeddings") and "embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     model = TransNormerLM(TransNormerConfig.from_dict(fields))
     load_weights(model, tensors, folder / MODEL)
     return model.to(device)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, or of those that transformers' index names."""
+    if not (folder / SHARDS).is_file():
+        return _read_tensors(folder / MODEL, _sums(folder))
+    places = _read_json(folder / SHARDS).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{folder / SHARDS} is damaged: it names no tensors")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(set(places.values())):
+        tensors |= _read_tensors(folder / Path(str(name)).name, {})
+    return tensors
 
 
 def load_weights(model: TransNormerLM, tensors: Mapping[str, torch.Tensor], source: Path) -> None:

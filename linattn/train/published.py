@@ -179,14 +179,25 @@ def train(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    saved = sorted(out.glob("checkpoint-*")) if out.is_dir() else []
+    saved = whole_checkpoints(out)
     if resume and not saved:
         raise CheckpointError(f"{out} holds no checkpoint to go on from")
     if saved and not resume:
         raise OptionError(
             f"{out} holds a run already ({saved[-1].name}): pass --resume to go on, or another --out"
         )
-    trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model(str(out))
+    try:
+        trainer.train(resume_from_checkpoint=str(saved[-1]) if resume else None)
+        trainer.save_model(str(out))
+    except OSError as error:
+        kept = whole_checkpoints(out)
+        rest = f"the last whole checkpoint is {kept[-1]}" if kept else "there is no whole checkpoint"
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}; {rest}") from error
     if not as_json:
         typer.echo(f"saved {out}")
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first, without what a killed run left: its state is written last."""
+    found = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -17,6 +17,7 @@ from linattn.models.transnormer import (
     TransNormerModel,
     preset,
 )
+from linattn.train import load_model
 from tests.models.test_transnormer import SIZES, VOCAB, make, plain, text
 
 
@@ -167,3 +168,15 @@ def test_presets_have_the_published_sizes(name, inner, in_words):
     assert inner + 20_000 * width < in_words * 1.03 and in_words * 0.97 < inner + 110_000 * width
     assert model.config.linear_use_lrpe_list == [1] + [0] * (model.config.decoder_layers - 1)
     assert set(PRESETS) == {"385m", "1b", "3b", "7b", "15b", "175b"}
+
+
+def test_several_files_are_one_checkpoint(model, tmp_path):
+    """Of transformers, read without it."""
+    model.save_pretrained(tmp_path, max_shard_size="4kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = load_model(tmp_path)
+    ids = text(2, 9)
+    assert (loaded(ids) - model.float()(ids).logits).abs().max() < 1e-4
+    next(tmp_path.glob("*-00002-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="00002"):
+        load_model(tmp_path)
