@@ -33,7 +33,10 @@ def kind_of(x: object) -> str | None:
 
 def dtype_name(x: Array) -> str:
     """Return "float32", "int64", … for any kind of array."""
-    return str(x.dtype).removeprefix("torch.")
+    return _spelt(x.dtype) if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
+
+
+_spelt = functools.lru_cache(maxsize=64)(str)  # NumPy takes a microsecond or more for it, each time
 
 
 def device_name(x: Array) -> str:
