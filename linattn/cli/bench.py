@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from linattn.cli.bench_gpu import bench_gpu
+from linattn.cli.bench_models import bench_models
 from linattn.cli.output import print_json, print_lines, print_table
 from linattn.errors import OptionError
 
@@ -23,6 +24,9 @@ SUFFIXES = (".json", ".md", ".png")
 def bench(
     cpu: Annotated[bool, typer.Option("--cpu", help="The processor; the default.")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="A CUDA device, beside flash-linear-attention.")] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Whole models: training, decoding, MiniMax's layer.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Lengths divided by 16, few runs, nothing judged.")
@@ -52,6 +56,9 @@ def bench(
     from linattn.bench.cases import curves
 
     outputs = list(out or ())
+    if models:
+        bench_models(outputs, as_json=as_json, quick=quick)
+        return
     _check(outputs, gpu=gpu)
     if gpu:
         if cpu:
