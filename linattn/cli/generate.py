@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,10 +35,10 @@ def generate(
         from linattn.train.corpus import load_tokenizer
 
         words = load_tokenizer(checkpoint)
-        start = words(prompt)["input_ids"] or [words.eos_token_id or 0]
+        start = words(prompt, add_special_tokens=False)["input_ids"] or [words.eos_token_id or 0]
         ids = continue_ids(model, start, tokens, temperature=temperature, top_k=top_k, seed=seed)
         typer.echo(prompt, nl=False)
-        for piece in pieces(words, start, ids):
+        for piece in pieces(words, start, itertools.takewhile(lambda one: one != words.eos_token_id, ids)):
             typer.echo(on_screen(piece), nl=False)
         typer.echo()
         return

@@ -86,6 +86,8 @@ def train(
     from linattn.train.report import Report
 
     settings = dataclasses.replace(SETTINGS[preset], **changes)
+    if trained := sorted(out.glob("checkpoint-*/trainer_state.json")):
+        raise OptionError(f"{out} holds a run of a published size ({trained[-1].parent.name}): another --out")
     if not resume and (found := checkpoints(out)):
         raise OptionError(
             f"{out} holds a run already ({found[-1].name}): pass --resume to go on, or another --out"

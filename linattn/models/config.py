@@ -18,6 +18,8 @@ RELEASED = {
     "num_layers": "decoder_layers",
     "num_heads": "decoder_attention_heads",
 }
+# Fields that say who wrote a configuration: then it has more of them that mean nothing here.
+HUGGING_FACE = {"architectures", "transformers_version", "auto_map", "eos_token_id"}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "1+elu": "elu+1", "None": None}
 
 
@@ -101,9 +103,9 @@ class TransNormerConfig:
             )
         found.setdefault("feature_map", ACTIVATIONS[act])
         unknown = sorted(set(found) - own)
-        if unknown and not {"architectures", "transformers_version"} & set(fields):
+        if unknown and not HUGGING_FACE & set(fields):
             raise CheckpointError(f"the configuration has unknown fields: {', '.join(unknown)}")
-        use = found.get("linear_use_lrpe_list", ())
+        use = found.get("linear_use_lrpe_list") or ()
         if not isinstance(use, (list, tuple)):
             raise CheckpointError(
                 f"the configuration is damaged: linear_use_lrpe_list must be a list, got {use!r}"

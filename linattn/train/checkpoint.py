@@ -120,6 +120,10 @@ def find(path: Path) -> Path:
         return path
     if found := checkpoints(path):
         return found[-1]
+    of_trainer = [one for one in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", one.name)]
+    of_trainer = [one for one in of_trainer if (one / "trainer_state.json").is_file()]
+    if of_trainer:  # a run of transformers' Trainer that has not ended
+        return max(of_trainer, key=lambda one: int(one.name.rpartition("-")[2]))
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     raise CheckpointError(f"{path} holds no checkpoint: neither {MODEL} nor a folder step-…")

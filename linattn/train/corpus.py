@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from linattn.errors import DataError
-from linattn.train.data import HELD_OUT, read_text
+from linattn.train.data import HELD_OUT, read_text, read_whole
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -36,6 +36,8 @@ def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a folder. Raises DataError where there is none."""
     from transformers import AutoTokenizer
 
+    import linattn.models.transnormer  # noqa: F401 (the Auto classes know it then)
+
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; --tokenizer needs one that save_pretrained wrote")
     try:
@@ -51,7 +53,7 @@ def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = 
 
     Raises DataError when there is no text, or ids do not fit.
     """
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+    if is_dataset(path):
         train, held_out, fingerprint = _dataset(path)
     else:
         text = read_text(path, exclude=list(exclude))
@@ -59,7 +61,7 @@ def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = 
             [part.tobytes().decode("utf-8", "replace")] for part in (text.train, text.held_out)
         )
         fingerprint = text.fingerprint
-    size = 256 if tokenizer is None else len(tokenizer)
+    size = 256 if tokenizer is None else max(tokenizer.get_vocab().values()) + 1  # there may be holes
     return Corpus(
         encoded(train, tokenizer),
         encoded(held_out, tokenizer),
@@ -70,13 +72,21 @@ def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = 
 
 
 def read_all(path: Path, tokenizer: Any = None) -> tuple[Int32[np.ndarray, " n"], int]:
-    """Return the ids of all text of a file or folder, none held out, and how many bytes it has.
+    """Return the ids of all text of a file, a folder or a dataset, none held out, and how many bytes it has.
 
     Raises DataError when there is none.
     """
-    text = read_text(path)
-    whole = np.concatenate([text.train, text.held_out]).tobytes()
-    return encoded([whole.decode("utf-8", "replace")], tokenizer), len(whole)
+    if is_dataset(path):
+        train, held_out, _ = _dataset(path)
+        texts = [*train, *held_out]
+    else:
+        texts = [part.decode("utf-8", "replace") for part in read_whole(path)]
+    return encoded(texts, tokenizer), sum(len(one.encode()) for one in texts)
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether `datasets` wrote a folder."""
+    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def encoded(texts: Iterable[str], tokenizer: Any) -> Int32[np.ndarray, " n"]:
@@ -113,6 +123,9 @@ def _dataset(path: Path) -> tuple[list[str], list[str], str]:
     main = splits.get("train", next(iter(splits.values())))
     if "text" not in main.column_names:
         raise DataError(f'{path} has no column "text", only {", ".join(main.column_names)}')
+    for name, split in splits.items():
+        if any(one is None for one in split["text"]):
+            raise DataError(f"{path} has a row without text in its split {name!r}")
     other = next((splits[name] for name in ("validation", "test") if name in splits), None)
     if other is None:
         cut = len(main) - max(1, len(main) // HELD_OUT)

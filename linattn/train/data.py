@@ -51,12 +51,7 @@ def read_text(
 
     Raises DataError when the path is missing, unreadable or empty, or when there is no text in it.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist; --text needs a text file or a folder of them")
-    if not path.is_dir():
-        parts, skipped = [("", _read_file(path))], 0
-    else:
-        parts, skipped = _read_folder(path, exclude, exclude_names, suffixes)
+    parts, skipped = _read(path, exclude, exclude_names, suffixes)
     train: list[bytes] = []
     held_out: list[bytes] = []
     for name, data in parts:
@@ -64,6 +59,8 @@ def read_text(
             (held_out if zlib.crc32(name.encode()) % HELD_OUT == 0 else train).append(data)
         else:
             cut = len(data) - len(data) // HELD_OUT
+            while cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside of a character
+                cut += 1
             train.append(data[:cut])
             held_out.append(data[cut:])
     both = b"".join(train), b"".join(held_out)
@@ -71,6 +68,21 @@ def read_text(
     return Text(
         np.frombuffer(both[0], np.uint8), np.frombuffer(both[1], np.uint8), len(parts), skipped, fingerprint
     )
+
+
+def read_whole(path: Path) -> list[bytes]:
+    """Read what `read_text` does, a file or every text file under a folder, without holding anything out."""
+    return [data for _, data in _read(path, (), (), ())[0]]
+
+
+def _read(
+    path: Path, exclude: Sequence[Path], exclude_names: Sequence[str], suffixes: Sequence[str]
+) -> tuple[list[tuple[str, bytes]], int]:
+    if not path.exists():
+        raise DataError(f"{path} does not exist; --text needs a text file or a folder of them")
+    if not path.is_dir():
+        return [("", _read_file(path))], 0
+    return _read_folder(path, exclude, exclude_names, suffixes)
 
 
 def _read_file(path: Path) -> bytes:

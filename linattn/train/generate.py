@@ -107,11 +107,13 @@ def decoded(stream: Iterator[int]) -> Iterator[str]:
 def pieces(tokenizer: Any, prompt: Sequence[int], ids: Iterator[int]) -> Iterator[str]:
     """Turn ids into text as soon as whole characters are there, in view of a few tokens before."""
     recent = list(prompt[-BEFORE:])
-    shown = tokenizer.decode(recent)
+    shown = text = tokenizer.decode(recent)
     for one in ids:
         recent.append(one)
         text = tokenizer.decode(recent)
-        if not text.endswith("\ufffd"):
+        if not text.endswith("\ufffd") or len(recent) > 4 * BEFORE:
             yield text[len(shown) :]
             recent = recent[-BEFORE:]
-            shown = tokenizer.decode(recent)
+            shown = text = tokenizer.decode(recent)
+    if text != shown:  # half a character
+        yield text[len(shown) :]

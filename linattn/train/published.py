@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import typer
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
 from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerForCausalLM, preset
+from linattn.safetensors_io import write_whole
+from linattn.train import checkpoint
 from linattn.train.corpus import Corpus
 
+FACTS = "run.json"  # what a run is, beside its checkpoints
 LOSS_CHUNK = 8192  # tokens whose logits are there at once
 JUDGED = 64  # windows of the held-out text that are measured, spread over all of it
 
@@ -42,9 +47,9 @@ class Plan:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "seq_len", "save_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueRangeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("steps", 1), ("batch", 1), ("seq_len", 2), ("save_every", 1), ("accumulate", 1)):
+            if getattr(self, name) < least:
+                raise ValueRangeError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
             raise ValueRangeError(f"lr must be above 0, got {self.lr}")
         if self.batch % self.accumulate:
@@ -54,10 +59,12 @@ class Plan:
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Windows of seq_len tokens, one after the other; what is left at the end is not used."""
 
-    def __init__(self, ids: np.ndarray, seq_len: int, most: int | None = None) -> None:
+    def __init__(self, ids: np.ndarray, seq_len: int, what: str, most: int | None = None) -> None:
         count = len(ids) // seq_len
         if count < 1:
-            raise DataError(f"the text has {len(ids)} tokens, one window needs {seq_len}: give more text")
+            raise DataError(
+                f"the {what} text has {len(ids)} tokens, one window needs {seq_len}: give more text"
+            )
         every = range(count) if most is None or count <= most else np.linspace(0, count - 1, most).astype(int)
         self.ids, self.seq_len, self.rows = ids, seq_len, [int(row) for row in every]
 
@@ -87,15 +94,24 @@ def model_of(size: str, vocab_size: int) -> TransNormerForCausalLM:
     if size.lower() in PRESETS:
         return TransNormerForCausalLM(preset(size, vocab_size=vocab_size, pad_token_id=None))
     known(size)
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != TransNormerConfig.model_type:
+        raise CheckpointError(f"{folder / 'config.json'} is for a model of type {kind!r}, not 'transnormer'")
     config = TransNormerConfig.from_pretrained(folder)
     if not any(folder.glob("*.safetensors")):
+        if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt")]):
+            raise CheckpointError(
+                f"{pickles[0]} is a pickle, which can run code: where you trust it, load the model with "
+                "use_safetensors=False and save it again"
+            )
         config.vocab_size = vocab_size
         return TransNormerForCausalLM(config)
     if config.vocab_size < vocab_size:
         raise CheckpointError(
             f"{folder} is of a vocabulary of {config.vocab_size}, the text's tokens need {vocab_size}"
         )
-    model: TransNormerForCausalLM = TransNormerForCausalLM.from_pretrained(folder)
+    # in float32: steps of a small learning rate are lost in half precision
+    model: TransNormerForCausalLM = TransNormerForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
 
 
@@ -139,10 +155,19 @@ def train(
 
     Raises DataError for a text that is too short, CheckpointError where there is nothing to resume.
     """
+    saved = whole_checkpoints(out)
+    if (small := checkpoint.checkpoints(out)) or (saved and not resume):
+        last = (small or saved)[-1].name
+        raise OptionError(f"{out} holds a run already ({last}): pass --resume to go on, or another --out")
+    if resume and not saved:
+        raise CheckpointError(f"{out} holds no checkpoint to go on from")
+    checkpoint.prepare(out)
+    facts = {**asdict(plan), "preset": size, "text": corpus.fingerprint, "vocab_size": corpus.vocab_size}
+    _same_run(out, facts, resume=resume)
     torch.manual_seed(plan.seed)
     model = model_of(size, corpus.vocab_size)
     model.loss_chunk = LOSS_CHUNK
-    held_out = Rows(corpus.held_out, plan.seq_len, JUDGED)
+    held_out = Rows(corpus.held_out, plan.seq_len, "held-out", JUDGED)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=plan.steps,
@@ -171,7 +196,7 @@ def train(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Rows(corpus.train, plan.seq_len),
+        train_dataset=Rows(corpus.train, plan.seq_len, "training"),
         eval_dataset=held_out,
         data_collator=default_data_collator,
         processing_class=tokenizer,
@@ -179,13 +204,6 @@ def train(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    saved = whole_checkpoints(out)
-    if resume and not saved:
-        raise CheckpointError(f"{out} holds no checkpoint to go on from")
-    if saved and not resume:
-        raise OptionError(
-            f"{out} holds a run already ({saved[-1].name}): pass --resume to go on, or another --out"
-        )
     try:
         trainer.train(resume_from_checkpoint=str(saved[-1]) if resume else None)
         trainer.save_model(str(out))
@@ -193,11 +211,33 @@ def train(
         kept = whole_checkpoints(out)
         rest = f"the last whole checkpoint is {kept[-1]}" if kept else "there is no whole checkpoint"
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}; {rest}") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{saved[-1] if saved else out} is damaged: {error}; without it --resume takes the one before"
+        ) from error
     if not as_json:
         typer.echo(f"saved {out}")
 
 
+def _same_run(out: Path, facts: dict[str, Any], *, resume: bool) -> None:
+    """Write down what a run is, or raise OptionError where one that goes on is another."""
+    place = out / FACTS
+    if not resume:
+        write_whole(place, (json.dumps(facts, indent=2) + "\n").encode())
+        return
+    before = json.loads(place.read_text()) if place.is_file() else facts
+    for name, value in facts.items():
+        if before.get(name) != value:
+            raise OptionError(
+                f"{out} is a run with {name} {before.get(name)!r}, not {value!r}: resume it as it was"
+            )
+
+
 def whole_checkpoints(out: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first, without what a killed run left: its state is written last."""
-    found = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    found = [
+        path
+        for path in out.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

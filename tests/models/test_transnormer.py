@@ -147,6 +147,30 @@ def test_padding_leaves_no_trace(model, side):
     assert torch.equal(changed[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_chunks_of_a_padded_prompt(model, chunk):
+    ids = text(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, 3] = 0
+    options = {"attention_mask": mask, "generation_config": GREEDY}
+    want = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **options), want)
+    cache = model(ids[:, :2], use_cache=True).past_key_values
+    with pytest.raises(OptionError, match="prefill_chunk_size"):
+        model.generate(ids, past_key_values=cache, generation_config=GREEDY, prefill_chunk_size=chunk)
+
+
+def test_a_mask_must_agree_with_what_the_states_hold(model):
+    """As after a generation in which one row ended before the other."""
+    ids = torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]])
+    cache = model(ids, use_cache=True).past_key_values
+    mask = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(StateError, match=r"2 real tokens .* its state of row 0 holds 4"):
+        model(text(2, 1), attention_mask=mask, past_key_values=cache)
+    with pytest.raises(StateError, match="all of the prompt"):
+        model.generate(ids, past_key_values=cache, generation_config=GREEDY)
+
+
 def test_padded_continuations(model):
     """A second turn of other lengths: rows padded on the left, behind states that are not empty."""
     first, second = text(2, 6), text(2, 5, seed=1)
@@ -203,7 +227,12 @@ def test_packed_texts_do_not_see_each_other(model):
     want = torch.cat([model(one).logits for one in texts], 1)
     positions = torch.cat([torch.arange(n) for n in (4, 1, 7)])[None]
     for packed in ({"cu_seqlens": borders}, {"cu_seq_lens_q": borders.int()}, {"position_ids": positions}):
-        same(model(ids, **packed, use_cache=False).logits, want)
+        same(model(ids, **packed).logits, want)
+        # nor foretell each other's first token
+        losses = [model(one, labels=one).loss * (one.shape[1] - 1) for one in texts if one.shape[1] > 1]
+        got = model(ids, labels=ids, **packed).loss
+        assert got.item() == pytest.approx(sum(losses).item() / 9, rel=1e-6)
+    same(model(ids, seq_idx=torch.tensor([[0] * 4 + [1] + [2] * 7])).logits, want)
     # position_ids of one text say nothing
     assert torch.equal(model(ids, position_ids=torch.arange(12)[None]).logits, model(ids).logits)
 

@@ -153,7 +153,56 @@ def test_a_dataset(sizes, tmp_path):
         corpus.read_corpus(tmp_path / "bad")
 
 
+def test_a_run_goes_on_as_what_it_was(sizes, text, tmp_path):
+    out = tmp_path / "out"
+    run(sizes, text, out)
+    with pytest.raises(OptionError, match=r"a run with lr 0\.01, not 0\.1"):
+        run(
+            sizes,
+            text,
+            out,
+            published.Plan(steps=6, batch=2, seq_len=16, lr=0.1, warmup=2, save_every=3),
+            resume=True,
+        )
+    text.write_text(LINE * 61)
+    with pytest.raises(OptionError, match="a run with text "):
+        run(sizes, text, out, resume=True)
+    small = CliRunner().invoke(app, ["train", "--text", str(text), "--out", str(out), "--device", "cpu"])
+    assert small.exit_code == 2 and "a run of a published size (checkpoint-" in small.output
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written to"):
+        run(sizes, text, tmp_path / "file")
+
+
+def test_whole_texts_are_judged(tmp_path):
+    """Of a folder and of a dataset, none cut, characters neither."""
+    (tmp_path / "two").mkdir()
+    for name in "ab":
+        (tmp_path / "two" / f"{name}.txt").write_text("äöü" * 33 + name)
+    ids, size = corpus.read_all(tmp_path / "two")
+    assert bytes(ids.astype(np.uint8)).decode() == "äöü" * 33 + "a" + "äöü" * 33 + "b" and size == len(ids)
+    parts = corpus.read_corpus(tmp_path / "two")
+    for part in (parts.train, parts.held_out):
+        bytes(part.astype(np.uint8)).decode()
+    datasets = pytest.importorskip("datasets", reason="part of the development tools")
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "data")
+    assert bytes(corpus.read_all(tmp_path / "data")[0].astype(np.uint8)) == b"onetwo"
+    datasets.Dataset.from_dict({"text": ["one", None]}).save_to_disk(tmp_path / "none")
+    with pytest.raises(DataError, match="a row without text"):
+        corpus.read_all(tmp_path / "none")
+
+
 def test_bad_runs(sizes, text, tmp_path):
+    config = sizes / "config.json"
+    (sizes / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        published.model_of(str(sizes), 256)
+    (sizes / "pytorch_model.bin").unlink()
+    before = config.read_text()
+    config.write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="type 'llama', not 'transnormer'"):
+        published.model_of(str(sizes), 256)
+    config.write_text(before)
     with pytest.raises(OptionError, match="tiny, small, 385m"):
         published.model_of("9b", 256)
     with pytest.raises(DataError, match="one window needs 4096"):
@@ -162,6 +211,7 @@ def test_bad_runs(sizes, text, tmp_path):
         run(sizes, text, tmp_path / "b", resume=True)
     with pytest.raises(DataError, match="holds no tokenizer"):
         corpus.load_tokenizer(tmp_path)
-    published.model_of(str(sizes), 256).save_pretrained(tmp_path / "weights")
+    published.model_of(str(sizes), 256).bfloat16().save_pretrained(tmp_path / "weights")
+    assert published.model_of(str(tmp_path / "weights"), 256).dtype == torch.float32
     with pytest.raises(CheckpointError, match="a vocabulary of 256, the text's tokens need 300"):
         published.model_of(str(tmp_path / "weights"), 300)

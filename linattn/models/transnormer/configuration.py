@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from linattn.errors import OptionError
+from linattn.errors import OptionError, ValueRangeError
 from linattn.models.config import ACTIVATIONS, NORM
 from linattn.models.config import TransNormerConfig as Parts
 
@@ -44,7 +44,7 @@ class TransNormerConfig(PreTrainedConfig):
     decoder_attention_heads: int = 8
     hidden_dim: int = 1024
     glu_dim: int = 2816
-    linear_use_lrpe_list: list[int] | tuple[int, ...] = ()
+    linear_use_lrpe_list: list[int] | tuple[int, ...] | None = ()
     linear_act_fun: str | None = "silu"
     norm_type: str = "simplermsnorm"
     no_scale_embedding: bool = False
@@ -59,7 +59,11 @@ class TransNormerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.linear_use_lrpe_list = list(self.linear_use_lrpe_list)
+        self.linear_use_lrpe_list = list(self.linear_use_lrpe_list or ())
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueRangeError(
+                f"pad_token_id must lie in 0 … {self.vocab_size - 1}, got {self.pad_token_id}"
+            )
         self.parts()  # refuses what does not fit together
         super().__post_init__(**kwargs)
 
@@ -79,7 +83,7 @@ class TransNormerConfig(PreTrainedConfig):
             num_layers=self.decoder_layers,
             glu_dim=self.glu_dim,
             decay_schedule=self.decay_schedule,
-            linear_use_lrpe_list=tuple(self.linear_use_lrpe_list),
+            linear_use_lrpe_list=tuple(self.linear_use_lrpe_list or ()),
             no_scale_embedding=self.no_scale_embedding,
             bias=self.bias,
             feature_map=ACTIVATIONS[act],

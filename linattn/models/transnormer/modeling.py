@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from linattn.errors import OptionError, ShapeError
+from linattn.errors import OptionError, ShapeError, StateError
 from linattn.models.huggingface.loading import load_whole
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
@@ -121,14 +121,14 @@ class TransNormerModel(TransNormerPreTrainedModel):
         if kwargs.get("output_attentions"):
             raise OptionError("output_attentions: linear attention forms no matrix of weights to return")
         x = self._embedded(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         batch, n = x.shape[:2]
-        borders = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-        if borders is None and cache is None:
-            borders = _borders(position_ids, n)
+        borders = self._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
+        cache = self._cache(past_key_values, use_cache, borders)
         padding = padding_of(attention_mask, batch, n)
+        if cache is not None and cache.states and attention_mask is not None:
+            _check_seen(cache, attention_mask, n)
         if padding is not None and borders is not None:
             raise ShapeError("texts back to back have no padding: pass cu_seqlens or a mask with zeros")
         x = x if padding is None else padding.to_front(x)
@@ -158,12 +158,28 @@ class TransNormerModel(TransNormerPreTrainedModel):
         assert x is not None
         return x if self.config.no_scale_embedding else x * math.sqrt(self.config.decoder_embed_dim)
 
-    def _cache(self, given: Any, use_cache: bool | None) -> TransNormerCache | None:
+    def _borders(
+        self,
+        options: dict[str, Any],
+        cu_seqlens: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cache: TransNormerCache | None,
+    ) -> torch.Tensor | None:
+        """Where texts begin that lie back to back, however that is said; None for one text a row."""
+        given = options.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        if given is not None or cache is not None or mask is not None:
+            return given
+        return borders_of(position_ids, options.get("seq_idx"))
+
+    def _cache(
+        self, given: Any, use_cache: bool | None, borders: torch.Tensor | None
+    ) -> TransNormerCache | None:
         """What to continue and to keep; None where nothing is to be kept."""
         if given is not None and not isinstance(given, TransNormerCache):
             raise OptionError(f"past_key_values must be a TransNormerCache, got {type(given).__name__}")
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and borders is None
         if self.training and self.is_gradient_checkpointing:
             use_cache = False  # the second forward pass would see the state of the first
         if given is None and use_cache:
@@ -250,12 +266,15 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             output_hidden_states, True, cu_seqlens, **kwargs,
         )  # fmt: skip
+        borders = self.model._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
+        if labels is not None and borders is not None:  # no text foretells the next one's first token
+            labels = labels.index_fill(1, borders[1:-1].long().clamp(max=labels.shape[1] - 1), IGNORED)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
         if labels is None or self.loss_chunk is None or not self.training:
             logits = self.lm_head(found.last_hidden_state[:, columns])
         else:
-            loss = self._loss_by_chunks(found.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+            loss = self._loss_by_chunks(found.last_hidden_state, labels, **kwargs)
         if labels is not None and logits is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
@@ -266,15 +285,23 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         return answer if _named(return_dict, self.config) else answer.to_tuple()
 
     def _loss_by_chunks(
-        self, rows: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor | int | None
+        self,
+        rows: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """The mean over what is asked, here or (`asked`) in all passes of a step."""
-        x, wanted = rows[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(rows.device)
+        """The mean over what is asked, here or (num_items_in_batch) in all passes of a step."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        x, wanted = rows.flatten(0, 1), shift_labels.flatten().to(rows.device)
         total = x.new_zeros((), dtype=torch.float32)
         for start in range(0, len(x), self.loss_chunk or len(x)):
             part = slice(start, start + (self.loss_chunk or len(x)))
             total = total + checkpoint(self._summed_loss, x[part], wanted[part], use_reentrant=False)
-        return total / ((wanted != IGNORED).sum() if asked is None else asked)
+        return total / ((wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def _summed_loss(self, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(x).float()
@@ -287,19 +314,28 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        is_first_iteration: bool | None = False,
+        is_first_iteration: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What transformers prepares; after the first call no mask, as all that is new is real."""
+        """What transformers prepares; for a generated token no mask, as all that is new is real.
+
+        Raises StateError for a prompt of which the cache has seen every token.
+        """
+        cache, wanted = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
+        if cache is not None and wanted is not None and wanted < 1:
+            raise StateError(
+                f"the cache has seen {cache.get_seq_length()} columns, all of the prompt: keep one of its "
+                "beginning, without the last token"
+            )
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            is_first_iteration=is_first_iteration,
+            is_first_iteration=bool(is_first_iteration),
             **kwargs,
         )
-        if use_cache and not is_first_iteration:
+        if use_cache and wanted == 1 and not is_first_iteration:
             inputs["attention_mask"] = None
         inputs.pop("position_ids", None)
         return inputs
@@ -308,19 +344,42 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.use_cache and cache is None:
             model_kwargs["past_key_values"] = TransNormerCache()
+        elif cache is not None and cache.get_seq_length() and generation_config.prefill_chunk_size:
+            raise OptionError("prefill_chunk_size reads a prompt from its beginning: not with a cache of it")
 
 
 def _named(return_dict: bool | None, config: TransNormerConfig) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
-def _borders(position_ids: torch.Tensor | None, n: int) -> torch.Tensor | None:
+def _check_seen(cache: TransNormerCache, mask: torch.Tensor, n: int) -> None:
+    """Raise StateError where a mask over everything calls tokens padding that the states hold.
+
+    As generation leaves them: rows that have ended go on with padding until the last one ends.
+    """
+    if torch.compiler.is_compiling() or mask.shape[1] != cache.columns + n:
+        return
+    wanted, held = mask[:, : cache.columns].bool().sum(1), cache.states[0].length.to(mask.device)
+    if bool((wanted != held).any()):
+        row = int((wanted != held).nonzero()[0])
+        raise StateError(
+            f"attention_mask has {int(wanted[row])} real tokens among the columns that the cache has seen, "
+            f"its state of row {row} holds {int(held[row])}: read that text again"
+        )
+
+
+def borders_of(position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None = None) -> torch.Tensor | None:
     """Where texts begin that lie back to back in one row; None for one text."""
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
+    if seq_idx is not None and seq_idx.shape[0] == 1:
+        begins = (seq_idx[0, 1:] != seq_idx[0, :-1]).nonzero()[:, 0] + 1
+    elif position_ids is not None and position_ids.shape[0] == 1 and position_ids.ndim == 2:
+        begins = (position_ids[0, 1:] == 0).nonzero()[:, 0] + 1
+    else:
         return None
-    begins = (position_ids[0] == 0).nonzero()[:, 0]
-    if len(begins) < 2:
+    if len(begins) == 0:
         return None
-    return torch.cat([begins, begins.new_full((1,), n)])
+    n = (position_ids if seq_idx is None else seq_idx).shape[1]  # type: ignore[union-attr]
+    return torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), n)])
