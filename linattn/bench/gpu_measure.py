@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from linattn.bench.gpu_work import Outputs, Work
@@ -38,6 +40,21 @@ class Meter(Protocol):
 
     def peak_bytes(self, work: Work) -> int:
         """The most memory that a call holds beyond what was held before."""
+
+
+def captured(run: Callable[[], Any], times: int = 1) -> tuple[Any, Any]:
+    """Return a CUDA graph of so many calls, and what the last one returned; three come before, uncaptured."""
+    torch: Any = importlib.import_module("torch")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            outputs = run()
+    return graph, outputs
 
 
 class Cuda:
@@ -82,20 +99,11 @@ class Cuda:
         )
 
     def replayed(self, work: Work, medians: int = 1) -> float | None:
-        torch = self.torch
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    work()
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                for _ in range(STEPS):
-                    outputs = work()
+            graph, outputs = captured(work, STEPS)
             taken = self.milliseconds(lambda: (graph.replay(),), medians) / STEPS
         except failures():  # what a capture forbids
-            torch.cuda.synchronize()
+            self.torch.cuda.synchronize()
             return None
         del outputs
         return taken

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
+from linattn.bench.gpu_measure import captured
 from linattn.integrations.transformers import patch_minimax
 from linattn.models.transnormer import TransNormerCache, TransNormerForCausalLM, preset
 
@@ -154,15 +155,7 @@ def decoding(model: Any, batch: int, context: int) -> Row:
 
     run: Callable[[], object] = step
     if device.type == "cuda":
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        graph, _ = captured(step)
         run = graph.replay
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     return Row("decoding", OURS, batch, context, timed(run, device, 20), weights=weights)

@@ -193,6 +193,28 @@ def test_half_precision_keeps_float32_states(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_chunks_of_a_padded_prompt(chunk):
+    model, ids = build(CosformerForCausalLM), text(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, 3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    want = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **options), want)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **options), want[:, 9:])
+
+
+def test_a_mask_must_agree_with_what_the_states_hold():
+    model, ids = build(CosformerForCausalLM), text(2, 4)
+    cache = model(ids, use_cache=True).past_key_values
+    mask = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(StateError, match=r"2 real tokens .* its state of row 0 holds 4"):
+        model(text(2, 1), attention_mask=mask, past_key_values=cache)
+    with pytest.raises(StateError, match="all of the prompt"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+
+
 def test_logits_of_the_last_columns_alone():
     model, ids = build(CosformerForCausalLM), text(2, 6)
     whole = model(ids).logits

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models.cosformer.block import CosformerBlock
+from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
-from linattn.models.huggingface.loading import load_whole
+from linattn.models.huggingface.model import StateModel
 from linattn.models.huggingface.padding import Padding, padding_of
 from linattn.models.transnormer_lm import check_ids
 
@@ -22,34 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["CosformerPreTrainedModel", "CosformerStack", "Rows", "Source"]
 
 
-class CosformerPreTrainedModel(PreTrainedModel):
-    """What the models share: how weights begin, and how checkpoints are read."""
+class CosformerPreTrainedModel(StateModel):
+    """What the models share."""
 
     config: CosformerConfig
     config_class = CosformerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
+    cache_class = CosformerCache
     _no_split_modules: ClassVar[list[str]] = ["CosformerBlock"]
-    _is_stateful = True  # no assisted generation: a state cannot be rolled back
-    _new_heads: ClassVar[tuple[str, ...]] = ()  # what a checkpoint of another task need not have
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes its own
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any = None, *arguments: Any, **options: Any
-    ) -> Any:
-        """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
-
-        A head of another task than the checkpoint's begins anew: an encoder becomes a classifier. Everything
-        else: `linattn.models.huggingface.loading.load_whole`.
-        """
-        path = pretrained_model_name_or_path
-        return load_whole(
-            super().from_pretrained, path, *arguments, new=(cls.__name__, cls._new_heads), **options
-        )
 
 
 @dataclass(frozen=True)
@@ -193,8 +172,3 @@ def check_options(given: dict[str, Any], config: CosformerConfig) -> None:
     for name in ("cu_seqlens", "cu_seq_lens_q"):
         if given.get(name) is not None:
             raise OptionError(f"{name}: texts back to back are not taken, pass one text a row")
-
-
-def named(return_dict: bool | None, config: CosformerConfig) -> bool:
-    """Whether to answer with names rather than with a tuple."""
-    return bool(config.return_dict if return_dict is None else return_dict)

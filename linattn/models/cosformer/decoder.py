@@ -17,12 +17,12 @@ from linattn.models.cosformer.base import (
     Rows,
     Source,
     check_options,
-    named,
     source_of,
 )
 from linattn.models.cosformer.block import remember
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.models.huggingface.model import StateGeneration, named
 from linattn.state import State
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class CosformerDecoder(CosformerStack):
             output_hidden_states = self.config.output_hidden_states
         cache = self._cache(past_key_values, use_cache)
         rows = self._begun(input_ids, attention_mask, inputs_embeds, cache)
+        if cache is not None:
+            cache.check_seen(attention_mask, rows.columns)
         known = cache is not None and bool(cache.states)
         if self.crosses and not known and encoder_hidden_states is None:
             raise OptionError("a decoder with num_decoder_layers above 0 needs encoder_hidden_states")
@@ -92,16 +94,6 @@ class CosformerDecoder(CosformerStack):
             hidden_states=back if output_hidden_states else None,
         )
         return found if named(return_dict, self.config) else found.to_tuple()
-
-    def _cache(self, given: Any, use_cache: bool | None) -> CosformerCache | None:
-        """What to continue and to keep; None where nothing is to be kept."""
-        if given is not None and not isinstance(given, CosformerCache):
-            raise OptionError(f"past_key_values must be a CosformerCache, got {type(given).__name__}")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if given is None and use_cache:
-            return CosformerCache()
-        return given
 
     def _begun(
         self,
@@ -144,7 +136,7 @@ class CosformerDecoder(CosformerStack):
             cache.columns += rows.columns
 
 
-class CosformerForCausalLM(CosformerPreTrainedModel, GenerationMixin):
+class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, GenerationMixin):
     """A causal cosFormer and a head without bias: logits of the next token, a loss where labels are given.
 
     `generate` goes greedily, samples and keeps beams, with padding on either side, and continues a
@@ -206,10 +198,3 @@ class CosformerForCausalLM(CosformerPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
         )
         return answer if named(return_dict, self.config) else answer.to_tuple()
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """What transformers prepares; after the first call no mask, as all that is new is real."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
-            inputs["attention_mask"] = None
-        return inputs

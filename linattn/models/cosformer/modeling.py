@@ -9,8 +9,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 
 from linattn.errors import ValueRangeError
-from linattn.models.cosformer.base import CosformerPreTrainedModel, CosformerStack, check_options, named
+from linattn.models.cosformer.base import CosformerPreTrainedModel, CosformerStack, check_options
 from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.models.huggingface.model import named
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

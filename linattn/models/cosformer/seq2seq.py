@@ -10,11 +10,12 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from linattn.errors import OptionError
-from linattn.models.cosformer.base import CosformerPreTrainedModel, named
+from linattn.models.cosformer.base import CosformerPreTrainedModel
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.cosformer.decoder import CosformerDecoder
 from linattn.models.cosformer.modeling import CosformerModel
+from linattn.models.huggingface.model import named
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

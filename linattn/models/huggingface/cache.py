@@ -62,6 +62,25 @@ class StateCache(Cache):
         """Whether anything was seen."""
         return bool(self.states)
 
+    def check_seen(self, mask: torch.Tensor | None, n: int) -> None:
+        """Compare a mask over everything, n new columns last, with what the states hold.
+
+        Generation leaves them apart: rows that have ended go on with padding until the last one ends. Raises
+        StateError where the mask calls tokens padding that a state holds, or the other way round.
+        """
+        if mask is None or not self.states or torch.compiler.is_compiling():
+            return
+        if mask.ndim != 2 or mask.shape[1] != self.columns + n:
+            return
+        held = self.states[0].length.to(mask.device)
+        wanted = mask[:, : self.columns].bool().sum(1)
+        if bool((wanted != held).any()):
+            row = int((wanted != held).nonzero()[0])
+            raise StateError(
+                f"attention_mask has {int(wanted[row])} real tokens among the columns that the cache has "
+                f"seen, its state of row {row} holds {int(held[row])}: read that text again"
+            )
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row b goes on from what row beam_idx[b] has seen."""
         self.states = [state.select(beam_idx.to(state.kv.device)) for state in self.states]

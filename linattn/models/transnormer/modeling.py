@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers import GenerationMixin, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from linattn.errors import OptionError, ShapeError, StateError
-from linattn.models.huggingface.loading import load_whole
+from linattn.errors import OptionError, ShapeError
+from linattn.models.huggingface.model import StateGeneration, StateModel, named
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
@@ -34,15 +34,13 @@ class TransNormerBlock(GradientCheckpointingLayer, TransNormerLayer):
     """A layer whose activations can be formed again in the backward pass."""
 
 
-class TransNormerPreTrainedModel(PreTrainedModel):
+class TransNormerPreTrainedModel(StateModel):
     """What both models share: how weights begin, and how checkpoints are read."""
 
     config: TransNormerConfig
     config_class = TransNormerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
+    cache_class = TransNormerCache
     _no_split_modules: ClassVar[list[str]] = ["TransNormerBlock"]
-    _is_stateful = True  # no assisted generation: a state cannot be rolled back
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["lrpe"]  # angles keep their bits
 
     @torch.no_grad()
@@ -52,20 +50,6 @@ class TransNormerPreTrainedModel(PreTrainedModel):
             initialization.copy_(module.theta, module.default())
         if isinstance(module, GatedLinearAttention) and module.log_decay_bits is not None:
             initialization.copy_(module.log_decay_bits, module.decay_bits())
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes its own
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any = None, *arguments: Any, **options: Any
-    ) -> Any:
-        """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
-
-        Everything else: `linattn.models.huggingface.loading.load_whole`.
-        """
-        return load_whole(super().from_pretrained, pretrained_model_name_or_path, *arguments, **options)
 
 
 class TransNormerModel(TransNormerPreTrainedModel):
@@ -125,10 +109,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         batch, n = x.shape[:2]
         borders = self._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
-        cache = self._cache(past_key_values, use_cache, borders)
+        if use_cache is None and borders is not None:
+            use_cache = False  # it would have a row for each text
+        cache = self._cache(past_key_values, use_cache)
         padding = padding_of(attention_mask, batch, n)
-        if cache is not None and cache.states and attention_mask is not None:
-            _check_seen(cache, attention_mask, n)
+        if cache is not None:
+            cache.check_seen(attention_mask, n)
         if padding is not None and borders is not None:
             raise ShapeError("texts back to back have no padding: pass cu_seqlens or a mask with zeros")
         x = x if padding is None else padding.to_front(x)
@@ -143,7 +129,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
             past_key_values=cache,
             hidden_states=rows if output_hidden_states else None,
         )
-        return found if _named(return_dict, self.config) else found.to_tuple()
+        return found if named(return_dict, self.config) else found.to_tuple()
 
     def _embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
         if (ids is None) == (embeds is None):
@@ -172,20 +158,6 @@ class TransNormerModel(TransNormerPreTrainedModel):
             return given
         return borders_of(position_ids, options.get("seq_idx"))
 
-    def _cache(
-        self, given: Any, use_cache: bool | None, borders: torch.Tensor | None
-    ) -> TransNormerCache | None:
-        """What to continue and to keep; None where nothing is to be kept."""
-        if given is not None and not isinstance(given, TransNormerCache):
-            raise OptionError(f"past_key_values must be a TransNormerCache, got {type(given).__name__}")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and borders is None
-        if self.training and self.is_gradient_checkpointing:
-            use_cache = False  # the second forward pass would see the state of the first
-        if given is None and use_cache:
-            return TransNormerCache()
-        return given
-
     def _layers(
         self,
         x: torch.Tensor,
@@ -213,7 +185,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
             cache.states, cache.columns = after, cache.columns + n
 
 
-class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
+class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, GenerationMixin):
     """A TransNormerModel and a head without bias: logits of the next token, a loss where labels are given.
 
     `generate` goes greedily, samples and keeps beams, with padding on either side, and continues a
@@ -262,11 +234,11 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
         last so many columns only, or of these; 0 for all. Everything else: `TransNormerModel.forward`.
         """
+        borders = self.model._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_hidden_states, True, cu_seqlens, **kwargs,
+            output_hidden_states, True, borders, **kwargs,
         )  # fmt: skip
-        borders = self.model._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
         if labels is not None and borders is not None:  # no text foretells the next one's first token
             labels = labels.index_fill(1, borders[1:-1].long().clamp(max=labels.shape[1] - 1), IGNORED)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -282,7 +254,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         answer = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
         )
-        return answer if _named(return_dict, self.config) else answer.to_tuple()
+        return answer if named(return_dict, self.config) else answer.to_tuple()
 
     def _loss_by_chunks(
         self,
@@ -306,69 +278,6 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
     def _summed_loss(self, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(x).float()
         return nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        is_first_iteration: bool | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """What transformers prepares; for a generated token no mask, as all that is new is real.
-
-        Raises StateError for a prompt of which the cache has seen every token.
-        """
-        cache, wanted = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
-        if cache is not None and wanted is not None and wanted < 1:
-            raise StateError(
-                f"the cache has seen {cache.get_seq_length()} columns, all of the prompt: keep one of its "
-                "beginning, without the last token"
-            )
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            is_first_iteration=bool(is_first_iteration),
-            **kwargs,
-        )
-        if use_cache and wanted == 1 and not is_first_iteration:
-            inputs["attention_mask"] = None
-        inputs.pop("position_ids", None)
-        return inputs
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
-    ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
-        cache = model_kwargs.get("past_key_values")
-        if generation_config.use_cache and cache is None:
-            model_kwargs["past_key_values"] = TransNormerCache()
-        elif cache is not None and cache.get_seq_length() and generation_config.prefill_chunk_size:
-            raise OptionError("prefill_chunk_size reads a prompt from its beginning: not with a cache of it")
-
-
-def _named(return_dict: bool | None, config: TransNormerConfig) -> bool:
-    return bool(config.return_dict if return_dict is None else return_dict)
-
-
-def _check_seen(cache: TransNormerCache, mask: torch.Tensor, n: int) -> None:
-    """Raise StateError where a mask over everything calls tokens padding that the states hold.
-
-    As generation leaves them: rows that have ended go on with padding until the last one ends.
-    """
-    if torch.compiler.is_compiling() or mask.shape[1] != cache.columns + n:
-        return
-    wanted, held = mask[:, : cache.columns].bool().sum(1), cache.states[0].length.to(mask.device)
-    if bool((wanted != held).any()):
-        row = int((wanted != held).nonzero()[0])
-        raise StateError(
-            f"attention_mask has {int(wanted[row])} real tokens among the columns that the cache has seen, "
-            f"its state of row {row} holds {int(held[row])}: read that text again"
-        )
 
 
 def borders_of(position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None = None) -> torch.Tensor | None:

@@ -1,0 +1,105 @@
+"""What the models share: reading checkpoints, choosing a cache, preparing calls of `generate`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+
+from linattn.errors import OptionError, StateError
+from linattn.models.huggingface.cache import StateCache
+from linattn.models.huggingface.loading import load_whole
+
+__all__ = ["StateGeneration", "StateModel", "named"]
+
+
+class StateModel(PreTrainedModel):
+    """A model whose memory is states. cache_class: what it takes and gives as past_key_values."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    cache_class: ClassVar[type[StateCache]] = StateCache
+    _is_stateful = True  # no assisted generation: a state cannot be rolled back
+    _new_heads: ClassVar[tuple[str, ...]] = ()  # what a checkpoint of another task need not have
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, *arguments: Any, **options: Any
+    ) -> Any:
+        """Load a checkpoint of safetensors, as `PreTrainedModel.from_pretrained`, or nothing of it.
+
+        A head of another task than the checkpoint's begins anew, where a class has such. Everything else:
+        `linattn.models.huggingface.loading.load_whole`.
+        """
+        load, new = super().from_pretrained, (cls.__name__, cls._new_heads)
+        return load_whole(load, pretrained_model_name_or_path, *arguments, new=new, **options)
+
+    def _cache(self, given: Any, use_cache: bool | None) -> Any:
+        """What to continue and to keep; None where nothing is to be kept."""
+        if given is not None and not isinstance(given, self.cache_class):
+            name = self.cache_class.__name__
+            raise OptionError(f"past_key_values must be a {name}, got {type(given).__name__}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.training and self.is_gradient_checkpointing:
+            use_cache = False  # the second forward pass would see the state of the first
+        return self.cache_class() if given is None and use_cache else given
+
+
+class StateGeneration(GenerationMixin):
+    """`generate` of a decoder whose memory is states; transformers wants GenerationMixin named beside it."""
+
+    cache_class: ClassVar[type[StateCache]]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        is_first_iteration: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What transformers prepares; for a generated token no mask, as all that is new is real.
+
+        Raises StateError for a prompt of which the cache has seen every token.
+        """
+        cache, wanted = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
+        if cache is not None and wanted is not None and wanted < 1:
+            raise StateError(
+                f"the cache has seen {cache.get_seq_length()} columns, all of the prompt: keep one of its "
+                "beginning, without the last token"
+            )
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            is_first_iteration=bool(is_first_iteration),
+            **kwargs,
+        )
+        if use_cache and wanted == 1 and not is_first_iteration:
+            inputs["attention_mask"] = None
+        inputs.pop("position_ids", None)
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.use_cache and cache is None:
+            model_kwargs["past_key_values"] = self.cache_class()
+        elif cache is not None and cache.get_seq_length() and generation_config.prefill_chunk_size:
+            raise OptionError("prefill_chunk_size reads a prompt from its beginning: not with a cache of it")
+
+
+def named(return_dict: bool | None, config: Any) -> bool:
+    """Whether to answer with names rather than with a tuple."""
+    return bool(config.return_dict if return_dict is None else return_dict)
