@@ -1,18 +1,19 @@
-"""SimpleRMSNorm: divide by the root mean square, and nothing else; in one kernel where asked for."""
+"""SimpleRMSNorm: divide by the root mean square, and nothing else; in one kernel where there is one."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from linattn.errors import GradientError
 from linattn.prepared import PLAIN
+from linattn.surroundings import watched
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -31,14 +32,16 @@ class SimpleRMSNorm(nn.Module):
 
     fused (an attribute, which may be changed): CUDA tensors of float32, float16 and bfloat16 go through one
     kernel each way where Triton is installed and the GPU has compute capability 8.0; it has no second
-    derivative. Elsewhere, under torch.func and forward mode, and by default, torch's own operations compute
-    it: the kernels are proven in Triton's interpreter, but have not been measured on a GPU yet.
+    derivative. It also decides whether the linear maps around the norm keep what their operands are made of
+    instead of the operands (`linattn.nn.fused`). Elsewhere, and where something sees every operation
+    (torch.compile, which fuses them itself, torch.func, forward mode, dispatch modes), and with
+    `fused=False`, torch's own operations compute it.
 
     Source: TransNormerLLM, arXiv:2307.14995, section 3.4; eps inside the root as in the released
     `SimpleRMSNorm`.
     """
 
-    def __init__(self, eps: float = 1e-6, *, fused: bool = False) -> None:
+    def __init__(self, eps: float = 1e-6, *, fused: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.fused = fused
@@ -48,7 +51,7 @@ class SimpleRMSNorm(nn.Module):
 
         Raises GradientError when gradients of the fused kernel are differentiated again.
         """
-        if self.fused and _fuses(x):
+        if self.fused and fuses(x):
             return _fused(x, None, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
@@ -62,30 +65,26 @@ class SimpleRMSNorm(nn.Module):
         first. It takes x and u of one shape and dtype; for others the product is an operation of torch.
         Raises GradientError when gradients of the fused kernel are differentiated again.
         """
-        if self.fused and _fuses(x, u):
+        if self.fused and fuses(x, u):
             return _fused(x, u, self.eps)
         y: Tensor = u * self(x)
         return y
 
     def extra_repr(self) -> str:
-        """Show eps when the module is printed."""
-        return f"eps={self.eps}" + (", fused=True" if self.fused else "")
+        """Show eps, and that torch's operations are asked for, when the module is printed."""
+        return f"eps={self.eps}" + ("" if self.fused else ", fused=False")
 
 
-def _fuses(x: Tensor, u: Tensor | None = None) -> bool:
+def fuses(x: Tensor, u: Tensor | None = None) -> bool:
     """Whether the kernels take these tensors, here and now."""
-    if not (HAS_TRITON and x.is_cuda and x.dtype in FUSED and x.ndim):
+    if not HAS_TRITON or torch.compiler.is_compiling() or not x.is_cuda or x.dtype not in FUSED or not x.ndim:
         return False
     if u is not None and not (u.dtype == x.dtype and u.device == x.device and u.shape == x.shape):
         return False
     for part in (x,) if u is None else (x, u):
         if type(part) not in PLAIN or part.layout is not torch.strided or part.is_nested:
             return False
-    if torch.compiler.is_compiling():  # the op asks the device
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return False
-    return _compiles_for(x.device)
+    return not watched() and not torch._C._is_tracing() and _compiles_for(x.device)
 
 
 @functools.cache
@@ -96,21 +95,19 @@ def _compiles_for(device: torch.device) -> bool:
 
 
 @functools.cache
-def _kernels() -> Any:
-    """The module with kernels, which imports Triton."""
-    return importlib.import_module("linattn.backends.triton.norm")
+def kernels(name: str = "norm") -> Any:
+    """A module with kernels, which imports Triton."""
+    return importlib.import_module(f"linattn.backends.triton.{name}")
 
 
 def _fused(x: Tensor, u: Tensor | None, eps: float) -> Tensor:
-    """Through one autograd node, or through the op where something sees every op."""
+    """Through one autograd node where gradients are wanted."""
     eps = float(eps)
     y: Tensor
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        y = torch.ops.linattn.simple_rms_norm(x, u, eps)
-    elif torch.is_grad_enabled() and (x.requires_grad or (u is not None and u.requires_grad)):
+    if torch.is_grad_enabled() and (x.requires_grad or (u is not None and u.requires_grad)):
         y = _Fused.apply(x, u, eps)  # type: ignore[no-untyped-call]
     else:
-        y = _kernels().forward(x, u, eps)
+        y = kernels().forward(x, u, eps)
     return y
 
 
@@ -121,90 +118,34 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, u: Tensor | None, eps: float) -> Any:
         ctx.save_for_backward(x, u)
         ctx.eps = eps
-        return _kernels().forward(x, u, eps)
+        return kernels().forward(x, u, eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, u = ctx.saved_tensors
-        # where somebody differentiates again, the op has the sentence for that
-        run = _backward_op if torch.is_grad_enabled() else _kernels().backward
-        dx, du = run(x, u, dy, ctx.eps)
+        dx, du = once(lambda: kernels().backward(x, u, dy, ctx.eps)[:2], x, u, dy)
         needs = ctx.needs_input_grad
         return dx if needs[0] else None, du if needs[1] else None, None
 
 
-# The ops, for compilers. Whether a GPU is too old for Triton is known only when they run.
+def once(work: Callable[[], tuple[Any, ...]], *inputs: Tensor | None) -> tuple[Any, ...]:
+    """work(), the gradients that a node makes of `inputs`; who differentiates them again gets a sentence."""
+    if not torch.is_grad_enabled():
+        return work()
+    found: tuple[Any, ...] = _Once.apply(work, *inputs)  # type: ignore[no-untyped-call]
+    return found
 
 
-@torch.library.custom_op(
-    "linattn::simple_rms_norm", mutates_args=(), schema="(Tensor x, Tensor? u, float eps) -> Tensor"
-)
-def _op(x: Tensor, u: Tensor | None, eps: float) -> Tensor:
-    if _compiles_for(x.device):
-        return _kernels().forward(x, u, eps)  # type: ignore[no-any-return]
-    normed, _ = _normed(x, eps)
-    return (normed if u is None else u.float() * normed).to(x.dtype).contiguous()
+class _Once(torch.autograd.Function):
+    """Gradients that have none of their own."""
 
+    @staticmethod
+    def forward(ctx: Any, work: Callable[[], tuple[Any, ...]], *inputs: Tensor | None) -> Any:
+        return work()
 
-def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.float()
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide * r, r
-
-
-@_op.register_fake
-def _op_fake(x: Tensor, u: Tensor | None, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, u, ctx.eps = inputs
-    ctx.save_for_backward(x, u)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, u = ctx.saved_tensors
-    return *_backward_op(x, u, dy, ctx.eps), None
-
-
-def _backward_op(x: Tensor, u: Tensor | None, dy: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    dx, du = torch.ops.linattn.simple_rms_norm_backward(x, u, dy, eps)
-    return dx, None if u is None else du
-
-
-_op.register_autograd(_backward, setup_context=_setup)
-
-
-@torch.library.custom_op(
-    "linattn::simple_rms_norm_backward",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? u, Tensor dy, float eps) -> (Tensor, Tensor)",
-)
-def _slopes(x: Tensor, u: Tensor | None, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if _compiles_for(x.device):
-        dx, du = _kernels().backward(x, u, dy, eps)
-    else:
-        normed, r = _normed(x, eps)
-        g = dy.float() if u is None else dy.float() * u.float()
-        dx = ((g - normed * (g * normed).mean(-1, keepdim=True)) * r).to(x.dtype).contiguous()
-        du = None if u is None else (dy.float() * normed).to(u.dtype).contiguous()
-    return dx, x.new_empty(0) if du is None else du
-
-
-@_slopes.register_fake
-def _slopes_fake(x: Tensor, u: Tensor | None, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(0 if u is None else u.shape)
-
-
-def _no_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    """Nothing is kept: there is no second derivative."""
-
-
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise GradientError(
-        "double backward is not offered: gradients of the fused norm cannot be differentiated again, but "
-        "those of SimpleRMSNorm() can"
-    )
-
-
-_slopes.register_autograd(_no_double_backward, setup_context=_no_setup)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise GradientError(
+            "double backward is not offered: gradients of the fused norm, and of what is fused with it, "
+            "cannot be differentiated again, but those of SimpleRMSNorm(fused=False) can"
+        )

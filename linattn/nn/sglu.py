@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from linattn.nn.fused import normed, product
+from linattn.nn.norm import SimpleRMSNorm
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -25,7 +28,16 @@ class SGLU(nn.Module):
         self.l2 = nn.Linear(embed_dim, glu_dim, bias=bias)
         self.l3 = nn.Linear(glu_dim, embed_dim, bias=bias)
 
-    def forward(self, x: Float[torch.Tensor, "... e"]) -> Float[torch.Tensor, "... e"]:
-        """Mix the channels of every position on its own."""
-        mixed: torch.Tensor = self.l3(self.l1(x) * self.l2(x))
-        return mixed
+    def forward(
+        self, x: Float[torch.Tensor, "... e"], *, prenorm: SimpleRMSNorm | None = None
+    ) -> Float[torch.Tensor, "... e"]:
+        """Mix the channels of every position on its own.
+
+        prenorm: return x + mixed(prenorm(x)), a residual branch as a whole, which keeps less for its backward
+        pass where the fused norm runs (`linattn.nn.fused`).
+        """
+        if prenorm is None:
+            mixed: torch.Tensor = self.l3(self.l1(x) * self.l2(x))
+            return mixed
+        x, a, b = normed(prenorm, (self.l1, self.l2), x)
+        return x + (product(self.l3, a, b) if prenorm.fused else self.l3(a * b))
