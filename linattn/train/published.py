@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 
 from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
 from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerForCausalLM, preset
@@ -24,7 +28,8 @@ from linattn.train import checkpoint
 from linattn.train.corpus import Corpus
 
 FACTS = "run.json"  # what a run is, beside its checkpoints
-LOSS_CHUNK = 8192  # tokens whose logits are there at once
+LOSS_CHUNK = 8192  # tokens whose logits are there at once,
+LOGITS = 1 << 29  # or fewer: so many logits, 1 GiB in bfloat16
 JUDGED = 64  # windows of the held-out text that are measured, spread over all of it
 
 
@@ -115,6 +120,11 @@ def model_of(size: str, vocab_size: int) -> TransNormerForCausalLM:
     return model
 
 
+def loss_chunk(vocab_size: int) -> int:
+    """How many tokens have logits at once: 8192, or less of a wide vocabulary, in whole tiles of products."""
+    return max(128, min(LOSS_CHUNK, LOGITS // vocab_size // 128 * 128))
+
+
 class Lines(TrainerCallback):
     """A line now and then, or JSON: loss in bits per token, and of held-out text in bits per byte."""
 
@@ -138,6 +148,19 @@ class Lines(TrainerCallback):
         typer.echo(f"step {state.global_step:>6} of {state.max_steps}  {', '.join(words)}")
 
 
+@contextlib.contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Let transformers draw its progress bars, on standard error, or not."""
+    before = logging.is_progress_bar_enabled()
+    if not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before and not shown:
+            logging.enable_progress_bar()
+
+
 def train(
     size: str,
     corpus: Corpus,
@@ -152,9 +175,28 @@ def train(
     """Run transformers' Trainer to the end of the plan and leave the model in `out`.
 
     bfloat16 autocast on CUDA, float32 on the CPU, where a run that was interrupted goes on bit for bit.
+    as_json: standard output is JSON, an object a line, and there are no progress bars; otherwise those of
+    files are on standard error where that is a terminal.
 
-    Raises DataError for a text that is too short, CheckpointError where there is nothing to resume.
+    Raises DataError for a text that is too short, CheckpointError where there is nothing to resume,
+    OptionError where another process trains into `out`.
     """
+    if resume and not out.exists():
+        raise CheckpointError(f"{out} holds no checkpoint to go on from")
+    with checkpoint.alone(out), bars(shown=not as_json and sys.stderr.isatty()):
+        _train(size, corpus, plan, out, device, resume, as_json, tokenizer)
+
+
+def _train(
+    size: str,
+    corpus: Corpus,
+    plan: Plan,
+    out: Path,
+    device: torch.device,
+    resume: bool,
+    as_json: bool,
+    tokenizer: Any,
+) -> None:
     saved = whole_checkpoints(out)
     if (small := checkpoint.checkpoints(out)) or (saved and not resume):
         last = (small or saved)[-1].name
@@ -165,8 +207,9 @@ def train(
     facts = {**asdict(plan), "preset": size, "text": corpus.fingerprint, "vocab_size": corpus.vocab_size}
     _same_run(out, facts, resume=resume)
     torch.manual_seed(plan.seed)
-    model = model_of(size, corpus.vocab_size)
-    model.loss_chunk = LOSS_CHUNK
+    ended = bool(saved) and step_of(saved[-1]) >= plan.steps  # but for what `out` itself holds
+    model = model_of(str(saved[-1]) if ended else size, corpus.vocab_size)
+    model.loss_chunk = loss_chunk(model.config.vocab_size)
     held_out = Rows(corpus.held_out, plan.seq_len, "held-out", JUDGED)
     arguments = TrainingArguments(
         output_dir=str(out),
@@ -205,7 +248,8 @@ def train(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=str(saved[-1]) if resume else None)
+        if not ended:
+            trainer.train(resume_from_checkpoint=str(saved[-1]) if resume else None)
         trainer.save_model(str(out))
     except OSError as error:
         kept = whole_checkpoints(out)
@@ -240,4 +284,9 @@ def whole_checkpoints(out: Path) -> list[Path]:
         for path in out.glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file()
     ]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint of Trainer's."""
+    return int(folder.name.rpartition("-")[2])
