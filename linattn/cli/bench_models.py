@@ -1,9 +1,11 @@
-"""`linattn bench --models`: whole models on one device, in this process."""
+"""`linattn bench --models`: whole models, and claims of papers about their parts, on one device."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -11,11 +13,14 @@ from rich.console import Console
 from linattn.cli.output import print_json, print_lines, print_table
 from linattn.errors import OptionError
 
+if TYPE_CHECKING:
+    from linattn.bench.systems import Row, Verdict
+
 MARKS = (
     "<!-- models bench: `linattn bench --models --out` writes from here -->",
     "<!-- end of models bench -->",
 )
-COLUMNS = ("what", "who", "B", "N", "ms", "tokens/s", "peak memory")
+COLUMNS = ("what", "who", "B", "N", "ms", "tokens/s", "peak memory", "bytes to move", "remark")
 REQUIRED = ("required, on an H200", "found", "met?")
 
 
@@ -26,23 +31,23 @@ def check(outputs: list[Path]) -> None:
     for path in outputs:
         if path.suffix not in (".json", ".md"):
             raise OptionError(f"--out of --models must end in .json or .md; got {path}")
+        if not path.parent.is_dir():
+            raise OptionError(f"--out {path}: there is no folder {path.parent}")
         if path.suffix == ".md":
             check_page(path, MARKS)
 
 
 def bench_models(outputs: list[Path], *, as_json: bool, quick: bool) -> None:
-    """Measure on CUDA where it is, else, quickly only, on the processor; print and write.
+    """Measure on CUDA where it is, else, quickly only, on the processor; print, and write after every row.
 
     Raises OptionError without CUDA and without --quick.
     """
     import torch
 
+    from linattn.bench import claims, systems, systems_rows
     from linattn.bench.gpu_machine import gpu_machine
     from linattn.bench.gpu_measure import Cuda
     from linattn.bench.machine import machine
-    from linattn.bench.report import section_of, size, table, write_text
-    from linattn.bench.systems import as_json as dumped
-    from linattn.bench.systems import measure, verdicts
 
     check(outputs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,28 +60,69 @@ def bench_models(outputs: list[Path], *, as_json: bool, quick: bool) -> None:
         bandwidth = Cuda().gigabytes_per_second() * 1e9
         facts["copy bandwidth"] = f"{bandwidth / 1e9:.0f} GB/s read and written"
     console = Console(stderr=True, highlight=False)
-    rows = []
-    for row in measure(device, quick=quick):
+
+    def say(row: Row, words: str) -> None:
+        line = f"{row.what}, {row.who}, {row.batch} x {row.n}: {words}"
+        console.print(line, markup=False, soft_wrap=True)
+
+    rows: list[Row] = []
+    judged: list[Verdict] = []
+    tasks = systems_rows.tasks(device, quick=quick)
+    for row in systems.measure(tasks, device, lambda row: say(row, "begins")):
         rows.append(row)
-        console.print(f"{row.what} {row.who} {row.batch} {row.n}: {1e3 * row.seconds:.3g} ms", markup=False)
-    judged = [] if quick else verdicts(rows, bandwidth)
-    cells = [
-        (row.what, row.who, str(row.batch), str(row.n), f"{1e3 * row.seconds:.3g}", f"{row.rate:,.0f}",
-         "–" if row.peak is None else size(row.peak))
-        for row in rows
-    ]  # fmt: skip
-    met = [(one.required, one.found, "yes" if one.met else "NO") for one in judged]
-    for path in outputs:
-        if path.suffix == ".json":
-            write_text(path, json.dumps({"facts": facts, "rows": dumped(rows)}, indent=2) + "\n")
-        else:
-            lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-            section_of(path, MARKS, "\n\n".join([lines, table(COLUMNS, cells), table(REQUIRED, met)]))
+        judged = [] if quick else [*systems.verdicts(rows, bandwidth), *claims.verdicts(rows)]
+        say(row, "; ".join(part for part in (_ms(row), row.failed, row.note) if part))
+        for path in outputs:
+            write(path, facts, rows, judged)
     if as_json:
-        print_json({"facts": facts, "rows": dumped(rows)})
+        print_json(_fields(facts, rows, judged))
         return
     print_lines(facts)
     typer.echo()
-    print_table(COLUMNS, cells)
-    if met:
-        print_table(REQUIRED, met)
+    print_table(COLUMNS, map(cells, rows))
+    if judged:
+        print_table(REQUIRED, map(judgement, judged))
+
+
+def write(path: Path, facts: dict[str, Any], rows: Sequence[Row], judged: Sequence[Verdict]) -> None:
+    """Write what is known so far, as JSON or as a section of a page."""
+    from linattn.bench.report import section_of, table, write_text
+
+    if path.suffix == ".json":
+        write_text(path, json.dumps(_fields(facts, rows, judged), indent=2) + "\n")
+        return
+    parts = [
+        "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        table(COLUMNS, map(cells, rows)),
+    ]
+    if judged:
+        parts.append(table(REQUIRED, map(judgement, judged)))
+    section_of(path, MARKS, "\n\n".join(parts))
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row under COLUMNS."""
+    from linattn.bench.report import size
+
+    rate = "–" if row.rate is None else f"{row.rate:,.0f}"
+    peak = "–" if row.peak is None else size(row.peak)
+    moved = size(row.bytes) if row.bytes else "–"
+    sizes = (str(row.batch), str(row.n), _ms(row, unit="") or "–")
+    return (row.what, row.who, *sizes, rate, peak, moved, row.remark)
+
+
+def judgement(one: Verdict) -> tuple[str, str, str]:
+    """A verdict under REQUIRED."""
+    return one.required, one.found, {True: "yes", False: "NO", None: "–"}[one.met]
+
+
+def _ms(row: Row, unit: str = " ms") -> str:
+    return "" if row.seconds is None else f"{1e3 * row.seconds:.3g}{unit}"
+
+
+def _fields(facts: dict[str, Any], rows: Sequence[Row], judged: Sequence[Verdict]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from linattn.bench.systems import as_json
+
+    return {"facts": facts, "rows": as_json([*rows]), "verdicts": [asdict(one) for one in judged]}

@@ -82,19 +82,22 @@ def train(
         raise OptionError(f"--preset {preset} is trained on bytes by a small loop, without these options")
 
     from linattn.train import SETTINGS, Trainer, read_text
-    from linattn.train.checkpoint import checkpoints
+    from linattn.train.checkpoint import alone, checkpoints
     from linattn.train.report import Report
 
     settings = dataclasses.replace(SETTINGS[preset], **changes)
-    if trained := sorted(out.glob("checkpoint-*/trainer_state.json")):
-        raise OptionError(f"{out} holds a run of a published size ({trained[-1].parent.name}): another --out")
-    if not resume and (found := checkpoints(out)):
-        raise OptionError(
-            f"{out} holds a run already ({found[-1].name}): pass --resume to go on, or another --out"
-        )
+    place = choose_device(device)
     data = read_text(text, exclude=[out])
-    trainer = Trainer(PRESETS[preset], data, settings, out=out, device=choose_device(device))
-    report = Report(trainer, as_json=as_json)
-    if resume:
-        trainer.resume()
-    report.run(save_every=save_every or max(1, settings.steps // 10))
+    with alone(out):
+        if trained := sorted(out.glob("checkpoint-*/trainer_state.json")):
+            name = trained[-1].parent.name
+            raise OptionError(f"{out} holds a run of a published size ({name}): another --out")
+        if not resume and (found := checkpoints(out)):
+            raise OptionError(
+                f"{out} holds a run already ({found[-1].name}): pass --resume to go on, or another --out"
+            )
+        trainer = Trainer(PRESETS[preset], data, settings, out=out, device=place)
+        report = Report(trainer, as_json=as_json)
+        if resume:
+            trainer.resume()
+        report.run(save_every=save_every or max(1, settings.steps // 10))

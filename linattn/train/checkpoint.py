@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 
-from linattn.errors import CheckpointError
+from linattn.errors import CheckpointError, OptionError
 from linattn.models import TransNormerConfig, TransNormerLM
 
 MODEL_TYPE = "transnormer"
 CONFIG, MODEL, TRAINING, RUN = "config.json", "model.safetensors", "training.safetensors", "training.json"
 SHARDS = "model.safetensors.index.json"  # of checkpoints in several files
+LOCK = ".lock"  # held by the process that trains into a folder
 KEPT = 2  # the newest checkpoint and the one before it
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -53,6 +56,37 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(entry for entry in out.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep every other process from training into a folder, which is made where there is none.
+
+    The system lets go of it when the process ends, in whatever way; where a file system knows no locks,
+    nothing is held.
+
+    Raises OptionError where another run holds it, CheckpointError where it cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
+        with contextlib.suppress(OSError):  # no locks here
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise OptionError(
+                    f"another run is training into {out}: wait until it ends, or choose another --out"
+                ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _unwritable(out: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{out} cannot be written to: {error.strerror}; choose another --out")
+
+
 def prepare(out: Path) -> None:
     """Make a run's folder and remove what a killed run left unfinished.
 
@@ -66,9 +100,7 @@ def prepare(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(
-            f"{out} cannot be written to: {error.strerror}; choose another --out"
-        ) from error
+        raise _unwritable(out, error) from error
 
 
 def save(out: Path, model: TransNormerLM, run: Run) -> Path:

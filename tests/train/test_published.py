@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from linattn.cli import app
 from linattn.errors import CheckpointError, DataError, OptionError
 from linattn.models.transnormer import TransNormerConfig
-from linattn.train import corpus, load_model, published
+from linattn.train import checkpoint, corpus, load_model, published
 from linattn.train.evaluate import nats_of
 
 LINE = "The quick brown fox jumps over the lazy dog.\n"
@@ -89,6 +89,17 @@ def test_an_interrupted_run_goes_on_bit_for_bit(sizes, text, tmp_path, capsys):
     assert whole.keys() == again.keys()
     for name, x in whole.items():
         assert torch.equal(x, again[name]), name
+
+
+def test_a_finished_run_learns_nothing_more(sizes, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    whole = run(sizes, text, out)
+    (out / "model.safetensors").unlink()  # as a run leaves it that was killed after its last step
+    capsys.readouterr()
+    again = run(sizes, text, out, resume=True)
+    assert whole.keys() == again.keys() and capsys.readouterr().out == ""
+    assert all(torch.equal(x, again[name]) for name, x in whole.items())
+    assert [path.name for path in published.whole_checkpoints(out)] == ["checkpoint-3", "checkpoint-6"]
 
 
 def test_a_finished_run_is_read_everywhere(sizes, text, tmp_path):
@@ -209,6 +220,11 @@ def test_bad_runs(sizes, text, tmp_path):
         run(sizes, text, tmp_path / "a", published.Plan(seq_len=4096))
     with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
         run(sizes, text, tmp_path / "b", resume=True)
+    assert not (tmp_path / "b").exists()
+    with checkpoint.alone(tmp_path / "b"):
+        with pytest.raises(OptionError, match="another run is training into"):
+            run(sizes, text, tmp_path / "b")
+        assert [path.name for path in (tmp_path / "b").iterdir()] == [checkpoint.LOCK]
     with pytest.raises(DataError, match="holds no tokenizer"):
         corpus.load_tokenizer(tmp_path)
     published.model_of(str(sizes), 256).bfloat16().save_pretrained(tmp_path / "weights")

@@ -15,7 +15,7 @@ from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.cosformer.decoder import CosformerDecoder
 from linattn.models.cosformer.modeling import CosformerModel
-from linattn.models.huggingface.model import named
+from linattn.models.huggingface.model import StateExpansion, named
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["CosformerForConditionalGeneration"]
 
 
-class CosformerForConditionalGeneration(CosformerPreTrainedModel, GenerationMixin):
+class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion, GenerationMixin):
     """An encoder, a decoder that attends to its rows, and a head without bias.
 
     `generate` goes greedily, samples and keeps beams; what is kept of the source is a state a layer, so a

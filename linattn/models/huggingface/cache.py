@@ -18,6 +18,7 @@ class StateCache(Cache):
 
     states: one `linattn.State` a layer, float32 (float64 for float64 weights), empty before the first call.
     A step of one token changes them in place; `copy.deepcopy` keeps a prompt's for another continuation.
+    `generate` with several beams or answers a prompt continues a copy with a row for each.
     get_seq_length counts columns of input, padding included; the states' own lengths count real tokens.
 
     crop raises StateError: what a state has added up cannot be taken out again.
@@ -39,6 +40,11 @@ class StateCache(Cache):
     def __repr__(self) -> str:
         name = type(self).__name__
         return f"{name}(states={len(self.states)}, columns={self.columns}, bytes={self.nbytes})"
+
+    @property
+    def rows(self) -> int:
+        """How many texts were seen; 0 before the first call."""
+        return len(self.states[0].length) if self.states else 0
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +98,7 @@ class StateCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other."""
         if self.states:
-            rows = torch.arange(len(self.states[0].length), device=self.states[0].kv.device)
+            rows = torch.arange(self.rows, device=self.states[0].kv.device)
             self.reorder_cache(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from linattn.errors import OptionError, StateError
 from linattn.models.huggingface.cache import StateCache
 from linattn.models.huggingface.loading import load_whole
 
-__all__ = ["StateGeneration", "StateModel", "named"]
+__all__ = ["StateExpansion", "StateGeneration", "StateModel", "named"]
 
 
 class StateModel(PreTrainedModel):
@@ -51,7 +52,34 @@ class StateModel(PreTrainedModel):
         return self.cache_class() if given is None and use_cache else given
 
 
-class StateGeneration(GenerationMixin):
+class StateExpansion(GenerationMixin):
+    """`generate` of several texts from each prompt: a given cache's rows are repeated as the prompts are."""
+
+    @staticmethod
+    def _expand_inputs_for_generation(
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What transformers repeats; of a cache that has a row a prompt, a copy with a row a text.
+
+        One that has a row for every text already is continued as it is.
+        """
+        expanded: tuple[torch.Tensor, dict[str, Any]] = GenerationMixin._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        ids, given = expanded
+        cache = given.get("past_key_values")
+        if expand_size == 1 or ids is None or not isinstance(cache, StateCache):
+            return expanded
+        if cache.rows * expand_size == len(ids):
+            given["past_key_values"] = cache = copy.copy(cache)  # repeating gives the copy states of its own
+            cache.batch_repeat_interleave(expand_size)
+        return ids, given
+
+
+class StateGeneration(StateExpansion):
     """`generate` of a decoder whose memory is states; transformers wants GenerationMixin named beside it."""
 
     cache_class: ClassVar[type[StateCache]]

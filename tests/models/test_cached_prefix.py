@@ -1,0 +1,80 @@
+"""Several beams or samples of each prompt, from a cache that has seen the prompts' beginning."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from linattn.models.cosformer import CosformerForCausalLM, CosformerForConditionalGeneration
+from tests.models.test_cosformer import build, text
+from tests.models.test_transnormer import make
+
+ENDLESS = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
+SEVERAL = {
+    "beams": {"num_beams": 4, "do_sample": False},
+    "beams, several kept": {"num_beams": 4, "num_return_sequences": 3, "do_sample": False},
+    "samples": {"num_return_sequences": 5, "do_sample": True},
+    "sampled beams": {"num_beams": 3, "do_sample": True},
+}
+
+
+@pytest.fixture(params=["transnormer", "cosformer"])
+def model(request):
+    return make() if request.param == "transnormer" else build(CosformerForCausalLM)
+
+
+def drawn(model, ids, **options):
+    torch.manual_seed(5)
+    return model.generate(ids, **ENDLESS, **options)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("options", SEVERAL.values(), ids=list(SEVERAL))
+def test_a_cached_prefix_changes_nothing(model, rows, options):
+    ids = text(rows, 9)
+    want = drawn(model, ids, use_cache=False, **options)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    before = copy.deepcopy(cache)
+    for _ in range(2):  # the caller's cache is as it was
+        assert torch.equal(drawn(model, ids, past_key_values=cache, **options), want)
+        assert cache.rows == rows and cache.columns == 6
+        for state, old in zip(cache.states, before.states, strict=True):
+            assert torch.equal(state.kv, old.kv) and torch.equal(state.length, old.length)
+    assert len({tuple(row.tolist()) for row in want}) == len(want)  # else rows need not be told apart
+
+
+def test_padded_prefixes(model):
+    ids, mask = text(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+    want = drawn(model, ids, attention_mask=mask, use_cache=False, num_beams=3)
+    with torch.no_grad():
+        cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+    assert torch.equal(drawn(model, ids, attention_mask=mask, past_key_values=cache, num_beams=3), want)
+
+
+def test_a_cache_with_a_row_for_every_text_is_continued_itself(model):
+    ids = text(2, 9)
+    want = drawn(model, ids, use_cache=False, num_beams=3)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(3)
+    assert torch.equal(drawn(model, ids, past_key_values=cache, num_beams=3), want)
+    assert cache.rows == 6 and cache.columns == 9 + 4
+
+
+@pytest.mark.parametrize("options", SEVERAL.values(), ids=list(SEVERAL))
+def test_an_encoder_decoder(options):
+    model = build(CosformerForConditionalGeneration)
+    source, ids = text(2, 7), text(2, 5, seed=3)
+    ids[:, 0] = model.config.decoder_start_token_id  # else generate puts it in front
+    want = drawn(model, source, decoder_input_ids=ids, use_cache=False, **options)
+    with torch.no_grad():
+        cache = model(source, decoder_input_ids=ids[:, :3], use_cache=True).past_key_values
+    mask = torch.ones_like(ids)  # says that ids are the whole text, the cache's part included
+    found = drawn(
+        model, source, decoder_input_ids=ids, decoder_attention_mask=mask, past_key_values=cache, **options
+    )
+    assert torch.equal(found, want) and cache.rows == 2 and cache.columns == 3
