@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from linattn.backends.triton.launcher import Launcher, repeatable, room
+from linattn.backends.triton.launcher import Launcher, chained, repeatable, room
 from linattn.backends.triton.pieces import circle, feature, turns_of
 from linattn.problem import Problem
 from linattn.state import State
@@ -51,13 +52,19 @@ def exponential(g):
 
 
 @triton.jit
-def part(to_state, to_sine, at, inside, to_v, e, v_e, E, ANGLES: tl.constexpr):
-    """The state's C and S and the values in a block: [d e], [d e], [e]."""
+def part(to_state, to_sine, at, inside, ANGLES: tl.constexpr):
+    """The state's C and S in a block, [d e] both."""
     cosine = tl.load(to_state + at, mask=inside, other=0.0)
     sine = cosine
     if ANGLES:
         sine = tl.load(to_sine + at, mask=inside, other=0.0)
-    return cosine, sine, tl.load(to_v + e * v_e, mask=e < E, other=0.0).to(tl.float32)
+    return cosine, sine
+
+
+@triton.jit
+def values(to_v, e, v_e, E):
+    """The values of a block: [e]."""
+    return tl.load(to_v + e * v_e, mask=e < E, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -114,6 +121,7 @@ def decode(
     DECAY: tl.constexpr,
     NORMALIZE: tl.constexpr,  # then there is one slice: who writes z is the only one to read it
     SLOTS: tl.constexpr,
+    CHAINED: tl.constexpr,  # the kernel in front may still run: it writes q, k, v, no state, length or table
 ):  # fmt: skip
     """C, S <- decay R(theta) (C, S); C += phi(k) v; o = scale phi(q) C, over max(den, eps) if normalized.
 
@@ -138,17 +146,21 @@ def decode(
     to_v = v_ptr + b * v_b + h * v_h
     at = d[:, None] * kv_f + e[None, :] * kv_e  # [d e]
     inside = within[:, None] & (e < E)[None, :] & real  # [d e]
-    cosine, sine, v = part(to_state, to_sine, at, inside, to_v, e, v_e, E, ANGLES)
+    if CHAINED:
+        gdc_launch_dependents()
+    cosine, sine = part(to_state, to_sine, at, inside, ANGLES)
     counts = (h == 0) & (e_slice == 0) & real
     to_length = length_ptr + row * length_s
     length = tl.load(to_length, mask=counts, other=0)
-    fq = tl.load(q_ptr + b * q_b + h * q_h + d * q_d, mask=within, other=0.0).to(tl.float32)  # [d]
-    fk = tl.load(k_ptr + b * k_b + h * k_h + d * k_d, mask=within, other=0.0).to(tl.float32)  # [d]
-
     if DECAY:
         g = tl.load(g_ptr + b * g_b + h * g_h + tl.arange(0, 1))
     if ANGLES == 2:
         theta = tl.load(theta_ptr + h * theta_h + d * theta_d, mask=within, other=0.0)
+    if CHAINED:
+        gdc_wait()
+    v = values(to_v, e, v_e, E)
+    fq = tl.load(q_ptr + b * q_b + h * q_h + d * q_d, mask=within, other=0.0).to(tl.float32)  # [d]
+    fk = tl.load(k_ptr + b * k_b + h * k_h + d * k_d, mask=within, other=0.0).to(tl.float32)  # [d]
 
     factor = tl.full([1], 1.0, tl.float64)
     if DECAY:
@@ -191,7 +203,8 @@ def decode(
             e += BLOCK_E
             at += tl.full([1, 1], BLOCK_E, tl.int64) * kv_e
             inside = within[:, None] & (e < E)[None, :] & real
-            next_cosine, next_sine, next_v = part(to_state, to_sine, at, inside, to_v, e, v_e, E, ANGLES)
+            next_cosine, next_sine = part(to_state, to_sine, at, inside, ANGLES)
+            next_v = values(to_v, e, v_e, E)
         cosine, sine = advanced(
             cosine, sine, fk[:, None] * v[None, :], a[:, None], a_low[:, None], b_high[:, None],
             b_low[:, None], quarter[:, None], keep[:, None], ANGLES, DECAY,
@@ -277,7 +290,12 @@ def decode_step(
     strides. Launches one kernel on the current device, which must be the tensors', and its current stream.
     """
     inputs = (q, k, v, log_decay, theta, slots, state.kv, state.z, state.length)
-    o = repeatable("decode", problem, inputs, functools.partial(_step, problem, *inputs))[0]
+    o = repeatable(
+        "chained decode" if chained() else "decode",
+        problem,
+        inputs,
+        functools.partial(_step, problem, *inputs),
+    )[0]
     assert o is not None
     return o
 
@@ -297,7 +315,7 @@ def _step(
     strides = kv.stride()
     constants = (
         x.block_d, x.block_e, x.steps, problem.feature_map or "none", angles, log_decay is not None,
-        normalize, slots is not None,
+        normalize, slots is not None, chained(),
     )  # fmt: skip
     dtypes = (
         q.dtype, log_decay is not None and log_decay.dtype, theta is not None and theta.dtype,
@@ -314,6 +332,6 @@ def _step(
             o, *turn(problem.angle), s, h, d, e, x.slices, problem.scale,
             problem.eps,
         ),
-        constants, num_warps=x.warps, num_stages=1,
+        constants, num_warps=x.warps, num_stages=1, **({"launch_pdl": True} if chained() else {}),
     )  # fmt: skip
     return (o,)

@@ -6,9 +6,10 @@ depends on. A `Tape` remembers all launches and buffers of a pass, and only fill
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -104,6 +105,21 @@ class Tape:
             run(*start)
         first = self.inputs
         return tuple(None if slot is None else rooms[slot - first] for slot in self.results)
+
+
+def chained() -> bool:
+    """Whether this thread starts kernels that may begin before those in front of them have ended."""
+    return getattr(_here, "chained", False)
+
+
+@contextlib.contextmanager
+def chain(on: bool) -> Iterator[None]:
+    """Let kernels inside that can wait for those in front of them start early (compute capability 9.0)."""
+    before, _here.chained = chained(), on
+    try:
+        yield
+    finally:
+        _here.chained = before
 
 
 STREAM, BEFORE = 3, 9  # what a compiled kernel's `run` takes before the kernel's own arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,10 @@ from torch import nn
 import linattn
 from linattn import decay
 from linattn.errors import DtypeError, ShapeError, StateError, ValueRangeError
+from linattn.models import decoding
 from linattn.models.config import PRESETS, TransNormerConfig
 from linattn.nn import SGLU, GatedLinearAttention, SimpleRMSNorm
+from linattn.nn.fused import unwatched
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -50,17 +52,24 @@ class TransNormerLayer(nn.Module):
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, linattn.State | None]:
         """Return the layer's output and, if asked for, its state after the last token."""
-        out = self.token_mixer(
-            self.norm(x),
+        out = self._branch(
+            self.token_mixer,
+            x,
             state=state,
             return_state=return_state,
             lengths=lengths,
             key_mask=key_mask,
             cu_seqlens=cu_seqlens,
         )
-        mixed, after = out if return_state else (out, None)
-        x = x + mixed
-        return x + self.channel_mixer(self.norm(x)), after
+        x, after = out if return_state else (out, None)
+        return self._branch(self.channel_mixer, x), after
+
+    def _branch(self, mixer: nn.Module, x: torch.Tensor, **options: Any) -> Any:
+        """x + mixer(norm(x)), and what else the mixer returns; formed by the mixer unless hooks watch it."""
+        if unwatched(mixer, GatedLinearAttention, SGLU):
+            return mixer(x, prenorm=self.norm, **options)
+        out = mixer(self.norm(x), **options)
+        return (x + out[0], *out[1:]) if isinstance(out, tuple) else x + out
 
     def step(self, x: Float[torch.Tensor, "b e"], state: linattn.State) -> Float[torch.Tensor, "b e"]:
         """Take one more token per row; the state moves on in place."""
@@ -147,16 +156,16 @@ class TransNormerLM(nn.Module):
             raise ShapeError(f"ids must have shape [b], one token per row, got {tuple(ids.shape)}")
         with torch.no_grad():
             x = self.embed(ids)
-            for layer, state in zip(self.layers, self._check_states(states), strict=True):
-                assert isinstance(layer, TransNormerLayer)
-                x = layer.step(x, state)
-            logits: torch.Tensor = self.lm_head(self.norm(x))
-        return logits
+            for row in decoding.steps(self._layers(), self._check_states(states), x):
+                x = row
+            return decoding.logits(self.lm_head, self.norm(x))
 
     def initial_states(self, sequences: int) -> list[linattn.State]:
         """Return the states of `sequences` texts before their first token."""
-        mixers = [layer.token_mixer for layer in self.layers if isinstance(layer, TransNormerLayer)]
-        return [mixer.initial_state(sequences) for mixer in mixers]
+        return [layer.token_mixer.initial_state(sequences) for layer in self._layers()]
+
+    def _layers(self) -> list[TransNormerLayer]:
+        return [layer for layer in self.layers if isinstance(layer, TransNormerLayer)]
 
     def _check_states(self, states: Sequence[linattn.State]) -> list[linattn.State]:
         if len(states) != len(self.layers):

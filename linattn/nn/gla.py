@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from torch import nn
 
 import linattn
 from linattn.errors import OptionError, ShapeError
+from linattn.nn.fused import gated, normed
 from linattn.nn.lrpe import Lrpe
 from linattn.nn.norm import SimpleRMSNorm
+from linattn.prepared import PLAIN
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -32,6 +35,8 @@ class GatedLinearAttention(nn.Module):
     Source: TransNormerLLM, arXiv:2307.14995, section 3.2; names and order from the released
     `NormLinearAttention`.
     """
+
+    log_decay_bits: torch.Tensor | None
 
     def __init__(
         self,
@@ -65,10 +70,28 @@ class GatedLinearAttention(nn.Module):
         # what it is.
         self.table = None if log_decay is None else np.array(log_decay, np.float64)
         self.register_buffer("log_decay_bits", self.decay_bits(), persistent=False)
+        self._rounded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def decay_bits(self) -> torch.Tensor | None:
         """The table of log decays as the buffer holds it."""
         return None if self.table is None else torch.from_numpy(self.table.copy()).view(torch.int64)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What moves the module; `to_empty` leaves anything in a buffer, so a new one is filled again."""
+        before = self.log_decay_bits
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._fill(before)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Write the decays again. Weights and angles are those of the modules in here, and reset by them."""
+        self._fill(None)
+
+    def _fill(self, before: Any) -> None:
+        bits, fresh = self.log_decay_bits, self.decay_bits()
+        if bits is None or fresh is None or bits is before or bits.is_meta or type(bits) not in PLAIN:
+            return
+        self.log_decay_bits = fresh.to(bits.device)
 
     @property
     def log_decay(self) -> Float[torch.Tensor, " h"] | None:
@@ -80,14 +103,34 @@ class GatedLinearAttention(nn.Module):
         self, x: Float[torch.Tensor, "*b e"]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return q, k, v [*b, H, D], before any activation, and the gate u [*b, hidden_dim]."""
-        q, k, v, u = self.qkvu_proj(x).chunk(4, -1)
+        return self.split(self.qkvu_proj(x))
+
+    def split(
+        self, qkvu: Float[torch.Tensor, "*b f"]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the parts of a projected row, as `project` does."""
+        parts: Any = qkvu.chunk(4, -1)
+        q, k, v, u = parts
         heads = (self.num_heads, self.head_dim)
         return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), u
 
-    def options(self) -> dict[str, Any]:
-        """Return this layer's keywords for `linattn.attention` and `linattn.decode_step`."""
+    def options(self, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+        """Return this layer's keywords for `linattn.attention` and `linattn.decode_step` on such inputs."""
         reweight = None if self.lrpe is None else self.lrpe()
-        return {"log_decay": self.log_decay, "reweight": reweight, "feature_map": self.feature_map}
+        return {"log_decay": self._decays(dtype), "reweight": reweight, "feature_map": self.feature_map}
+
+    def _decays(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The log decays, on a GPU rounded to float32 once rather than in a kernel for each call."""
+        bits = self.log_decay_bits
+        if dtype == torch.float64 or torch.compiler.is_compiling() or bits is None or not bits.is_cuda:
+            return self.log_decay
+        known = self._rounded
+        if known is None or known[0] is not bits:
+            if type(bits) not in PLAIN or torch.cuda.is_current_stream_capturing():
+                return self.log_decay  # a graph would fill what is kept only when it is replayed
+            with torch.inference_mode(False):
+                self._rounded = known = bits, bits.view(torch.float64).float()
+        return known[1]
 
     def forward(
         self,
@@ -99,29 +142,37 @@ class GatedLinearAttention(nn.Module):
         key_mask: Bool[torch.Tensor, "b n"] | None = None,
         cu_seqlens: Int[torch.Tensor, " s1"] | None = None,
         backend: Any = "auto",
+        prenorm: SimpleRMSNorm | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, linattn.State]:
         """Mix the positions of x; with `return_state`, also give the state to continue from.
 
         state, lengths, key_mask and cu_seqlens mean what they mean to `linattn.attention`: lengths for right
         padding (the state stops there, it is not decayed by the padding), key_mask for left padding.
+        prenorm: return x + mixed(prenorm(x)) in place of mixed(x), a residual branch as a whole, which keeps
+        less for its backward pass where the fused norm runs (`linattn.nn.fused`).
         Raises what `linattn.attention` raises.
         """
-        q, k, v, u = self.project(x)
+        if prenorm is None:
+            q, k, v, u = self.project(x)
+        else:
+            x, qkvu = normed(prenorm, (self.qkvu_proj,), x)
+            q, k, v, u = self.split(qkvu)
         out = linattn.attention(
-            q, k, v, **self.options(), lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens,
+            q, k, v, **self.options(q.dtype), lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens,
             initial_state=state, return_state=return_state, backend=backend,
         )  # fmt: skip
-        if not return_state:
-            return self._gated(out, u)
-        o, after = out
-        return self._gated(o, u), after
+        o, after = out if return_state else (out, None)
+        mixed = self._gated(o, u)
+        if prenorm is not None:
+            mixed = x + mixed
+        return mixed if after is None else (mixed, after)
 
     def step(
         self, x: Float[torch.Tensor, "b e"], state: linattn.State, *, backend: Any = "auto"
     ) -> torch.Tensor:
         """Mix one more token per row; the state moves on in place. The numbers are those of `forward`."""
         q, k, v, u = self.project(x)
-        o = linattn.decode_step(q, k, v, state, **self.options(), backend=backend)
+        o = linattn.decode_step(q, k, v, state, **self.options(q.dtype), backend=backend)
         return self._gated(o, u)
 
     def initial_state(self, sequences: int) -> linattn.State:
@@ -139,5 +190,4 @@ class GatedLinearAttention(nn.Module):
         )
 
     def _gated(self, o: Float[torch.Tensor, "*b h d"], u: Float[torch.Tensor, "*b e"]) -> torch.Tensor:
-        y: torch.Tensor = self.out_proj(self.norm.gated(o.flatten(-2), u))
-        return y
+        return gated(self.norm, self.out_proj, o.flatten(-2), u)

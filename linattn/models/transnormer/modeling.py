@@ -14,12 +14,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from linattn.errors import OptionError, ShapeError
+from linattn.models import decoding
 from linattn.models.huggingface.model import StateGeneration, StateModel, named
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids
-from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm
+from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
 from linattn.state import State
 
 if TYPE_CHECKING:
@@ -158,6 +159,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
             return given
         return borders_of(position_ids, options.get("seq_idx"))
 
+    def _blocks(self) -> list[TransNormerBlock]:
+        return [layer for layer in self.layers if isinstance(layer, TransNormerBlock)]
+
     def _layers(
         self,
         x: torch.Tensor,
@@ -172,12 +176,14 @@ class TransNormerModel(TransNormerPreTrainedModel):
             states = [*cache.states]
         stepping = n == 1 and states[0] is not None and lengths is None and not torch.is_grad_enabled()
         after: list[State] = []
+        if stepping:
+            assert cache is not None
+            for row in decoding.steps(self._blocks(), cache.states, x[:, 0]):
+                yield row[:, None]
+            cache.columns += n
+            return
         for layer, state in zip(self.layers, states, strict=True):
-            assert isinstance(layer, TransNormerBlock)
-            if stepping and state is not None:
-                x = layer.step(x[:, 0], state)[:, None]
-            else:
-                x, state = layer(x, state, cache is not None, lengths, None, borders)
+            x, state = layer(x, state, cache is not None, lengths, None, borders)
             if state is not None:
                 after.append(state)
             yield x
@@ -191,9 +197,10 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
     `generate` goes greedily, samples and keeps beams, with padding on either side, and continues a
     `TransNormerCache` by any number of tokens.
 
-    loss_chunk: in training, the loss is formed from so many tokens at a time, whose logits are formed again
-    in the backward pass, and no logits are returned: their memory does not grow with the text. None: all at
-    once.
+    loss_chunk: in training, the loss and its gradients are formed from the logits of so many tokens at a time
+    (`linattn.nn.linear_cross_entropy`), and no logits are returned: their memory does not grow with the text.
+    A head that somebody replaced or watches (adapters, quantisation, hooks) is called as it is, and its
+    logits are formed again in the backward pass. None: all at once.
     Source: TransNormerLLM, arXiv:2307.14995; `TransnormerForCausalLM` of the released code.
     """
 
@@ -244,7 +251,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
         if labels is None or self.loss_chunk is None or not self.training:
-            logits = self.lm_head(found.last_hidden_state[:, columns])
+            logits = decoding.logits(self.lm_head, found.last_hidden_state[:, columns])
         else:
             loss = self._loss_by_chunks(found.last_hidden_state, labels, **kwargs)
         if labels is not None and logits is not None:
@@ -269,15 +276,32 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         x, wanted = rows.flatten(0, 1), shift_labels.flatten().to(rows.device)
-        total = x.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(x), self.loss_chunk or len(x)):
-            part = slice(start, start + (self.loss_chunk or len(x)))
-            total = total + checkpoint(self._summed_loss, x[part], wanted[part], use_reentrant=False)
+        if _is_bare(self.lm_head):
+            total = linear_cross_entropy(
+                x, self.lm_head.weight, wanted, chunk=self.loss_chunk or None, ignore_index=IGNORED
+            )
+        else:
+            total = x.new_zeros((), dtype=torch.float32)
+            for start in range(0, len(x), self.loss_chunk or len(x)):
+                part = slice(start, start + (self.loss_chunk or len(x)))
+                total = total + checkpoint(self._summed_loss, x[part], wanted[part], use_reentrant=False)
         return total / ((wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def _summed_loss(self, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(x).float()
         return nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+
+
+def _is_bare(head: nn.Module) -> bool:
+    """Whether a head is its weight and nothing else: no bias, no hook, no class or forward of its own."""
+    return type(head) is nn.Linear and not (
+        head.bias is not None
+        or head._forward_hooks
+        or head._forward_pre_hooks
+        or head._backward_hooks
+        or head._backward_pre_hooks
+        or "forward" in vars(head)
+    )
 
 
 def borders_of(position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None = None) -> torch.Tensor | None:

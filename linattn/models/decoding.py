@@ -1,0 +1,108 @@
+"""One token through TransNormer layers: five kernels a layer on a GPU, the layers' own steps elsewhere.
+
+A step of one text reads every weight once and has hardly any arithmetic: kernels' beginnings and ends cost
+more than what they do. So the norm rides on the product that follows it, the gate and the residual on
+theirs, and each product asks for its weights before the row exists (`linattn.backends.triton.rows`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import linattn
+from linattn.nn import SGLU, GatedLinearAttention
+from linattn.nn.fused import unwatched
+from linattn.nn.norm import fuses
+from linattn.state import State
+
+if TYPE_CHECKING:
+    from linattn.models.transnormer_lm import TransNormerLayer
+
+Tensor = torch.Tensor
+
+PROGRAMMATIC = (9, 0)  # compute capability from which kernels may start before those in front have ended
+
+
+def steps(layers: Iterable[TransNormerLayer], states: Sequence[State], x: Tensor) -> Iterator[Tensor]:
+    """Yield what each layer makes of x [B, E], one token a row; the states move on in place.
+
+    Where the kernels run, sums are formed in float32 and rounded to x's dtype once a product; the layers' own
+    steps round the norm, the gate and the product of the channel mixer, too.
+    """
+    first = True
+    for layer, state in zip(layers, states, strict=True):
+        if runs(layer, x):
+            x = fused(layer, state, x, first)
+            first = False
+        else:
+            x, first = layer.step(x, state), True
+        yield x
+
+
+def logits(head: nn.Module, x: Tensor) -> Tensor:
+    """head(x) for x [..., E], by the kernels where x has few rows."""
+    rows = x.flatten(0, -2)
+    if not unwatched(head, nn.Linear) or torch.is_grad_enabled() or not fuses(rows):
+        y: Tensor = head(x)
+        return y
+    assert isinstance(head, nn.Linear)
+    kernels = _kernels("rows")
+    if not maps(head) or not kernels.fits(rows, head.weight) or len(rows) > kernels.FEW:
+        return head(x)  # type: ignore[no-any-return]
+    with _kernels("norm").on(x.device):
+        return kernels.products(rows, (head.weight,)).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+def runs(layer: TransNormerLayer, x: Tensor) -> bool:
+    """Whether the kernels take this layer and these rows, here and now."""
+    if torch.is_grad_enabled() or not layer.norm.fused or not fuses(x):
+        return False
+    mixer, channels = layer.token_mixer, layer.channel_mixer
+    if not (unwatched(layer, type(layer)) and unwatched(mixer, GatedLinearAttention)):
+        return False
+    if not (unwatched(channels, SGLU) and unwatched(layer.norm, type(layer.norm)) and mixer.norm.fused):
+        return False
+    linears = (mixer.qkvu_proj, mixer.out_proj, channels.l1, channels.l2, channels.l3)
+    if not all(maps(linear) for linear in linears):
+        return False
+    return bool(_kernels("rows").fits(x, *(linear.weight for linear in linears)))
+
+
+def maps(linear: nn.Module) -> bool:
+    """Whether a module is a matrix and nothing else."""
+    return unwatched(linear, nn.Linear) and linear.bias is None and not linear.weight.is_meta
+
+
+def fused(layer: TransNormerLayer, state: State, x: Tensor, first: bool) -> Tensor:
+    """A layer's step in five kernels; the first one of all starts when everything before has ended."""
+    rows, launcher = _kernels("rows"), _kernels("launcher")
+    mixer, channels, eps = layer.token_mixer, layer.channel_mixer, layer.norm.eps
+    early = x.shape[0] <= rows.FEW and _capability(x.device) >= PROGRAMMATIC
+    with _kernels("norm").on(x.device), torch.autocast("cuda", enabled=False):
+        # A chained step of attention reads the state before its wait. What wrote it has ended, as a kernel
+        # that starts in the usual way lies between: the first one here.
+        with launcher.chain(early and not first):
+            qkvu = rows.products(x, (mixer.qkvu_proj.weight,), eps=eps)
+        with launcher.chain(early):
+            q, k, v, u = mixer.split(qkvu)
+            o = linattn.decode_step(q, k, v, state, **mixer.options(x.dtype), backend="triton").flatten(1)
+            x = rows.products(o, (mixer.out_proj.weight,), eps=mixer.norm.eps, gate=u, residual=x)
+            p = rows.products(x, (channels.l1.weight, channels.l2.weight), eps=eps)
+            return rows.products(p, (channels.l3.weight,), residual=x)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    """A module with kernels, which imports Triton."""
+    return importlib.import_module(f"linattn.backends.triton.{name}")
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
