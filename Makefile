@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist workstea
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 GPU = $(GPU_PYTHON) -m pytest -n $(JOBS) --dist worksteal -m gpu -W default -p no:cacheprovider
 
-.PHONY: help demo test test-full test-gpu test-gpu-all sanitize-gpu lint format clean
+.PHONY: help demo test test-full test-gpu test-gpu-all sanitize-gpu docs lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-gpu   every property and every kernel on a GPU, with PYTHON as it is: nothing is installed"
 	@echo "make test-gpu-all  the same with every combination of options"
 	@echo "make sanitize-gpu  small calls of every kind under compute-sanitizer: memory, races, barriers"
+	@echo "make docs       the documentation site, its pages run, its links checked: docs/_build/html/index.html"
 	@echo "make format     rewrite the sources as ruff formats them"
 	@echo "make clean      remove .venv and every build output"
 
@@ -66,9 +67,15 @@ sanitize-gpu:
 	    done; \
 	done
 
+# The whole site is made anew: its pages are results of the library, which Sphinx does not watch.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	rm -rf docs/_build
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist linattn.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build linattn.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

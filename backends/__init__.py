@@ -22,7 +22,9 @@ BUILTIN = (
 
 @dataclass(frozen=True)
 class Saved:
-    """The arrays of a call as backends take them; a backward pass gets them back, with the output."""
+    """The arrays of a call, in the shapes of `Backend.forward`; a backward pass gets them back, with the
+    output.
+    """
 
     q: Array
     k: Array
@@ -40,7 +42,9 @@ class Saved:
 
 
 class Inputs(NamedTuple):
-    """The arrays of a forward pass: `Saved`, which costs microseconds to fill, without what it lacks."""
+    """The arrays of a forward pass, in the shapes of `Backend.forward`: `Saved`, which costs microseconds to
+    fill, without what it lacks.
+    """
 
     q: Array
     k: Array
@@ -150,4 +154,7 @@ class Pooling(Protocol):
     """A backend that works on rows of a pool of states in place, without gathering them first."""
 
     def forward_in_pool(self, problem: Problem, saved: Saved, slots: Array) -> Array:
-        """o; `saved.state` is the pool, without gaps; sequence s works on its row slots[s] (-1: padding)."""
+        """o; `saved.state` is the pool, without gaps; sequence s works on its row slots[s] (-1: padding).
+
+        slots: [S] int64.
+        """

@@ -17,6 +17,7 @@ class Cosine:
     max_len: at least every length involved, state included. None takes the longer length of the call, as the
     released module does; then outputs depend on the length of the call, so it excludes states and packing.
 
+    Raises ArgumentTypeError unless max_len is an int or None, ValueRangeError below 1 and from 2^62 on.
     Source: Qin et al. 2022, cosFormer, https://arxiv.org/abs/2202.08791, section 3.3.
     """
 

@@ -110,7 +110,10 @@ class State:
             self.z[...] = new.z
 
     def to(self, device: Any) -> State:
-        """The same state on another device (torch; dtypes stay: a state is float32 or float64)."""
+        """The same state on another device (torch; dtypes stay: a state is float32 or float64).
+
+        Raises ArgumentTypeError for states of other arrays.
+        """
         if kind_of(self.kv) != "torch":
             raise ArgumentTypeError(f"State.to moves torch states, this one is {kind_of(self.kv)}")
         return self._map(lambda x: x.to(device=device))
@@ -146,7 +149,10 @@ class State:
 
     @staticmethod
     def load(path: str | os.PathLike[str], *, kind: str = "numpy", device: str = "cpu") -> State:
-        """Read a state back as NumPy (`kind="numpy"`) or torch arrays, every bit as it was saved."""
+        """Read a state back as NumPy (`kind="numpy"`) or torch arrays, every bit as it was saved.
+
+        Raises StateError for a file that holds anything else.
+        """
         tensors, facts = safetensors_io.load(path, kind, device)
         missing = {"kv", "length"} - tensors.keys()
         if missing:
@@ -268,8 +274,9 @@ def merge_states(
     log_decay: [H], the call's decay per head. total_log_decay: [S, H], with per-token decay: the sum over
     right's tokens. reweight: as in the call. `right` must have begun without an initial state. Lengths add.
 
-    Raises StateError for states of two problems, OptionError if both decays are given, and ValueRangeError
-    for a decay above 0 on the host or a total length above Cosine's max_len.
+    Raises StateError for states of two problems, OptionError if both decays are given, ValueRangeError for a
+    decay above 0 on the host or a total length above Cosine's max_len; ArgumentTypeError, DtypeError and
+    DeviceError for arrays that do not go with the states.
     """
     check_parts(left, "left")
     check_parts(right, "right")

@@ -21,7 +21,8 @@ from linattn.nn import SimpleRMSNorm
 CHUNK = 8192  # of a prompt, and of a loss
 SHARES = (
     (0, ""),
-    (0.25, "a quarter of the layers checkpointed: without, memory is short"),
+    (1 / 8, "an eighth of the layers checkpointed: without, memory is short"),
+    (1 / 4, "a quarter of the layers checkpointed: without, memory is short"),
     (1, "checkpointed: without, memory is short"),
 )
 

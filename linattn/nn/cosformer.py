@@ -135,7 +135,10 @@ class CosformerAttention(nn.Module):
     def step(
         self, x: Float[torch.Tensor, "b e"], state: linattn.State, *, eps: float = 1e-6, backend: Any = "auto"
     ) -> Float[torch.Tensor, "b e"]:
-        """Attend from one more token per row (causal self-attention) and advance the state in place."""
+        """Attend from one more token per row (causal self-attention) and advance the state in place.
+
+        Raises OptionError unless the module is causal.
+        """
         if not self.causal:
             raise OptionError("step needs causal=True: without an order of tokens there is no state")
         q, k, v = (_split(project(x), self.num_heads) for project in (self.q_proj, self.k_proj, self.v_proj))

@@ -78,8 +78,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arrays of one call, NumPy float64 (the form that the reference takes); a backend gets converted
-    copies.
+    """The arrays of one call, in the shapes of `linattn.attention`, NumPy float64 (the form that the
+    reference takes); a backend gets converted copies.
 
     state is (kv, z, length); do and dstate are the gradients that a backward pass starts from. max_len is
     Cosine's.

@@ -90,6 +90,8 @@ class Trainer:
 
     out: the run's folder; None saves nothing. seconds: learn for this time (measuring and saving not counted)
     rather than for settings.steps, the learning rate following the clock; such a run cannot be continued.
+
+    Raises ValueRangeError unless seconds is above 0.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Every code block in the documentation runs, and every relative link leads somewhere."""
+"""Every code block in the documentation runs, and every relative link leads somewhere.
+
+The pages of docs/learn are notebooks: their `{code-cell}` blocks run like the others.
+"""
 
 import doctest
 import importlib.util
@@ -8,13 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 import linattn.cli
+from docs._ext.links import prose
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(python|python gpu|sh)\n(.*?)^```", re.S | re.M)
+DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+BLOCK = re.compile(r"^```(python|python gpu|sh|\{code-cell\} python)\n(.*?)^```", re.S | re.M)
+SMALLEST = 9  # points, of any text in a picture
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -59,19 +68,46 @@ def test_page_runs(page, tmp_path, monkeypatch):
         if block[1] == "sh":
             for command in block[2].splitlines():
                 run_command(page, command)
-        elif block[1] == "python" or has_gpu():
+        elif block[1] != "python gpu" or has_gpu():
             names = run_python(page, block[2], line, names)
+
+
+def small_print(figures: list[Figure]) -> list[str]:
+    """What stands in figures in letters that are too small."""
+    texts = [text for figure in figures for text in figure.findobj(Text)]
+    return [text.get_text() for text in texts if text.get_text() and text.get_fontsize() < SMALLEST]
+
+
+@pytest.fixture(autouse=True)
+def _pictures_can_be_read():
+    yield
+    found = small_print([pyplot.figure(number) for number in pyplot.get_fignums()])
+    pyplot.close("all")
+    pyplot.rcdefaults()
+    assert not found, f"letters below {SMALLEST} points: {found}"
+
+
+def test_small_print_is_found():
+    figure = Figure()
+    figure.text(0, 0, "large", fontsize=SMALLEST)
+    figure.text(0, 0, "small", fontsize=SMALLEST - 1)
+    assert small_print([figure]) == ["small"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in LINK.findall(page.read_text()):
+    text = "".join(piece for is_prose, piece in prose(page.read_text()) if is_prose)
+    for target in LINK.findall(text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "README.md" or f"({page.name})" in index, (
-            f"docs/README.md does not name {page.name}"
-        )
+    named = [
+        page
+        for page in DOCS
+        if page.parent.name in {"docs", "learn"} and page.name not in {"README.md", "index.md"}
+    ]
+    for page in named:
+        name = page.relative_to(ROOT / "docs")
+        assert f"({name})" in index, f"docs/README.md does not name {name}"

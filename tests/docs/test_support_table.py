@@ -1,61 +1,41 @@
-"""The README's table of what each backend supports is what the backends themselves say."""
+"""The tables of what goes with what are what the library says, in the README and on the site."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
-from linattn import registry
-from linattn.backends import Backend
-from linattn.cli.explain import describe
+import numpy as np
+
+import linattn
+from docs._ext import combinations
 
 README = Path(__file__).parent.parent.parent / "README.md"
-GPU = ("triton", "cupy")
-PLAIN = describe((2, 8, 3, 4), value_dim=5)
-# what a row is called -> the calls that a "yes" there promises
-ROWS: dict[str, list[dict[str, object]]] = {
-    "causal; not causal; cross lengths": [{}, {"causal": False}, {"causal": False, "m": 12}],
-    "decay per head, per token": [{"decay": "head"}, {"decay": "head", "causal": False}, {"decay": "token"}],
-    "`Cosine`, `LRPE`": [{"reweight": "cosine", "max_len": 64}, {"reweight": "lrpe"}],
-    "relu, silu, elu+1; normalize": [
-        {"feature_map": name, "normalize": normalize}
-        for name in ("relu", "silu", "elu+1")
-        for normalize in (False, True)
-    ],
-    "key_mask, lengths, cu_seqlens": [
-        {"key_mask": True},
-        {"lengths": True},
-        {"packed": True, "batch": 1, "n": 16, "m": 16},
-    ],
-    "initial and final state, slots": [
-        {"initial_state": True, "return_state": True},
-        {"initial_state": True, "slots": True},
-    ],
-    "float64, float32, float16": [{"dtype": "float64"}, {}, {"dtype": "float16"}],
-    "bfloat16 (NumPy: by ml_dtypes)": [{"dtype": "bfloat16"}],
-    "gradients": [{"needs_grad": True, "decay": "head", "reweight": "lrpe"}],
-}
-
-
-def takes(backend: Backend, calls: list[dict[str, object]]) -> str:
-    where = {"kind": next(iter(backend.arrays)), "device": "cuda:0" if backend.name in GPU else "cpu"}
-    answers = [backend.unsupported(replace(PLAIN, **where, **call)) for call in calls]
-    return "no" if all(answers) else "some" if any(answers) else "yes"
 
 
 def test_the_table_is_what_the_backends_say():
-    names = ("triton", "cupy", "torch", "numpy", "reference")
-    backends = [backend for backend in registry.known().values() if backend.name in names]
-    lines = ["| | " + " | ".join(f"`{backend.name}`" for backend in backends) + " |"]
-    lines.append("|---" * (1 + len(backends)) + "|")
-    kinds = [
-        ", ".join(kind if automatic else f"{kind}, when named" for kind, automatic in backend.arrays.items())
-        + (" on CUDA" if backend.name in GPU else "")
-        for backend in backends
-    ]
-    lines.append("| arrays | " + " | ".join(kinds) + " |")
-    for row, calls in ROWS.items():
-        lines.append(f"| {row} | " + " | ".join(takes(backend, calls) for backend in backends) + " |")
-    table = "\n".join(lines)
     found = re.search(r"<!-- support: .*-->\n(.*?)\n*<!-- end of support -->", README.read_text(), re.S)
     assert found
-    assert found[1] == table, f"README.md should have\n{table}"
+    assert found[1] == combinations.table(), f"README.md should have\n{combinations.table()}"
+
+
+def test_a_width_that_is_refused_is_not_listed_as_taken():
+    lines = combinations.widths().splitlines()
+    triton = {
+        row.split("|")[1].strip(): row.split("|")[2].strip()
+        for row in lines[2 : 2 + len(combinations.DTYPES)]
+    }
+    assert triton == {"bfloat16": "256", "float16": "256", "float32": "256", "float64": "none"}
+    assert any(line.startswith("- `triton`, float64: *has no float64") for line in lines)
+
+
+def test_pairs_are_refused_for_what_the_table_says():
+    refused = {(first, second): why for first, second, why in combinations.refused_pairs()}
+    assert ("lengths", "cu_seqlens") in refused
+    assert ("causal=False", "log_decay [B, N, H]") in refused
+    assert ("Cosine(max_len)", "return_state") not in refused
+    assert ("log_decay [H]", "log_decay [B, N, H]") not in refused, "two values of one argument are no pair"
+
+
+def test_every_option_is_a_call_that_runs_alone():
+    q, k, v = np.ones((3, 1, 6, 2, 4))
+    for option in combinations.OPTIONS:
+        assert linattn.attention(q, k, v, **combinations._call(option)) is not None, option

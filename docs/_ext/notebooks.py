@@ -1,0 +1,55 @@
+"""Every page of docs/learn as an .ipynb to download, made while the site is built."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jupytext
+from docutils import nodes
+from sphinx.application import Sphinx
+
+from .links import LINK, prose
+
+FOLDER = "learn"
+
+
+def alone(text: str) -> str:
+    """Return a page's text for a notebook on its own: of links, only those to walkthroughs stay."""
+
+    def link(match: re.Match[str]) -> str:
+        target = Path(match[2])
+        if target.suffix == ".md" and target.parent == Path():
+            return f"[{match[1]}]({target.with_suffix('.ipynb')})"
+        return match[1]
+
+    return "".join(LINK.sub(link, piece) if is_prose else piece for is_prose, piece in prose(text))
+
+
+def is_notebook(docname: str) -> bool:
+    return docname.startswith(f"{FOLDER}/") and not docname.endswith("/index")
+
+
+def offer(app: Sphinx, doctree: nodes.document) -> None:
+    """Put a link to the notebook below the title."""
+    docname = app.env.docname
+    if is_notebook(docname):
+        leaf = f"{Path(docname).name}.ipynb"
+        link = nodes.raw(
+            "", f'<p class="download"><a href="{leaf}" download>Download as a notebook</a></p>', format="html"
+        )
+        title = next(iter(doctree.findall(nodes.title)))
+        title.parent.insert(title.parent.index(title) + 1, link)
+
+
+def write(app: Sphinx, exception: Exception | None) -> None:
+    if exception is None and app.builder.format == "html":
+        for docname in filter(is_notebook, app.env.found_docs):
+            text = alone(Path(app.env.doc2path(docname)).read_text())
+            jupytext.write(jupytext.reads(text, fmt="md:myst"), Path(app.outdir, f"{docname}.ipynb"))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("doctree-read", offer)
+    app.connect("build-finished", write, priority=100)  # before the check of links
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
