@@ -54,10 +54,10 @@ LANES = tl.constexpr(128)
 @triton.jit
 def pieces(ptr, there, PIECES: tl.constexpr, K: tl.constexpr):
     """Blocks [n l] of pairs, as many as a row has; ptr [n 1] are the rows' beginnings. 0 outside."""
-    found: Any = ()
+    found = ()
     for p in tl.static_range(PIECES):
-        k = (p * LANES + tl.arange(0, LANES))[None, :]
-        found = found + (tl.load(ptr + k, mask=there & (k < K), other=0),)  # noqa: RUF005
+        k = (tl.arange(0, LANES) + p * LANES)[None, :]
+        found = found + (tl.load(ptr + k, mask=there & (k < K), other=0),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
@@ -176,6 +176,7 @@ def many(
 FEW = 4  # rows that are added up one after the other; more go through matrix products
 MANY = 128  # rows beyond which a matrix product is no longer bound by its weights
 WIDEST = 8192  # numbers of weights that a warp can hold in registers; wider rows are products as well
+WIDE = 5120  # the same for more than one row
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Shape:
 @functools.lru_cache(maxsize=256)
 def shape(b: int, n: int, k: int, two: bool) -> Shape:
     """The launch for b rows of k numbers and n outputs from one matrix, or two."""
-    if b <= FEW and k * (2 if two else 1) <= WIDEST:
+    if b <= FEW and k * (2 if two else 1) <= (WIDEST if b == 1 else WIDE):
         return Shape(16 if k <= 2048 else 8, 8)  # two rows in a warp, or one
     return Shape(32 if two or n >= 2048 else 16, 4, 128, 5 if k > 2048 else 3)
 
@@ -243,7 +244,9 @@ def products(
     if not how.block:
         i, half = torch.int32, x.dtype == torch.float16
         held = x.view(i), x.stride(0) // 2, g.view(i), g.stride(0) // 2, w.view(i), other.view(i)
-        constants: tuple[Any, ...] = k // 2, b, how.rows, triton.cdiv(k, 256), half, gate is not None, *flags, early
+        constants: tuple[Any, ...] = (
+            k // 2, b, how.rows, triton.cdiv(k, 256), half, gate is not None, *flags, early,
+        )  # fmt: skip
         if early:
             options["launch_pdl"] = True
         start_few(programs, (kind, constants), (*held, r, r.stride(0), *tail), constants, **options)
