@@ -192,8 +192,9 @@ class Shape:
 @functools.lru_cache(maxsize=256)
 def shape(b: int, n: int, k: int, two: bool) -> Shape:
     """The launch for b rows of k numbers and n outputs from one matrix, or two."""
-    if b <= FEW and k * (2 if two else 1) <= (WIDEST if b == 1 else WIDE):
-        return Shape(16 if k <= 2048 else 8, 8)  # two rows in a warp, or one
+    numbers = k * (2 if two else 1)
+    if b <= FEW and numbers <= (WIDEST if b == 1 else WIDE):
+        return Shape(16 if numbers <= 2048 else 8, 8)  # two rows in a warp, or one
     return Shape(32 if two or n >= 2048 else 16, 4, 128, 5 if k > 2048 else 3)
 
 

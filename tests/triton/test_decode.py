@@ -36,7 +36,22 @@ def test_compiles_with_wide_loads(capability: int, dtype: str, angles: int, norm
     assert ".local" not in compiled.asm["ptx"]
 
 
-def built(capability: int, dtype: str, angles: int, normalize: bool, d: int, e: int) -> Any:
+def test_a_chained_step_asks_for_its_state_and_then_waits() -> None:
+    wait = "griddepcontrol.wait"
+    for angles in (0, 2):
+        ptx = built(90, "bf16", angles, False, 128, 128, chained=True).asm["ptx"]
+        before, after = ptx.split(wait)
+        assert (
+            before.count("ld.global.v4") >= 1 + (angles > 0) and "griddepcontrol.launch_dependents" in before
+        )
+        assert "ld.global.v4" not in after and ".b16" in after.split("ld.global")[1], "q, k and v come after"
+        assert "st.global" not in before
+    assert wait not in built(90, "bf16", 2, False, 128, 128).asm["ptx"]
+
+
+def built(
+    capability: int, dtype: str, angles: int, normalize: bool, d: int, e: int, *, chained: bool = False
+) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -47,7 +62,8 @@ def built(capability: int, dtype: str, angles: int, normalize: bool, d: int, e: 
     names = module.decode.arg_names
     constants = {
         "BLOCK_D": x.block_d, "BLOCK_E": x.block_e, "STEPS": x.steps, "FEATURE": "silu", "ANGLES": angles,
-        "DECAY": True, "NORMALIZE": normalize, "SLOTS": True, "kv_e": 1,
+        "DECAY": True, "NORMALIZE": normalize, "SLOTS": not chained, "kv_e": 1,
+        "CHAINED": chained,
     }  # fmt: skip
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), f"*{dtype}")
     pointers |= {"slots_ptr": "*i64", "length_ptr": "*i64"}
@@ -60,7 +76,7 @@ def built(capability: int, dtype: str, angles: int, normalize: bool, d: int, e: 
             aligned[(i,)] = [["tt.divisibility", 16]]
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=module.decode, signature=signature, constexprs=places, attrs=aligned)
-    options = {"num_warps": x.warps, "num_stages": 1}
+    options = {"num_warps": x.warps, "num_stages": 1} | ({"launch_pdl": True} if chained else {})
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

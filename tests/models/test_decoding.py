@@ -1,0 +1,160 @@
+"""Steps in few kernels: what they compute, when they run, and in what order kernels may start early."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import linattn
+from linattn.models import TransNormerConfig, TransNormerLM, decoding
+from linattn.nn import GatedLinearAttention, SimpleRMSNorm
+
+CONFIG = TransNormerConfig(
+    vocab_size=40, embed_dim=32, hidden_dim=48, num_heads=3, num_layers=3, glu_dim=64,
+    linear_use_lrpe_list=(1, 0, 1),
+)  # fmt: skip
+
+
+def assert_close(got: Any, want: Any) -> None:
+    """As near as sums in float64 of another order are."""
+    allowed = 1000 * torch.finfo(torch.float64).eps * max(1.0, float(abs(want).max()))
+    assert got.shape == want.shape and float(abs(got - want).max()) <= allowed
+
+
+@pytest.fixture
+def model() -> TransNormerLM:
+    torch.manual_seed(0)
+    made = TransNormerLM(CONFIG).double().eval()
+    nn.init.normal_(made.lm_head.weight)
+    return made
+
+
+class Kernels:
+    """The kernels' contract in torch, and what was asked of them."""
+
+    FEW = 4
+
+    def __init__(self) -> None:
+        self.early, self.said = False, []
+
+    def products(
+        self, x: Any, weights: Any, *, eps: Any = None, gate: Any = None, residual: Any = None
+    ) -> Any:
+        self.said.append(self.early)
+        y = x if eps is None else SimpleRMSNorm(eps)(x)
+        y = y if gate is None else y * gate
+        made = [nn.functional.linear(y, w) for w in weights]
+        z = made[0] if len(made) == 1 else made[0] * made[1]
+        return z if residual is None else z + residual
+
+    def fits(self, x: Any, *weights: Any) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def chain(self, on: bool) -> Any:
+        before, self.early = self.early, on
+        yield
+        self.early = before
+
+    def on(self, device: Any) -> Any:
+        return contextlib.nullcontext()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    found = Kernels()
+    monkeypatch.setattr(decoding, "_kernels", lambda name: found)
+    monkeypatch.setattr(decoding, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(decoding, "fuses", lambda *parts: not torch.compiler.is_compiling())
+    step = linattn.decode_step
+
+    def decode_step(*arguments: Any, backend: Any, **options: Any) -> Any:
+        found.said.append(found.early)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(decoding, "linattn", SimpleNamespace(decode_step=decode_step))
+    return found
+
+
+def walked(model: TransNormerLM, ids: Any) -> Any:
+    states = model.initial_states(len(ids))
+    return torch.stack([model.step(column, states) for column in ids.T], 1), states
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_steps_are_those_of_the_layers(model: TransNormerLM, kernels: Kernels, batch: int) -> None:
+    ids = torch.randint(0, 40, (batch, 9), generator=torch.Generator().manual_seed(1))
+    got, states = walked(model, ids)
+    asked = len(kernels.said)
+    for part in model.modules():
+        if isinstance(part, SimpleRMSNorm):
+            part.fused = False
+    want, others = walked(model, ids)
+    head = ids.shape[1] if batch <= kernels.FEW else 0
+    assert (asked, len(kernels.said) - asked) == (9 * 3 * 5 + head, head)  # the head has no norm of its own
+    assert_close(got, want)
+    for mine, other in zip(states, others, strict=True):
+        assert_close(mine.kv, other.kv)
+        assert torch.equal(mine.length, other.length)
+
+
+def test_the_first_kernel_waits_for_everything(model: TransNormerLM, kernels: Kernels) -> None:
+    """Else a step of attention could read a state that the step before still writes."""
+    with torch.no_grad():
+        states, x = model.initial_states(1), torch.randn(1, 32, dtype=torch.float64)
+        list(decoding.steps(model._layers(), states, x))
+        assert kernels.said == [False] + [True] * 14
+        kernels.said.clear()
+        model.layers[1].norm.fused = False  # its own kernels lie between
+        list(decoding.steps(model._layers(), states, x))
+        assert kernels.said == ([False] + [True] * 4) * 2
+        kernels.said.clear()
+        model.layers[1].norm.fused = True
+        list(
+            decoding.steps(model._layers(), model.initial_states(5), torch.randn(5, 32, dtype=torch.float64))
+        )
+        assert not any(kernels.said)  # many rows: kernels take the bandwidth from each other
+
+
+def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kernels) -> None:
+    x, layer = torch.randn(1, 32, dtype=torch.float64), model._layers()[0]
+    assert not decoding.runs(layer, x)  # gradients
+    with torch.no_grad():
+        assert decoding.runs(layer, x)
+        for part in (layer, layer.token_mixer, layer.channel_mixer, layer.norm, layer.token_mixer.out_proj):
+            handle = part.register_forward_hook(lambda *given: None)
+            assert not decoding.runs(layer, x), part
+            handle.remove()
+        layer.token_mixer.norm.fused = False
+        assert not decoding.runs(layer, x)
+        layer.token_mixer.norm.fused = True
+        assert decoding.runs(layer, x)
+        biased = TransNormerLM(TransNormerConfig(**{**vars(CONFIG), "bias": True})).double()
+        assert not decoding.runs(biased._layers()[0], x)
+        layer.channel_mixer.l3 = nn.Sequential(layer.channel_mixer.l3)
+        assert not decoding.runs(layer, x)
+        head = nn.Linear(32, 7, dtype=torch.float64)
+        assert_close(decoding.logits(head, x), head(x))
+        assert not kernels.said
+        head.bias = None
+        assert_close(decoding.logits(head, x[:, None])[:, 0], head(x))
+        assert len(kernels.said) == 1
+        decoding.logits(head, torch.randn(5, 32, dtype=torch.float64))
+        assert len(kernels.said) == 1
+
+
+def test_decays_follow_their_module() -> None:
+    mixer = GatedLinearAttention(16, 16, 2, log_decay=[-0.3, -1e-3])
+    before = set(mixer.state_dict())
+    for moved in (mixer, copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer)), mixer.to(torch.float16)):
+        for dtype in (torch.float64, torch.float32):
+            decays = moved.options(dtype)["log_decay"]
+            assert torch.equal(decays.double().float(), torch.tensor([-0.3, -1e-3]))
+        assert set(moved.state_dict()) == before

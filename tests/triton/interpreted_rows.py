@@ -1,0 +1,134 @@
+"""Checks of few rows times weights in Triton's interpreter; run as a program, with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from linattn import tolerance
+from linattn.backends.triton import rows
+from tests.triton.normed import EPS
+
+DTYPE = torch.float16  # the interpreter's bfloat16 is wrong
+SHAPES = ((1, 16), (7, 272), (130, 48), (20, 528))
+
+
+def drawn(*shape: int, seed: int = 0) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
+
+
+def exact(x: Any, weights: Any, eps: Any, gate: Any, residual: Any) -> tuple[Any, Any]:
+    """The result in float64, and the sum of its terms' absolute values."""
+    wide = x.double()
+    r = 1.0 if eps is None else torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    z = wide * r * (1.0 if gate is None else gate.double())
+    made = [z @ w.double().T for w in weights]
+    sizes = [abs(z) @ abs(w.double()).T for w in weights]
+    y, size = made[0], sizes[0]
+    if len(weights) > 1:
+        y, size = y * made[1], sizes[0] * sizes[1]
+    if residual is not None:
+        y, size = y + residual.double(), size + abs(residual.double())
+    return y, size
+
+
+def holds(of: Any, batches: tuple[int, ...] = (1, 4, 5, 17), shapes: Any = SHAPES) -> None:
+    """Every combination of options within the bound: float32 sums, rounded once, a gated row before them."""
+    unit, fine = tolerance.UNIT["float16"], tolerance.UNIT["float32"]
+    for b, (n, k) in itertools.product(batches, shapes):
+        x, gate = drawn(b, 4 * k)[:, :k], drawn(b, 4 * k, seed=1)[:, 3 * k :]
+        weights = [(w.float() / k**0.5).to(DTYPE) for w in (drawn(n, k, seed=2), drawn(n, k, seed=3))]
+        added = drawn(b, n, seed=4)
+        for eps, gated, two, residual in itertools.product((None, EPS), (False, True), (1, 2), (None, added)):
+            given, g = tuple(weights[:two]), gate if gated else None
+            got = of.products(x, given, eps=eps, gate=g, residual=residual)
+            want, size = exact(x, given, eps, g, residual)
+            rounded = gated and of.shape(b, n, k, two > 1).block  # once for each factor
+            room = (k + 32) * fine * two * size + unit * (abs(want) + size * (two if rounded else 0))
+            over = float((abs(got.double() - want) - room - tolerance.SUBNORMAL["float16"]).max())
+            assert over <= 0, (b, n, k, eps, gated, two, residual is not None, over)
+
+
+def formula() -> None:
+    """By the kernel that is chosen, and by products of matrices for few rows too."""
+    holds(rows)
+    with mock.patch.object(rows, "FEW", 0):
+        rows.shape.cache_clear()
+        assert rows.shape(1, 100, 48, False).block
+        holds(rows, (1, 4))
+    rows.shape.cache_clear()
+
+
+def not_finite() -> None:
+    """A bad number stays in its row of the batch, a bad weight in its output."""
+    for b in (4, 6):
+        x, w = drawn(b, 48), drawn(33, 48, seed=1)
+        want = rows.products(x, (w,), eps=EPS)
+        for bad in (float("nan"), float("inf")):
+            wrong, others = x.clone(), torch.arange(b) != 1
+            wrong[1, 3] = bad
+            got = rows.products(wrong, (w,), eps=EPS)
+            assert torch.equal(got[others], want[others]) and not got[1].isfinite().all()
+            broken, outputs = w.clone(), torch.arange(33) != 5
+            broken[5, 7] = bad
+            got = rows.products(x, (broken,), eps=EPS)
+            assert torch.equal(got[:, outputs], want[:, outputs]) and not got[:, 5].isfinite().any()
+
+
+SQUARES = """            if NORM:
+                squares += first * first + second * second
+"""
+GATE = """            if GATED:
+                first, second = first * low(g[p], HALF), second * high(g[p], HALF)
+"""
+TO_W = "w_ptr + to_w[None, :] + "
+WRONG = {
+    "the mean is over pairs": ("/ (2 * K) + eps", "/ K + eps"),
+    "the second of a pair is left out": (" + high(w[p], HALF) * second", ""),
+    "the norm is that of gated numbers": (SQUARES + GATE, GATE + SQUARES),
+    "only one factor is normed": ("                other *= r\n", "                other *= 1\n"),
+    "one factor alone": ("            o *= other\n", "            o *= 1\n"),
+    "no residual": ("            o += residual\n", "            o += 0\n"),
+    "the residual of the first row": ("r_ptr + b * r_b + n", "r_ptr + n"),
+    "the first row for all": ("pieces(x_ptr + b * x_b + of_all", "pieces(x_ptr + of_all"),
+    "the end of a row is left out": ("triton.cdiv(k, 256)", "max(1, k // 256)"),
+    "columns beyond the row": ("mask=there & (k < K)", "mask=there & (k < K + 8)"),
+    "many: no norm": ("        y *= r\n", "        y *= 1\n"),
+    "many: squares of the last block": ("total += tl.sum(wide", "total = tl.sum(wide"),
+    "many: weights of the first block": (TO_W + "at[:, None]", TO_W + "k[:, None]"),
+    "many: no residual": ("        y += tl.load(r_ptr", "        y += 0 * tl.load(r_ptr"),
+    "many: no gate": ("x * gate if eps is None", "x if eps is None"),
+    "many: another eps": ("norm.forward(x, gate, eps)", "norm.forward(x, gate, 0.5)"),
+}
+
+
+def mutants() -> None:
+    """Each wrong version is noticed."""
+    text = inspect.getsource(rows)
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (name, (old, new)) in enumerate(WRONG.items()):
+            assert text.count(old) >= 1, name
+            path = Path(folder) / f"wrong_rows_{i}.py"
+            path.write_text(text.replace(old, new))
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None and spec.loader is not None
+            wrong = importlib.util.module_from_spec(spec)
+            sys.modules[path.stem] = wrong
+            spec.loader.exec_module(wrong)
+            with pytest.raises(AssertionError):
+                holds(wrong, (3, 5), ((7, 272),))
+                pytest.fail(f"not noticed: {name}")  # no AssertionError
+
+
+if __name__ == "__main__":
+    for check in sys.argv[1:]:
+        globals()[check]()

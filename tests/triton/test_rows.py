@@ -1,0 +1,92 @@
+"""Few rows times weights: in Triton's interpreter, and compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
+pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
+
+import torch
+
+from linattn.backends.triton import launcher, rows
+from tests.triton.launches import compiled, recorded, spilled
+
+PROGRAM = Path(__file__).parent / "interpreted_rows.py"
+ROOT = PROGRAM.parent.parent.parent
+WAIT = "griddepcontrol.wait"
+# width, inner width of the channel mixer: the published sizes
+SIZES = ((1024, 2816), (2048, 5632), (2560, 6912), (4096, 11008), (5120, 13824), (12288, 32768))
+
+
+@pytest.mark.parametrize("checks", [("formula", "not_finite"), ("mutants",)], ids="-".join)
+def test_interpreted(checks: tuple[str, ...]) -> None:
+    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
+    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", str(PROGRAM), *checks]
+    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launched(b: int, n: int, k: int, two: bool, gated: bool, chained: bool, dtype: Any) -> Any:
+    """What one call starts last."""
+
+    def empty(*shape: int) -> Any:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with recorded() as seen, launcher.chain(chained):
+        rows.products(
+            empty(b, k), (empty(n, k),) * (2 if two else 1), eps=None if two else 1e-6,
+            gate=empty(b, k) if gated else None, residual=None if two else empty(b, n),
+        )  # fmt: skip
+    found = list(seen)[-1]
+    if chained and found.kernel.__name__ == "few":
+        found = dataclasses.replace(found, options=(*found.options, ("launch_pdl", True)))
+    return found
+
+
+@pytest.mark.parametrize("width, inner", SIZES)
+@pytest.mark.parametrize("b", [1, 4, 64])
+def test_compiles_without_spills(width: int, inner: int, b: int) -> None:
+    for n, k, two, gated in (
+        (4 * width, width, False, False),
+        (width, width, False, True),
+        (inner, width, True, False),
+        (width, inner, False, False),
+    ):
+        found = launched(b, n, k, two, gated, True, torch.bfloat16)
+        binary = compiled(found, 90)
+        assert spilled(binary) == 0, found
+        if found.kernel.__name__ == "few":
+            before, after = binary.asm["ptx"].split(WAIT)
+            # all weights are asked for before the wait, and nothing is done with them there
+            asked = found.flags["PIECES"] * (2 if two else 1)
+            assert before.count("ld.global.v4") >= asked and "shl.b32" not in before.split("ld.global")[-1]
+            assert "ld.global.v4" in after and "ld.global" in after
+            assert "launch_dependents" in before.split("ld.global")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiles_for_older_gpus(dtype: Any) -> None:
+    for b, two in ((1, False), (4, True), (64, False)):
+        binary = compiled(launched(b, 100, 272, two, False, False, dtype), 80)
+        assert WAIT not in binary.asm["ptx"] and spilled(binary) == 0
+
+
+def test_what_fits() -> None:
+    def empty(*shape: int, dtype: Any = torch.bfloat16) -> Any:
+        return torch.empty(shape, dtype=dtype)
+
+    w = empty(8, 32)
+    assert rows.fits(empty(1, 32), w) and rows.fits(empty(rows.MANY, 32), w, empty(4, 16))
+    assert not rows.fits(empty(rows.MANY + 1, 32), w) and not rows.fits(empty(0, 32), w)
+    assert not rows.fits(empty(1, 32, dtype=torch.float32), empty(8, 32, dtype=torch.float32))
+    for wrong in (empty(8, 40)[:, :32], empty(8, 24), w.half(), empty(32, 8).T):
+        assert not rows.fits(empty(1, 32), wrong)
