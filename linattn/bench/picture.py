@@ -1,7 +1,9 @@
-"""A picture of time against length, on logarithmic axes."""
+"""Pictures of time and memory against length, for light pages and for dark ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,61 +12,116 @@ from linattn.bench.results import Results
 from linattn.errors import LinattnError
 
 DPI = 200
-# whose forward figures make a line -> how it is called and drawn
+WIDTH = {2: 11.0, 3: 13.0}  # inches of so many panels: wider ones have small letters on a page
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture: of the page behind it, of letters, of the grid, of what is no measurement."""
+
+    page: str
+    ink: str
+    grid: str
+    quiet: str
+    lines: tuple[str, ...]  # told apart without colour by their markers
+
+
+LIGHT = Theme("white", "#1f2328", "#dddddd", "#6b7280", ("#0b6e99", "#3f7d1f", "#c0392b", "#7d4fa8"))
+DARK = Theme("#0d1117", "#e6edf3", "#30363d", "#9aa4af", ("#4cb8e6", "#7fc45f", "#f0776b", "#bb93e0"))
+MARKERS = ("o", "s", "^", "D")
+
+# whose forward figures make a line -> what it is called
 LINES = {
-    ("torch", "decay"): ("linattn, torch", "#0b6e99", "o"),
-    ("numpy", "decay"): ("linattn, NumPy", "#6aa84f", "s"),
-    ("softmax", "softmax"): ("softmax, torch", "#c0392b", "^"),
-    ("released cosFormer", "cosformer"): ("released cosFormer", "#8e6bb0", "D"),
+    ("torch", "decay"): "linattn, torch",
+    ("numpy", "decay"): "linattn, NumPy",
+    ("softmax", "softmax"): "softmax, torch",
+    ("released cosFormer", "cosformer"): "released cosFormer",
 }
 
 
 def draw(results: Results, path: Path) -> None:
     """Write a PNG of the fastest forward pass of each computation against N, and of its extra memory.
 
-    Raises LinattnError when the file cannot be written.
+    Beside it, the same on black under the name that `dark` gives. Raises LinattnError when a file cannot be
+    written.
+    """
+    title = (
+        f"Causal attention, B=1 H=8 D=64 float32, on {results.facts.get('cores', '?')} cores of "
+        f"{results.facts.get('processor', 'a processor')}"
+    )
+
+    def paint(theme: Theme, panels: Sequence[Any]) -> None:
+        for axis, heading, of in zip(
+            panels, ("Time, ms", "Extra memory, MB"), (_milliseconds, _megabytes), strict=True
+        ):
+            for (who, call), name in LINES.items():
+                points = [
+                    (figure.n, value)
+                    for figure in results.measured
+                    if (figure.implementation, figure.call, figure.backward) == (who, call, False)
+                    and (value := of(results, figure)) is not None
+                ]
+                line(axis, theme, list(LINES.values()).index(name), name, points)
+            length_axes(axis, theme, heading)
+        legend(panels[0], theme)
+
+    both(path, title, 2, paint)
+
+
+def dark(path: Path) -> Path:
+    """The name of the dark picture beside a light one: a-dark.png for a.png."""
+    return path.with_name(f"{path.stem}-dark{path.suffix}")
+
+
+def both(path: Path, title: str, count: int, paint: Callable[[Theme, Sequence[Any]], None]) -> None:
+    """Write a picture of `count` panels in a row, light and dark; `paint` fills the panels.
+
+    Raises LinattnError when a file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(11, 4.8), layout="constrained")
-    FigureCanvasAgg(canvas)
-    panels = canvas.subplots(1, 2)
-    for axis, title, of in zip(
-        panels, ("Time, ms", "Extra memory, MB"), (_milliseconds, _megabytes), strict=True
-    ):
-        for (who, call), (name, color, marker) in LINES.items():
-            points = sorted(
-                (figure.n, value)
-                for figure in results.measured
-                if (figure.implementation, figure.call, figure.backward) == (who, call, False)
-                and (value := of(results, figure)) is not None
-            )
-            if points:
-                axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name)
-        length_axes(axis, title)
-    panels[0].legend(frameon=False)
-    canvas.suptitle(
-        f"Causal attention, B=1 H=8 D=64 float32, on {results.facts.get('cores', '?')} cores of "
-        f"{results.facts.get('processor', 'a processor')}",
-        fontsize=12,
-    )
-    save(canvas, path)
+    for theme, to in ((LIGHT, path), (DARK, dark(path))):
+        canvas = Canvas(figsize=(WIDTH[count], 4.8), layout="constrained", facecolor=theme.page)
+        FigureCanvasAgg(canvas)
+        paint(theme, canvas.subplots(1, count))
+        canvas.suptitle(title, fontsize=12, color=theme.ink)
+        save(canvas, to)
 
 
-def length_axes(axis: Any, title: str) -> None:
-    """Logarithmic axes, the number of tokens across."""
-    from matplotlib.ticker import FuncFormatter
+def line(axis: Any, theme: Theme, index: int, name: str, points: list[tuple[int, float]]) -> None:
+    """One computation's points against N; nothing where there are none."""
+    if points:
+        color, marker = theme.lines[index], MARKERS[index]
+        axis.plot(*zip(*sorted(points), strict=True), color=color, marker=marker, markersize=5, label=name)
 
+
+def legend(axis: Any, theme: Theme) -> None:
+    """Names of the lines, where there are lines."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, labelcolor=theme.ink)
+
+
+def length_axes(axis: Any, theme: Theme, title: str, *, share: bool = False) -> None:
+    """Logarithmic axes, the number of tokens across; share: percent upwards, from 0 to 100 at least."""
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+    axis.set_facecolor(theme.page)
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    if share:
+        axis.set_ylim(0, max(100, axis.get_ylim()[1]))
+        axis.yaxis.set_major_formatter(PercentFormatter())
+    else:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.tick_params(axis="both", which="both", colors=theme.ink)
     axis.tick_params(axis="x", labelrotation=45)
-    axis.set_xlabel("tokens N")
-    axis.set_title(title, loc="left")
-    axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axis.set_xlabel("tokens N", color=theme.ink)
+    axis.set_title(title, loc="left", color=theme.ink)
+    axis.grid(True, which="major", color=theme.grid, linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(theme.quiet)
 
 
 def save(canvas: Any, path: Path) -> None:

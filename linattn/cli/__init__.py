@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from linattn.errors import LinattnError
 
@@ -30,10 +32,38 @@ EXTRAS = {
 WITH_MODELS = ("train", "generate", "eval", "demo")
 MODULES = {"eval": "evaluate"}  # a name that Python has for something else
 DEBUG = "--debug"
+INTERRUPTED = 130  # the exit status of what Ctrl-C ended
+# name -> what `linattn NAME --help` ends with; in this order, each finds what it needs
+EXAMPLES = {
+    "backends": "linattn backends --json",
+    "explain": "linattn explain --shape 4,8192,32,128 --dtype bf16 --device cuda --decay head",
+    "verify": "linattn verify --backend numpy --quick",
+    "train": "linattn train --text README.md --steps 50 --out run",
+    "generate": "linattn generate --checkpoint run --prompt 'Linear attention' --tokens 200",
+    "eval": "linattn eval --checkpoint run --text README.md",
+    "demo": "linattn demo --seconds 20 --no-verify",
+    "bench": "linattn bench --quick --case softmax --out figures.json",
+    "tune": "linattn tune --case 'forward 128' --dry-run",
+}
+
+
+class _Commands(TyperGroup):
+    """Subcommands that are loaded to complete their options, too, not only to run them."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if ctx.resilient_parsing and name in COMMANDS:  # a shell asks what may come next
+            with contextlib.suppress(ModuleNotFoundError):
+                command = typer.main.get_command(_typer(name))
+        return name, command, rest
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Linear attention: one specification, and the backends that are proven equal to it.",
-    add_completion=False,
+    epilog="\b\nlinattn COMMAND --help has an example of every command. Start with:\n"
+    "  linattn backends\n  linattn demo --seconds 20\n"
+    "Commands and options complete with Tab after: linattn --install-completion",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help texts say [B, N, H, D], which rich would read as markup
@@ -66,15 +96,20 @@ def _load(name: str) -> Callable[..., object]:
     return function
 
 
+def _typer(name: str) -> typer.Typer:
+    """A subcommand as a typer command of its own."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    command.command(name, epilog=f"\b\nExample:\n  {EXAMPLES[name]}")(_load(name))
+    return command
+
+
 def _run(name: str, arguments: list[str]) -> int:
-    """Run one subcommand as a typer command of its own; return its exit status.
+    """Run one subcommand; return its exit status.
 
     Raises LinattnError, with the pip command that helps, where an optional package is missing.
     """
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     try:
-        command.command(name)(_load(name))
-        status = command(args=arguments, prog_name=f"linattn {name}", standalone_mode=False)
+        status = _typer(name)(args=arguments, prog_name=f"linattn {name}", standalone_mode=False)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -100,6 +135,10 @@ def _subcommand(name: str, summary: str) -> None:
                 raise
             typer.echo(f"error: {error}", err=True)
             status = 2
+        except typer.Abort:
+            status = INTERRUPTED
+        if status == INTERRUPTED:
+            typer.echo("interrupted", err=True)
         raise typer.Exit(status)
 
 

@@ -40,7 +40,10 @@ def bench(
     ] = 150.0,
     out: Annotated[
         list[Path] | None,
-        typer.Option(help="Also write .json, .png (time against N), or the tables into a .md (repeatable)."),
+        typer.Option(
+            help="Also write .json, .png (against N: time, memory or the floor's share; a second one, "
+            "-dark.png, for dark pages), or the tables into a .md (repeatable)."
+        ),
     ] = None,
 ) -> None:
     """Measure time and extra memory, and set them beside softmax attention and the released cosFormer.

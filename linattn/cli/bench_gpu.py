@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from linattn.cli.output import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from linattn.bench.gpu_results import GpuResults
+    from linattn.bench.gpu_results import Cost, GpuResults, GpuRow
 
 QUICK_REP = 5.0  # milliseconds over which --quick takes a median
 
@@ -29,7 +29,6 @@ def bench_gpu(
     """
     from linattn.bench.gpu_cases import chosen, curves
     from linattn.bench.gpu_measure import Cuda, check_device
-    from linattn.bench.gpu_report import line
 
     cases, extras = chosen(names, quick=quick)
     check_device()
@@ -41,18 +40,11 @@ def bench_gpu(
     drawn = any(path.suffix == ".png" for path in outputs)
     lines = curves(torch.cuda.mem_get_info()[0], quick=quick) if drawn else []
     facts = {**gpu_machine(), "command": _command(names, quick=quick, peer_seconds=peer_seconds)}
-    console = Console(stderr=True, highlight=False)
     bench = Bench(
         Cuda(QUICK_REP) if quick else Cuda(), device="cuda", peer_seconds=peer_seconds, full=not quick
     )
-    with _stoppable():
-        results = bench.run(
-            cases,
-            extras,
-            lines,
-            facts=facts,
-            progress=lambda found: console.print(line(found), markup=False, soft_wrap=True),
-        )
+    with _stoppable(), _told(len({*cases, *lines})) as tell:
+        results = bench.run(cases, extras, lines, facts=facts, progress=tell)
     _write(results, outputs)
     if as_json:
         print_json(results.as_json())
@@ -60,6 +52,26 @@ def bench_gpu(
         _print(results)
     if INTERRUPTED in results.facts:
         raise typer.Exit(130)
+
+
+@contextlib.contextmanager
+def _told(total: int) -> Iterator[Callable[[GpuRow | Cost], None]]:
+    """A line on standard error for whatever is measured; on a terminal a bar below, of `total` rows."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from linattn.bench.gpu_report import line
+    from linattn.bench.gpu_results import GpuRow
+
+    console = Console(stderr=True, highlight=False)
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def tell(found: GpuRow | Cost) -> None:
+            console.print(line(found), markup=False, soft_wrap=True)
+            bar.advance(task, isinstance(found, GpuRow))
+
+        yield tell
 
 
 @contextlib.contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from linattn.cli.output import console, print_json, waiting
 
 if TYPE_CHECKING:
     from linattn.models import TransNormerLM
@@ -26,6 +30,9 @@ def demo(
         int, typer.Option(help="Fixes the first weights, the order of the text and the sample.")
     ] = 0,
     verify: Annotated[bool, typer.Option(help="Whether to verify the backends first.")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what came out as JSON; the rest goes to standard error.")
+    ] = False,
 ) -> None:
     """List the backends, verify them, train a model, let it write, and draw what it looks at.
 
@@ -40,30 +47,39 @@ def demo(
     prepare(out)
     for old in checkpoints(out):  # an earlier demo's
         shutil.rmtree(old)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        found = _told(out, seconds, seed, verify)
+    if as_json:
+        print_json(found)
+
+
+def _told(out: Path, seconds: float, seed: int, verified: bool) -> dict[str, object]:
+    """Do it, and tell about it; return what came out."""
     began = time.monotonic()
     _heading("1. What can run here (linattn backends)")
     from linattn.cli.backends import backends
 
     backends()
-    if verify:
+    if verified:
         _heading("2. Are the backends right? (linattn verify --quick)")
         _verify()
     _heading(f"3. A language model learns the standard library, for {seconds:g} seconds")
-    model, text = _train(out, seconds, seed)
+    model, text, learned = _train(out, seconds, seed)
     _heading("4. The model writes (linattn generate)")
-    _write_sample(model, out, seed)
+    sample, per_byte = _write_sample(model, out, seed)
     _heading("5. What the first layer looks at")
     from linattn.models.picture import draw
 
     picture = out / "pair-weights.png"
-    draw(model, _snippet(text), picture)
+    with waiting("drawing"):
+        draw(model, _snippet(text), picture)
     typer.echo(f"{picture}: the weights of softmax, cosFormer, LRPE with decay, and decay alone")
     typer.echo(f"\nDone in {time.monotonic() - began:.0f} s; everything is in {out}")
+    told = {"verified": verified, **learned, "sample": sample, "ms_per_byte": per_byte}
+    return {**told, "picture": str(picture), "seconds": time.monotonic() - began}
 
 
 def _heading(text: str) -> None:
-    from linattn.cli.output import console
-
     console().print(f"\n{text}\n{'─' * len(text)}", style="bold", markup=False, highlight=False)
 
 
@@ -83,14 +99,15 @@ def _standard_library() -> Text:
     return read_text(Path(sysconfig.get_path("stdlib")), exclude_names=elsewhere, suffixes=(".py",))
 
 
-def _train(out: Path, seconds: float, seed: int) -> tuple[TransNormerLM, Text]:
+def _train(out: Path, seconds: float, seed: int) -> tuple[TransNormerLM, Text, dict[str, object]]:
     import dataclasses
 
     from linattn.models import PRESETS
     from linattn.train import SETTINGS, Trainer
     from linattn.train.report import Report
 
-    text = _standard_library()
+    with waiting("reading the standard library"):
+        text = _standard_library()
     settings = dataclasses.replace(SETTINGS["tiny"], seed=seed)
     trainer = Trainer(PRESETS["tiny"], text, settings, out=out, seconds=seconds)
     report = Report(trainer)
@@ -102,10 +119,11 @@ def _train(out: Path, seconds: float, seed: int) -> tuple[TransNormerLM, Text]:
         + (f": less than {' and '.join(beaten)} need{'s' if len(beaten) == 1 else ''}" if beaten else "")
         + ".\nThe compressors start from nothing; the model has read other files before."
     )
-    return trainer.model, text
+    return trainer.model, text, {"bits_per_byte": bits, "compressors": {**baselines}, "steps": trainer.step}
 
 
-def _write_sample(model: TransNormerLM, out: Path, seed: int) -> None:
+def _write_sample(model: TransNormerLM, out: Path, seed: int) -> tuple[str, float]:
+    """The sample, and the milliseconds that a byte took."""
     from linattn.cli.generate import on_screen
     from linattn.errors import LinattnError
     from linattn.train import generate
@@ -123,6 +141,7 @@ def _write_sample(model: TransNormerLM, out: Path, seed: int) -> None:
         (out / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     except OSError as error:
         raise LinattnError(f"{out / 'sample.txt'} cannot be written: {error.strerror}") from error
+    return sample, per_byte
 
 
 def _snippet(text: Text) -> bytes:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from linattn.cli.output import waiting
+
 
 def evaluate(
     checkpoint: Annotated[
@@ -25,15 +27,17 @@ def evaluate(
 
     The checkpoint's own tokenizer is taken where it has one, else text is bytes.
     """
-    from linattn.train import load_model
-    from linattn.train.corpus import load_tokenizer, read_all
-    from linattn.train.device import choose_device
-    from linattn.train.evaluate import nats_of
+    with waiting("loading"):
+        from linattn.train import load_model
+        from linattn.train.corpus import load_tokenizer, read_all
+        from linattn.train.device import choose_device
+        from linattn.train.evaluate import nats_of
 
-    model = load_model(checkpoint, choose_device(device))
-    words = load_tokenizer(checkpoint) if (checkpoint / "tokenizer_config.json").is_file() else None
-    ids, size = read_all(text, words)
-    nats = nats_of(model, ids, context)
+        model = load_model(checkpoint, choose_device(device))
+        words = load_tokenizer(checkpoint) if (checkpoint / "tokenizer_config.json").is_file() else None
+        ids, size = read_all(text, words)
+    with waiting(f"reading {len(ids):,} tokens"):
+        nats = nats_of(model, ids, context)
     found = {
         "tokens": len(ids),
         "bytes": size,

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from linattn.backends.triton import tuned
+from linattn.cli.device import check_name, cuda_is_missing
 from linattn.cli.output import print_json, print_lines
 from linattn.errors import OptionError, ShapeError
 from linattn.problem import Problem
 from linattn.vjp import explain_problem
 
+if TYPE_CHECKING:
+    from linattn.vjp import Explanation
+
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+COPIES = {"NVIDIA H200": 4250, "NVIDIA H100": 2950}  # GB/s read and written, as measured: docs/
+ASSUMED = (132, "NVIDIA H200")  # multiprocessors, name
 DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 Dtype = Literal["float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"]
 
@@ -53,6 +61,7 @@ def describe(
     """
     b, n, h, d = shape
     m, e = n if keys is None else keys, d if value_dim is None else value_dim
+    check_name(device)
     if (kind == "numpy") is not (device == "cpu") and kind != "torch":
         homes = {"numpy": "NumPy arrays live on the cpu", "cupy": "CuPy arrays live on a cuda device"}
         raise OptionError(f"{homes[kind]}, not on {device!r}")
@@ -116,7 +125,10 @@ def explain(
 ) -> None:
     """Show which backend a call would use here, and one sentence for each that it would not.
 
-    The call is described, not made: no array is allocated, so the shape may be larger than this machine.
+    Of Triton's kernels, the plan of a forward pass is shown as well: blocks, launches, the bytes that have to
+    be moved and the time that a copy takes for as many, below which no kernel comes. Without a CUDA device
+    that is for a card that is named. The call is described, not made: no array is allocated, so the shape may
+    be larger than this machine.
     """
     problem = describe(
         _sizes(shape),
@@ -135,8 +147,8 @@ def explain(
         needs_grad=grad,
     )
     decision = explain_problem(problem, backend or "auto")
-    said = tuned.in_use(device) if decision.chosen == "triton" else None
-    steps = plan(problem) if decision.chosen == "triton" else None
+    steps, card = plan(problem, decision)
+    said = tuned.in_use(device) if steps and card is None else None
     if as_json:
         answer: dict[str, Any] = {
             "call": str(problem),
@@ -144,19 +156,53 @@ def explain(
             "backends": decision.reasons,
         }
         answer |= {"kernels": decision.kernels} if decision.kernels else {}
-        print_json(answer | {"tuned": said, "plan": steps})
-    else:
-        typer.echo(str(decision))
-        if steps is not None:
-            typer.echo("plan:")
-            print_lines(steps)
-        if said is not None:
-            typer.echo(f"tuned: {said}")
+        print_json(answer | {"tuned": said, "assumed": card, "plan": steps})
+        return
+    typer.echo(str(decision))
+    if array == "torch" and cuda_is_missing(device):
+        so = "" if card is None else f"; on one {card}, triton would run a forward pass like this:"
+        typer.echo(f"no CUDA device is here{so}")
+    elif steps is not None:
+        typer.echo("plan of a forward pass:")
+    if steps is not None:
+        print_lines({f"  {name}": value for name, value in steps.items()})
+    if said is not None:
+        typer.echo(f"tuned: {said}")
 
 
-def plan(problem: Problem) -> dict[str, str]:
-    """How the Triton backend would run a forward pass on the device that the problem names."""
-    from linattn.backends.triton.launch import multiprocessors
+def plan(problem: Problem, decision: Explanation) -> tuple[dict[str, str] | None, str | None]:
+    """How the Triton backend would run a forward pass, where it would; and the card that is assumed.
+
+    Without a CUDA device the plan is that of the card which the published figures are of. Nothing is planned
+    where Triton's kernels refuse the call, or come after a backend that takes it.
+    """
+    from linattn.backends.triton import backend
+
+    names = list(decision.reasons)
+    if (
+        not problem.device.startswith("cuda")
+        or problem.kind not in backend.arrays
+        or backend.name not in names
+    ):
+        return None, None
+    if decision.chosen == backend.name:
+        from torch.cuda import get_device_properties
+
+        found = get_device_properties(problem.device)
+        return _steps(problem, found.multi_processor_count, found.name), None
+    earlier = any(decision.reasons[name] is None for name in names[: names.index(backend.name)])
+    if earlier or not cuda_is_missing(problem.device) or backend.unsupported(problem) is not None:
+        return None, None
+    return _steps(replace(problem, device="cpu"), *ASSUMED), ASSUMED[1]  # nothing is tuned for a cpu
+
+
+def _steps(problem: Problem, multiprocessors: int, card: str) -> dict[str, str]:
     from linattn.backends.triton.plan import described
 
-    return described(problem, multiprocessors(problem.device))
+    moved = problem.batch * problem.heads * (problem.n + problem.m) * (problem.d + problem.e)
+    moved *= BYTES[problem.dtype]
+    rate = next((rate for name, rate in COPIES.items() if card.startswith(name)), None)
+    floor = "not known for this card: `linattn bench --gpu` measures it"
+    if rate is not None:
+        floor = f"{moved / rate / 1e6:.3g} ms (these bytes at {rate} GB/s, which a copy reached on {card})"
+    return {**described(problem, multiprocessors), "floor": floor}

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from linattn.cli.output import print_json, waiting
+
+if TYPE_CHECKING:
+    import torch
 
 
 def generate(
@@ -20,40 +27,46 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample among so many likeliest bytes only.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, when all is written.")
+    ] = False,
 ) -> None:
     """Print the prompt and stream its continuation, byte by byte.
 
     Time and memory per byte do not depend on how long the text is.
     """
-    from linattn.train import generate as continue_text
-    from linattn.train import load_model
-    from linattn.train.device import choose_device
+    began = time.monotonic()
+    with waiting("loading"):
+        from linattn.train.device import choose_device
+
+        place = choose_device(device)
+        text = _continued(checkpoint, prompt, tokens, place, temperature=temperature, top_k=top_k, seed=seed)
+        first = next(text, "")
+    if as_json:
+        found = first + "".join(text)
+        print_json({"prompt": prompt, "text": found, "seconds": time.monotonic() - began})
+        return
+    typer.echo(prompt, nl=False)
+    for piece in itertools.chain((first,), text):
+        typer.echo(on_screen(piece), nl=False)
+    typer.echo()
+
+
+def _continued(checkpoint: Path, prompt: str, tokens: int, device: torch.device, **how: Any) -> Iterator[str]:
+    """The text after the prompt, in pieces; of a checkpoint with a tokenizer until its end of text."""
+    from linattn.train import generate, load_model
     from linattn.train.generate import continue_ids, decoded, pieces
 
-    model = load_model(checkpoint, choose_device(device))
-    if (checkpoint / "tokenizer_config.json").is_file():
-        from linattn.train.corpus import load_tokenizer
-
-        words = load_tokenizer(checkpoint)
-        start = words(prompt, add_special_tokens=False)["input_ids"] or [words.eos_token_id or 0]
-        ids = continue_ids(model, start, tokens, temperature=temperature, top_k=top_k, seed=seed)
-        typer.echo(prompt, nl=False)
-        for piece in pieces(words, start, itertools.takewhile(lambda one: one != words.eos_token_id, ids)):
-            typer.echo(on_screen(piece), nl=False)
-        typer.echo()
+    model = load_model(checkpoint, device)
+    if not (checkpoint / "tokenizer_config.json").is_file():
+        yield from decoded(generate(model, prompt.encode("utf-8", "surrogateescape"), tokens, **how))
         return
-    stream = continue_text(
-        model,
-        prompt.encode("utf-8", "surrogateescape"),
-        tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-    )
-    typer.echo(prompt, nl=False)
-    for text in decoded(stream):
-        typer.echo(on_screen(text), nl=False)
-    typer.echo()
+    from linattn.train.corpus import load_tokenizer
+
+    words = load_tokenizer(checkpoint)
+    start = words(prompt, add_special_tokens=False)["input_ids"] or [words.eos_token_id or 0]
+    ids = continue_ids(model, start, tokens, **how)
+    yield from pieces(words, start, itertools.takewhile(lambda one: one != words.eos_token_id, ids))
 
 
 def on_screen(text: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import typer
 from rich import box
@@ -41,3 +42,14 @@ def print_lines(facts: Mapping[str, object]) -> None:
 def print_json(value: object) -> None:
     """Print one JSON document."""
     typer.echo(json.dumps(value, indent=2))
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Something that moves on a terminal's standard error while work goes on; nothing elsewhere."""
+    on_screen = Console(stderr=True, highlight=False)
+    if not on_screen.is_terminal:
+        yield
+        return
+    with on_screen.status(Text(text)):
+        yield

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from linattn.cli.device import check_name, cuda_is_missing
 from linattn.errors import OptionError
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ def verify(
     from linattn.testing import PROPERTIES
     from linattn.testing.check import check
 
+    if device is not None:
+        check_name(device)
+        if cuda_is_missing(device):
+            raise OptionError(f"--device {device}: torch.cuda.is_available() is False")
     if kernel is not None and backend:
         raise OptionError("give --backend or --kernel, not both")
     if kernel is not None:

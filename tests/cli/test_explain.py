@@ -129,3 +129,73 @@ def test_it_says_what_a_forward_pass_would_be(shipped, shape, options, expected)
     found = described(describe(shape, kind="torch", device="cuda", dtype="bfloat16", **options), 132)
     for name, beginning in expected.items():
         assert found[name].startswith(beginning), found
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+GPU = ("--shape", "4,8192,32,128", "--dtype", "bf16", "--device", "cuda", "--decay", "head")
+
+
+def test_without_a_gpu_the_plan_is_that_of_a_card_that_is_named(shipped, no_gpu):
+    from linattn.backends.triton.plan import described
+
+    text = invoke(*GPU).stdout
+    assert "no CUDA device is here; on one NVIDIA H200, triton would run a forward pass" in text
+    answer = json.loads(invoke(*GPU, "--json").stdout)
+    problem = describe((4, 8192, 32, 128), kind="torch", device="cuda", dtype="bfloat16", decay="head")
+    floor = answer["plan"].pop("floor")
+    assert (answer["assumed"], answer["plan"]) == ("NVIDIA H200", described(problem, 132))
+    moved = float(answer["plan"]["least bytes"].split()[0]) / 1e3  # GB
+    rate = int(re.search(r"at (\d+) GB/s", floor)[1])
+    assert floor.startswith(f"{moved / rate * 1e3:.3g} ms ")
+
+
+def test_the_floor_is_by_a_copy_that_the_benchmarks_page_has():
+    from pathlib import Path
+
+    from linattn.cli import explain
+
+    page = (Path(__file__).parent.parent.parent / "docs" / "benchmarks.md").read_text()
+    measured = re.search(r"- GPU: ([\w ]+),.*?- copy bandwidth: (\d+) GB/s", page, re.S)
+    (rate,) = (rate for card, rate in explain.COPIES.items() if measured[1].startswith(card))
+    assert rate == int(measured[2])
+    assert explain.ASSUMED[1] in explain.COPIES
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--device", "cpu"),
+        ("--device", "cuda", "--dtype", "f64"),  # Triton's kernels have no float64
+        ("--device", "cuda", "--array", "cupy"),
+        ("--device", "cuda", "--backend", "torch", "--backend", "triton"),  # torch comes first
+        ("--device", "cuda", "--backend", "torch"),
+    ],
+)
+def test_nothing_is_planned_where_triton_would_not_run(shipped, no_gpu, options):
+    answer = json.loads(invoke(*options, "--json").stdout)
+    assert (answer["plan"], answer["assumed"]) == (None, None)
+
+
+def test_on_a_gpu_the_plan_is_that_gpu_s(shipped, monkeypatch):
+    import torch
+
+    from linattn.backends.triton import backend
+    from linattn.cli import explain
+
+    class Card:
+        name, multi_processor_count = "A Card", 10
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    problem = describe((1, 100, 2, 16), kind="torch", device="cuda", dtype="float32")
+    decision = linattn.vjp.Explanation(problem, backend.name, {backend.name: None}, {})
+    steps, card = explain.plan(problem, decision)
+    assert card is None
+    assert steps["programs"].endswith(" on 10 multiprocessors")
+    assert steps["floor"].startswith("not known for this card")
