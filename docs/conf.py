@@ -1,6 +1,8 @@
 """Settings of the documentation site: `make docs` builds it, without network, and takes no warning."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -36,6 +38,8 @@ myst_url_schemes = (
     "source",
 )  # source: a file of the repository, see _ext/pages.py
 
+# pages that verify kernels would leave their database of examples beside the sources
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "linattn-examples"))
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120

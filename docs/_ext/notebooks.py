@@ -9,6 +9,7 @@ import jupytext
 from docutils import nodes
 from sphinx.application import Sphinx
 
+from .excerpts import inlined
 from .links import LINK, prose
 
 FOLDER = "learn"
@@ -45,7 +46,8 @@ def offer(app: Sphinx, doctree: nodes.document) -> None:
 def write(app: Sphinx, exception: Exception | None) -> None:
     if exception is None and app.builder.format == "html":
         for docname in filter(is_notebook, app.env.found_docs):
-            text = alone(Path(app.env.doc2path(docname)).read_text())
+            page = Path(app.env.doc2path(docname))
+            text = alone(inlined(page.read_text(), page))
             jupytext.write(jupytext.reads(text, fmt="md:myst"), Path(app.outdir, f"{docname}.ipynb"))
 
 
