@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from linattn.backends.triton import norm
 from linattn.backends.triton.launcher import Launcher, chained
+from linattn.prepared import PLAIN
 
 Tensor = torch.Tensor
 
@@ -177,6 +178,7 @@ FEW = 4  # rows that are added up one after the other; more go through matrix pr
 MANY = 128  # rows beyond which a matrix product is no longer bound by its weights
 WIDEST = 8192  # numbers of weights that a warp can hold in registers; wider rows are products as well
 WIDE = 5120  # the same for more than one row
+APART = 1 << 24  # numbers between rows, MANY times which fits into 32 bits
 
 
 @dataclass(frozen=True)
@@ -202,14 +204,14 @@ start_few, start_many = Launcher(few), Launcher(many)
 
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
-    """Whether `products` takes a row x [B, K] of this dtype with weights [N, K]."""
+    """Whether `products` takes rows x [B, K] of this dtype with weights [N, K]."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and x.ndim == 2
         and 1 <= x.shape[0] <= MANY
         and all(
-            w.dtype == x.dtype and w.device == x.device and w.is_contiguous() and w.shape[1] % 16 == 0
-            and w.storage_offset() % 8 == 0
+            type(w) in PLAIN and w.layout is torch.strided and w.dtype == x.dtype and w.device == x.device
+            and w.is_contiguous() and w.shape[1] % 16 == 0 and w.data_ptr() % 16 == 0
             for w in weights
         )
     )  # fmt: skip
@@ -226,9 +228,10 @@ def products(
     """norm(x) W^T for x [B, K] and W [N, K]; for two matrices the product of both, number by number.
 
     eps: of the norm x / sqrt(mean(x^2) + eps); None for none. gate [B, K]: the normed row is multiplied by
-    it. residual [B, N]: added at the end. Sums in float32, rounded once, to x's dtype; where matrix products
-    form them, a gated row is rounded before as well. Starts one kernel, then two, on the device of x, which
-    must be the current one, and its current stream.
+    it. residual [B, N]: added at the end. All have one dtype; x, gate and residual any strides. Sums in
+    float32, rounded once, to that dtype; where matrix products form them, a gated row is rounded before as
+    well. Starts one kernel, then two, on the device of x, which must be the current one, and its current
+    stream.
     """
     w, other = weights[0], weights[-1]
     (b, k), n = x.shape, w.shape[0]
@@ -237,7 +240,7 @@ def products(
     if gate is not None and how.block:
         x, gate, eps = (x * gate if eps is None else norm.forward(x, gate, eps)), None, None
     x, gate = rows_of(x), None if gate is None else rows_of(gate)
-    g, r = x if gate is None else gate, y if residual is None else residual
+    g, r = x if gate is None else gate, y if residual is None else rows_of(residual)
     flags = eps is not None, len(weights) > 1, residual is not None
     kind = (x.dtype, x.device, k, x.stride(0), g.stride(0), r.stride(0), how.warps)
     tail = y, n, 0.0 if eps is None else eps
@@ -259,6 +262,8 @@ def products(
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[B K] with the numbers of a row side by side and rows a multiple of 16 bytes apart; else a copy."""
-    even = x.stride(0) % 8 == 0 and x.storage_offset() % 8 == 0
-    return x if x.stride(1) == 1 and even else x.contiguous()
+    """[B K] with the numbers of a row side by side, rows beginning at multiples of 16 bytes; else a copy."""
+    even = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and x.stride(0) < APART
+    if even and x.stride(1) == 1 and not x.is_neg():
+        return x
+    return x.resolve_neg().clone(memory_format=torch.contiguous_format)

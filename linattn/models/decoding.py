@@ -7,6 +7,7 @@ theirs, and each product asks for its weights before the row exists (`linattn.ba
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 import linattn
-from linattn.nn import SGLU, GatedLinearAttention
+from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm
 from linattn.nn.fused import unwatched
 from linattn.nn.norm import fuses
 from linattn.state import State
@@ -48,30 +49,41 @@ def steps(layers: Iterable[TransNormerLayer], states: Sequence[State], x: Tensor
 def logits(head: nn.Module, x: Tensor) -> Tensor:
     """head(x) for x [..., E], by the kernels where x has few rows."""
     rows = x.flatten(0, -2)
-    if not unwatched(head, nn.Linear) or torch.is_grad_enabled() or not fuses(rows):
-        y: Tensor = head(x)
+    y: Tensor
+    if not maps(head) or torch.is_grad_enabled() or not fuses(rows) or lowers(rows):
+        y = head(x)
         return y
     assert isinstance(head, nn.Linear)
-    kernels = _kernels("rows")
-    if not maps(head) or not kernels.fits(rows, head.weight) or len(rows) > kernels.FEW:
-        return head(x)  # type: ignore[no-any-return]
+    kernels, fit = _kernels("rows"), head.weight.shape[1] == rows.shape[1]
+    if not fit or not kernels.fits(rows, head.weight) or len(rows) > kernels.FEW:
+        y = head(x)
+        return y
     with _kernels("norm").on(x.device):
         return kernels.products(rows, (head.weight,)).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def runs(layer: TransNormerLayer, x: Tensor) -> bool:
     """Whether the kernels take this layer and these rows, here and now."""
-    if torch.is_grad_enabled() or not layer.norm.fused or not fuses(x):
+    if torch.is_grad_enabled() or not fuses(x) or lowers(x):
         return False
     mixer, channels = layer.token_mixer, layer.channel_mixer
-    if not (unwatched(layer, type(layer)) and unwatched(mixer, GatedLinearAttention)):
+    kind: Any = type(layer)
+    if not (unwatched(layer, kind) and _usual(kind)):
         return False
-    if not (unwatched(channels, SGLU) and unwatched(layer.norm, type(layer.norm)) and mixer.norm.fused):
+    if not (unwatched(mixer, GatedLinearAttention) and unwatched(channels, SGLU)):
+        return False
+    if not all(unwatched(norm, SimpleRMSNorm) and norm.fused for norm in (layer.norm, mixer.norm)):
         return False
     linears = (mixer.qkvu_proj, mixer.out_proj, channels.l1, channels.l2, channels.l3)
     if not all(maps(linear) for linear in linears):
         return False
     return bool(_kernels("rows").fits(x, *(linear.weight for linear in linears)))
+
+
+def lowers(x: Tensor) -> bool:
+    """Whether autocast gives linear maps of x another dtype than its own."""
+    where = x.device.type
+    return torch.is_autocast_enabled(where) and torch.get_autocast_dtype(where) != x.dtype
 
 
 def maps(linear: nn.Module) -> bool:
@@ -84,17 +96,40 @@ def fused(layer: TransNormerLayer, state: State, x: Tensor, first: bool) -> Tens
     rows, launcher = _kernels("rows"), _kernels("launcher")
     mixer, channels, eps = layer.token_mixer, layer.channel_mixer, layer.norm.eps
     early = x.shape[0] <= rows.FEW and _capability(x.device) >= PROGRAMMATIC
-    with _kernels("norm").on(x.device), torch.autocast("cuda", enabled=False):
+    with _kernels("norm").on(x.device):
         # A chained step of attention reads the state before its wait. What wrote it has ended, as a kernel
         # that starts in the usual way lies between: the first one here.
         with launcher.chain(early and not first):
             qkvu = rows.products(x, (mixer.qkvu_proj.weight,), eps=eps)
         with launcher.chain(early):
             q, k, v, u = mixer.split(qkvu)
-            o = linattn.decode_step(q, k, v, state, **mixer.options(x.dtype), backend="triton").flatten(1)
+            options = mixer.options(x.dtype)
+            with contextlib.nullcontext() if keeps(mixer, options, x) else launcher.chain(False):
+                o = linattn.decode_step(q, k, v, state, **options, backend="auto").flatten(1)
             x = rows.products(o, (mixer.out_proj.weight,), eps=mixer.norm.eps, gate=u, residual=x)
             p = rows.products(x, (channels.l1.weight, channels.l2.weight), eps=eps)
             return rows.products(p, (channels.l3.weight,), residual=x)  # type: ignore[no-any-return]
+
+
+def keeps(mixer: GatedLinearAttention, options: dict[str, Any], x: Tensor) -> bool:
+    """Whether decays and angles lie there for good, in the dtype of sums.
+
+    Others are made right in front of the kernel of attention, which chained would read them before its wait.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    decays, angles = options["log_decay"], options["reweight"]
+    if decays is not None and decays.dtype != wide:
+        return False
+    if angles is None or mixer.lrpe is None:
+        return True
+    return angles.theta.dtype == wide and unwatched(mixer.lrpe, Lrpe)
+
+
+@functools.cache
+def _usual(kind: Any) -> bool:
+    """Whether a class of layers steps as TransNormerLayer does."""
+    plain = importlib.import_module("linattn.models.transnormer_lm").TransNormerLayer
+    return bool(kind.step is plain.step)
 
 
 @functools.cache

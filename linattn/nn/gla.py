@@ -37,6 +37,7 @@ class GatedLinearAttention(nn.Module):
     """
 
     log_decay_bits: torch.Tensor | None
+    _rounded: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -70,7 +71,6 @@ class GatedLinearAttention(nn.Module):
         # what it is.
         self.table = None if log_decay is None else np.array(log_decay, np.float64)
         self.register_buffer("log_decay_bits", self.decay_bits(), persistent=False)
-        self._rounded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def decay_bits(self) -> torch.Tensor | None:
         """The table of log decays as the buffer holds it."""
@@ -120,17 +120,22 @@ class GatedLinearAttention(nn.Module):
         return {"log_decay": self._decays(dtype), "reweight": reweight, "feature_map": self.feature_map}
 
     def _decays(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The log decays, on a GPU rounded to float32 once rather than in a kernel for each call."""
+        """The log decays, on a GPU rounded to float32 once rather than in a kernel for each call.
+
+        The call that rounds them still gets the float64 ones: kernels that read tables early
+        (`linattn.models.decoding`) must not meet them just written.
+        """
         bits = self.log_decay_bits
-        if dtype == torch.float64 or torch.compiler.is_compiling() or bits is None or not bits.is_cuda:
+        if dtype == torch.float64 or torch.compiler.is_compiling() or bits is None or not _on_gpu(bits):
             return self.log_decay
-        known = self._rounded
-        if known is None or known[0] is not bits:
-            if type(bits) not in PLAIN or torch.cuda.is_current_stream_capturing():
-                return self.log_decay  # a graph would fill what is kept only when it is replayed
+        known, version = self._rounded, 0 if bits.is_inference() else bits._version
+        if known is not None and known[0] is bits and known[1] == version:
+            return known[2]
+        # a graph would fill what is kept only when it is replayed
+        if type(bits) in PLAIN and not torch.cuda.is_current_stream_capturing():
             with torch.inference_mode(False):
-                self._rounded = known = bits, bits.view(torch.float64).float()
-        return known[1]
+                self._rounded = bits, version, bits.view(torch.float64).float()
+        return self.log_decay
 
     def forward(
         self,
@@ -191,3 +196,7 @@ class GatedLinearAttention(nn.Module):
 
     def _gated(self, o: Float[torch.Tensor, "*b h d"], u: Float[torch.Tensor, "*b e"]) -> torch.Tensor:
         return gated(self.norm, self.out_proj, o.flatten(-2), u)
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda

@@ -14,7 +14,10 @@ from torch import nn
 
 import linattn
 from linattn.models import TransNormerConfig, TransNormerLM, decoding
-from linattn.nn import GatedLinearAttention, SimpleRMSNorm
+from linattn.models.transnormer import TransNormerConfig as Released
+from linattn.models.transnormer import TransNormerForCausalLM
+from linattn.models.transnormer_lm import TransNormerLayer
+from linattn.nn import GatedLinearAttention, SimpleRMSNorm, gla
 
 CONFIG = TransNormerConfig(
     vocab_size=40, embed_dim=32, hidden_dim=48, num_heads=3, num_layers=3, glu_dim=64,
@@ -140,6 +143,16 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
         assert not decoding.runs(biased._layers()[0], x)
         layer.channel_mixer.l3 = nn.Sequential(layer.channel_mixer.l3)
         assert not decoding.runs(layer, x)
+        layer = model._layers()[1]
+        assert decoding.runs(layer, x)
+        with torch.autocast("cpu", torch.bfloat16):  # linear maps would change the dtype
+            assert not decoding.runs(layer, x)
+        layer.token_mixer.norm = nn.RMSNorm(48)  # adapted
+        assert not decoding.runs(layer, x)
+        layer = model._layers()[2]
+        assert decoding.runs(layer, x)
+        layer.__class__ = Doubled
+        assert not decoding.runs(layer, x)
         head = nn.Linear(32, 7, dtype=torch.float64)
         assert_close(decoding.logits(head, x), head(x))
         assert not kernels.said
@@ -147,7 +160,83 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
         assert_close(decoding.logits(head, x[:, None])[:, 0], head(x))
         assert len(kernels.said) == 1
         decoding.logits(head, torch.randn(5, 32, dtype=torch.float64))
+        with torch.autocast("cpu", torch.bfloat16):
+            decoding.logits(head, x)
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            decoding.logits(head, x[:, :16])
         assert len(kernels.said) == 1
+
+
+class Doubled(TransNormerLayer):
+    """A layer of somebody's own."""
+
+    def step(self, x: Any, state: Any) -> Any:
+        return 2 * super().step(x, state)
+
+
+def test_a_layer_of_ones_own_steps_as_it_says(model: TransNormerLM, kernels: Kernels) -> None:
+    model._layers()[1].__class__ = Doubled
+    ids = torch.tensor([[3, 5]])
+    got, _ = walked(model, ids)
+    assert kernels.said == [*([False] + [True] * 4) * 2, False] * 2  # the last of each is the head
+    for part in model.modules():
+        if isinstance(part, SimpleRMSNorm):
+            part.fused = False
+    assert_close(got, walked(model, ids)[0])
+
+
+def test_tables_made_just_before_are_waited_for(model: TransNormerLM, kernels: Kernels) -> None:
+    """A chained step of attention reads decays and angles early."""
+    states, x = model.initial_states(1), torch.randn(1, 32, dtype=torch.float64)
+    chained, alone = [False] + [True] * 4, [False, False] + [True] * 3
+    with torch.no_grad():
+        for change, want in (
+            (lambda part: part, chained),
+            (lambda part: part.lrpe.float(), alone),  # widened for each call
+            (lambda part: part.lrpe.double().register_forward_hook(lambda *given: None), alone),
+        ):
+            change(model._layers()[0].token_mixer)
+            kernels.said.clear()
+            list(decoding.steps(model._layers()[:1], states[:1], x))
+            assert kernels.said == want
+
+
+def test_released_models_step_in_the_same_way(kernels: Kernels) -> None:
+    torch.manual_seed(0)
+    config = Released(
+        vocab_size=40, decoder_embed_dim=32, hidden_dim=48, decoder_attention_heads=3, decoder_layers=3,
+        glu_dim=64, linear_use_lrpe_list=[1, 0, 1],
+    )  # fmt: skip
+    model, found = TransNormerForCausalLM(config).double().eval(), []
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
+    for fused in (True, False):
+        for part in model.modules():
+            if isinstance(part, SimpleRMSNorm):
+                part.fused = fused
+        kernels.said.clear()
+        with torch.no_grad():
+            out = model(ids[:, :4], use_cache=True)
+            cache, logits, hidden = out.past_key_values, [], []
+            for i in range(4, 9):
+                out = model(ids[:, i : i + 1], past_key_values=cache, output_hidden_states=True)
+                assert out.past_key_values is cache and cache.columns == i + 1
+                assert [tuple(row.shape) for row in out.hidden_states] == [(2, 1, 32)] * 4
+                logits.append(out.logits)
+                hidden.append(torch.stack(out.hidden_states))
+            assert len(kernels.said) == 5 * (3 * 5 * fused + 1)
+            assert_close(torch.cat(logits, 1), model(ids, use_cache=False).logits[:, 4:])
+        found.append((torch.stack(hidden), torch.stack([state.kv for state in cache.states[::2]])))
+        assert [state.length.tolist() for state in cache.states] == [[9, 9]] * 3
+    for mine, other in zip(*found, strict=True):
+        assert_close(mine, other)
+
+
+def test_under_a_compiler_the_modules_run(model: TransNormerLM, kernels: Kernels) -> None:
+    ids, states = torch.tensor([3, 5]), model.initial_states(2)
+    torch.compiler.reset()
+    got = torch.compile(model.step, backend="eager")(ids, states)
+    assert not kernels.said
+    assert_close(got, walked(model, ids[:, None])[0][:, 0])
 
 
 def test_decays_follow_their_module() -> None:
@@ -158,3 +247,35 @@ def test_decays_follow_their_module() -> None:
             decays = moved.options(dtype)["log_decay"]
             assert torch.equal(decays.double().float(), torch.tensor([-0.3, -1e-3]))
         assert set(moved.state_dict()) == before
+
+
+def test_rounded_decays_are_kept_while_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gla, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    table = torch.tensor([-0.3, -1e-3], dtype=torch.float64)
+
+    def check(mixer: Any, want: Any = table) -> Any:
+        first = mixer.options(torch.float16)["log_decay"]
+        assert torch.equal(first, want if first.dtype == torch.float64 else want.float())
+        kept = mixer.options(torch.float16)["log_decay"]
+        assert kept.dtype == torch.float32 and torch.equal(kept, want.float()) and not kept.is_inference()
+        assert mixer.options(torch.bfloat16)["log_decay"] is kept  # no kernel of its own
+        assert torch.equal(mixer.options(torch.float64)["log_decay"], want)
+        return first
+
+    with torch.inference_mode():
+        mixer = GatedLinearAttention(16, 16, 2, log_decay=table.numpy())
+        assert check(mixer).dtype == torch.float64
+    mixer = GatedLinearAttention(16, 16, 2, log_decay=table.numpy())
+    before = set(mixer.state_dict())
+    assert check(mixer).dtype == torch.float64  # the call that rounds
+    mixer.load_state_dict(mixer.state_dict())
+    for moved in (mixer, copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer)), mixer.to(torch.float16)):
+        check(moved)
+        assert set(moved.state_dict()) == before
+    check(mixer.to("meta").to_empty(device="cpu"))
+    mixer.log_decay.mul_(2)
+    check(mixer, 2 * table)
+    mixer.log_decay_bits = table.clone().view(torch.int64)
+    check(mixer)
+    assert GatedLinearAttention(16, 16, 2).options(torch.float16)["log_decay"] is None

@@ -84,6 +84,30 @@ def not_finite() -> None:
             assert torch.equal(got[:, outputs], want[:, outputs]) and not got[:, 5].isfinite().any()
 
 
+def layouts() -> None:
+    """Wherever the numbers lie, and whatever sign bit is pending: the same bits."""
+
+    def moved(x: Any) -> Any:
+        return torch.empty(x.numel() + 1, dtype=DTYPE)[1:].view(x.shape).copy_(x)
+
+    def spread(x: Any) -> Any:
+        room = torch.empty(len(x) * (x.shape[1] + 3), dtype=DTYPE)
+        return room.as_strided(x.shape, (x.shape[1] + 3, 1)).copy_(x)
+
+    kinds = (
+        moved, spread, lambda x: x.T.contiguous().T, lambda x: torch.stack([x, x], -1)[..., 0],
+        lambda x: torch._neg_view(-x),  # z.conj().imag is one
+    )  # fmt: skip
+    for b in (1, 3, 5):
+        given, w = [drawn(b, 48), drawn(b, 48, seed=1), drawn(b, 30, seed=2)], drawn(30, 48, seed=3)
+        want = rows.products(given[0], (w,), eps=EPS, gate=given[1], residual=given[2])
+        for place, kind in itertools.product(range(3), kinds):
+            x, gate, residual = (kind(part) if i == place else part for i, part in enumerate(given))
+            assert torch.equal(rows.products(x, (w,), eps=EPS, gate=gate, residual=residual), want)
+    far = torch.empty(rows.APART + 16, dtype=DTYPE, device="meta").as_strided((2, 16), (rows.APART, 1))
+    assert rows.rows_of(far).stride() == (16, 1)  # offsets in the kernels have 32 bits
+
+
 SQUARES = """            if NORM:
                 squares += first * first + second * second
 """

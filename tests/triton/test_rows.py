@@ -26,7 +26,7 @@ WAIT = "griddepcontrol.wait"
 SIZES = ((1024, 2816), (2048, 5632), (2560, 6912), (4096, 11008), (5120, 13824), (12288, 32768))
 
 
-@pytest.mark.parametrize("checks", [("formula", "not_finite"), ("mutants",)], ids="-".join)
+@pytest.mark.parametrize("checks", [("formula", "not_finite", "layouts"), ("mutants",)], ids="-".join)
 def test_interpreted(checks: tuple[str, ...]) -> None:
     settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
@@ -88,5 +88,11 @@ def test_what_fits() -> None:
     assert rows.fits(empty(1, 32), w) and rows.fits(empty(rows.MANY, 32), w, empty(4, 16))
     assert not rows.fits(empty(rows.MANY + 1, 32), w) and not rows.fits(empty(0, 32), w)
     assert not rows.fits(empty(1, 32, dtype=torch.float32), empty(8, 32, dtype=torch.float32))
-    for wrong in (empty(8, 40)[:, :32], empty(8, 24), w.half(), empty(32, 8).T):
+    odd = empty(8 * 32 + 1)[1:].view(8, 32)
+    packed = w.as_subclass(Packed)  # what quantized weights are
+    for wrong in (empty(8, 40)[:, :32], empty(8, 24), w.half(), empty(32, 8).T, odd, packed):
         assert not rows.fits(empty(1, 32), wrong)
+
+
+class Packed(torch.Tensor):
+    """A tensor whose memory holds something else."""
