@@ -36,11 +36,12 @@ def steps(layers: Iterable[TransNormerLayer], states: Sequence[State], x: Tensor
     Where the kernels run, sums are formed in float32 and rounded to x's dtype once a product; the layers' own
     steps round the norm, the gate and the product of the channel mixer, too.
     """
-    first = True
+    first, seen = True, set()
     for layer, state in zip(layers, states, strict=True):
         if runs(layer, x):
-            x = fused(layer, state, x, first)
+            x = fused(layer, state, x, first or id(state.kv) in seen)
             first = False
+            seen.add(id(state.kv))
         else:
             x, first = layer.step(x, state), True
         yield x
@@ -77,7 +78,14 @@ def runs(layer: TransNormerLayer, x: Tensor) -> bool:
     linears = (mixer.qkvu_proj, mixer.out_proj, channels.l1, channels.l2, channels.l3)
     if not all(maps(linear) for linear in linears):
         return False
-    return bool(_kernels("rows").fits(x, *(linear.weight for linear in linears)))
+    weights = [linear.weight for linear in linears]
+    return bool(_kernels("rows").fits(x, *weights)) and _joined(weights, x.shape[1])
+
+
+def _joined(weights: list[Tensor], width: int) -> bool:
+    """Whether matrices follow each other, on rows of this width; where they do not, modules say so."""
+    (f, e), out, l1, l2, l3 = (tuple(w.shape) for w in weights)
+    return e == width and out == (e, f // 4) and l1 == l2 == (l1[0], e) and l3 == (e, l1[0])
 
 
 def lowers(x: Tensor) -> bool:
@@ -94,7 +102,7 @@ def maps(linear: nn.Module) -> bool:
 def fused(layer: TransNormerLayer, state: State, x: Tensor, first: bool) -> Tensor:
     """A layer's step in five kernels; the first one of all starts when everything before has ended."""
     rows, launcher = _kernels("rows"), _kernels("launcher")
-    mixer, channels, eps = layer.token_mixer, layer.channel_mixer, layer.norm.eps
+    mixer, channels, eps = layer.token_mixer, layer.channel_mixer, float(layer.norm.eps)
     early = x.shape[0] <= rows.FEW and _capability(x.device) >= PROGRAMMATIC
     with _kernels("norm").on(x.device):
         # A chained step of attention reads the state before its wait. What wrote it has ended, as a kernel
@@ -106,7 +114,7 @@ def fused(layer: TransNormerLayer, state: State, x: Tensor, first: bool) -> Tens
             options = mixer.options(x.dtype)
             with contextlib.nullcontext() if keeps(mixer, options, x) else launcher.chain(False):
                 o = linattn.decode_step(q, k, v, state, **options, backend="auto").flatten(1)
-            x = rows.products(o, (mixer.out_proj.weight,), eps=mixer.norm.eps, gate=u, residual=x)
+            x = rows.products(o, (mixer.out_proj.weight,), eps=float(mixer.norm.eps), gate=u, residual=x)
             p = rows.products(x, (channels.l1.weight, channels.l2.weight), eps=eps)
             return rows.products(p, (channels.l3.weight,), residual=x)  # type: ignore[no-any-return]
 

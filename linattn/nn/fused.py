@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.modules.module import _has_any_global_hook
 
-from linattn.nn.norm import FUSED, SimpleRMSNorm, fuses, kernels, once
+from linattn.nn.norm import FUSED, SimpleRMSNorm, fuses, kernels, once, plain
 from linattn.prepared import PLAIN
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ def normed(
 
     Raises GradientError when gradients of the fused kernels are differentiated again.
     """
-    dtype = _operand_dtype(linears, x) if norm.fused else None
-    if dtype is None or not _plain(norm, SimpleRMSNorm):
+    dtype = _operand_dtype(linears, x) if fusing(norm) else None
+    if dtype is None or not plain(norm, SimpleRMSNorm):
         y = norm(x)
         return x, *(linear(y) for linear in linears)
     same, *results = _apply(float(norm.eps), dtype, x, None, linears)
@@ -56,10 +55,10 @@ def gated(
     norm: SimpleRMSNorm, linear: nn.Linear, o: Float[torch.Tensor, "... e"], u: Float[torch.Tensor, "... e"]
 ) -> Float[torch.Tensor, "... f"]:
     """Return linear(u * norm(o)). Errors and dtypes are those of `normed`."""
-    dtype = _operand_dtype((linear,), o, u) if norm.fused else None
+    dtype = _operand_dtype((linear,), o, u) if fusing(norm) else None
     y: Tensor
-    if dtype is None:
-        y = linear(norm.gated(o, u))
+    if dtype is None or not plain(norm, SimpleRMSNorm):
+        y = linear(norm.gated(o, u) if isinstance(norm, SimpleRMSNorm) else u * norm(o))
     else:
         (y,) = _apply(float(norm.eps), dtype, o, u, (linear,))
     return y
@@ -78,22 +77,16 @@ def product(
     return y
 
 
+def fusing(norm: nn.Module) -> bool:
+    """Whether a norm, which may be one of another class, asks for the fused kernels."""
+    return isinstance(norm, SimpleRMSNorm) and norm.fused
+
+
 def unwatched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is exactly of one of these classes, and nothing sees or replaces its calls."""
     if torch.compiler.is_compiling():  # looking at hooks would guard them
         return False
-    return type(module) in kinds and _plain(module, type(module))
-
-
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    return type(module) in kinds and plain(module, type(module))
 
 
 def _operand_dtype(linears: Sequence[nn.Linear], *parts: Tensor) -> torch.dtype | None:
@@ -101,7 +94,7 @@ def _operand_dtype(linears: Sequence[nn.Linear], *parts: Tensor) -> torch.dtype 
     x = parts[0]
     if not torch.is_grad_enabled() or not fuses(*parts):
         return None
-    if not all(_plain(linear, nn.Linear) for linear in linears):
+    if not all(plain(linear, nn.Linear) for linear in linears):
         return None
     tensors = [part for linear in linears for part in (linear.weight, linear.bias) if part is not None]
     where = x.device.type

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from linattn.errors import GradientError
 from linattn.prepared import PLAIN
@@ -62,10 +63,11 @@ class SimpleRMSNorm(nn.Module):
         """Return u * norm(x), the gate of gated linear attention (section 3.2 there).
 
         The fused kernel rounds once, the product to the dtype; torch's operations round the norm to it
-        first. It takes x and u of one shape and dtype; for others the product is an operation of torch.
+        first. It takes x and u of one shape and dtype; for others, and where somebody watches or replaces the
+        norm, the product is an operation of torch.
         Raises GradientError when gradients of the fused kernel are differentiated again.
         """
-        if self.fused and fuses(x, u):
+        if self.fused and fuses(x, u) and plain(self, SimpleRMSNorm):
             return _fused(x, u, self.eps)
         y: Tensor = u * self(x)
         return y
@@ -85,6 +87,18 @@ def fuses(x: Tensor, u: Tensor | None = None) -> bool:
         if type(part) not in PLAIN or part.layout is not torch.strided or part.is_nested:
             return False
     return not watched() and not torch._C._is_tracing() and _compiles_for(x.device)
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is exactly of a class, and nothing sees or replaces its calls."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 @functools.cache

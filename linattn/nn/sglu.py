@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from linattn.nn.fused import normed, product
+from linattn.nn.fused import fusing, normed, product
 from linattn.nn.norm import SimpleRMSNorm
 
 if TYPE_CHECKING:
@@ -40,4 +40,4 @@ class SGLU(nn.Module):
             mixed: torch.Tensor = self.l3(self.l1(x) * self.l2(x))
             return mixed
         x, a, b = normed(prenorm, (self.l1, self.l2), x)
-        return x + (product(self.l3, a, b) if prenorm.fused else self.l3(a * b))
+        return x + (product(self.l3, a, b) if fusing(prenorm) else self.l3(a * b))

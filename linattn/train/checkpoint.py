@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import importlib
 import json
 import os
 import re
@@ -60,18 +60,19 @@ def checkpoints(out: Path) -> list[Path]:
 def alone(out: Path) -> Iterator[None]:
     """Keep every other process from training into a folder, which is made where there is none.
 
-    The system lets go of it when the process ends, in whatever way; where a file system knows no locks,
-    nothing is held.
+    The system lets go of it when the process ends, in whatever way; where a system or
+    file system knows no locks, nothing is held.
 
     Raises OptionError where another run holds it, CheckpointError where it cannot be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # no child's after exec
     except OSError as error:
         raise _unwritable(out, error) from error
     try:
-        with contextlib.suppress(OSError):  # no locks here
+        with contextlib.suppress(OSError, ModuleNotFoundError):  # no locks here
+            fcntl: Any = importlib.import_module("fcntl")
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:

@@ -123,7 +123,10 @@ def test_the_first_kernel_waits_for_everything(model: TransNormerLM, kernels: Ke
         list(
             decoding.steps(model._layers(), model.initial_states(5), torch.randn(5, 32, dtype=torch.float64))
         )
-        assert not any(kernels.said)  # many rows: kernels take the bandwidth from each other
+        said, kernels.said = kernels.said, []
+        list(decoding.steps(model._layers()[1:2] * 2, [states[1]] * 2, x))  # a state that was just written
+        assert kernels.said == ([False] + [True] * 4) * 2
+        assert not any(said)  # many rows: kernels take the bandwidth from each other
 
 
 def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kernels) -> None:
@@ -147,6 +150,11 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
         assert decoding.runs(layer, x)
         with torch.autocast("cpu", torch.bfloat16):  # linear maps would change the dtype
             assert not decoding.runs(layer, x)
+        assert not decoding.runs(layer, x[:, :16])
+        layer.channel_mixer.l2 = nn.Linear(32, 48, False, dtype=torch.float64)
+        assert not decoding.runs(layer, x)
+        layer.channel_mixer.l2 = layer.channel_mixer.l1
+        assert decoding.runs(layer, x)
         layer.token_mixer.norm = nn.RMSNorm(48)  # adapted
         assert not decoding.runs(layer, x)
         layer = model._layers()[2]
@@ -276,6 +284,7 @@ def test_rounded_decays_are_kept_while_they_hold(monkeypatch: pytest.MonkeyPatch
     check(mixer.to("meta").to_empty(device="cpu"))
     mixer.log_decay.mul_(2)
     check(mixer, 2 * table)
-    mixer.log_decay_bits = table.clone().view(torch.int64)
-    check(mixer)
+    for factor in (1, 3):
+        mixer.log_decay_bits = (factor * table).view(torch.int64)
+        check(mixer, factor * table)
     assert GatedLinearAttention(16, 16, 2).options(torch.float16)["log_decay"] is None

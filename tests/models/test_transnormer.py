@@ -233,6 +233,9 @@ def test_packed_texts_do_not_see_each_other(model):
         got = model(ids, labels=ids, **packed).loss
         assert got.item() == pytest.approx(sum(losses).item() / 9, rel=1e-6)
     same(model(ids, seq_idx=torch.tensor([[0] * 4 + [1] + [2] * 7])).logits, want)
+    # texts without a token, also at the end, take no label away
+    for empty in ([0, 4, 5, 12, 12], [0, 0, 4, 5, 5, 12, 12, 12]):
+        assert model(ids, labels=ids, cu_seqlens=torch.tensor(empty)).loss.item() == got.item()
     # position_ids of one text say nothing
     assert torch.equal(model(ids, position_ids=torch.arange(12)[None]).logits, model(ids).logits)
 
@@ -293,6 +296,13 @@ def test_a_loss_by_chunks_is_the_loss(model, chunk):
         assert (x.grad - gradients[name]).abs().max() <= allowed, name
     half = model(ids, labels=labels, num_items_in_batch=2 * int((labels[:, 1:] != -100).sum()))
     assert half.loss.item() == pytest.approx(found.loss.item() / 2, rel=1e-6)
+    given = {"labels": ids, "cu_seqlens": torch.tensor([0, 4, 9]), "ignore_index": int(ids[0, 2])}
+    one = {"input_ids": ids[:1], **given, "labels": ids[:1]}
+    losses = []
+    zeros = torch.nn.Parameter(torch.zeros(VOCAB, dtype=model.dtype))  # a head with a bias is called as it is
+    for model.loss_chunk, model.lm_head.bias in ((None, None), (chunk, None), (chunk, zeros)):
+        losses.append(model(**one).loss.item())
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)
     model.eval()
     assert model(ids, labels=labels).logits is not None
 

@@ -48,6 +48,15 @@ def test_sglu_names_its_matrices_as_released():
     assert (abs(module(x) - want) <= 64 * EPS).all()
 
 
+def test_a_branch_takes_norms_of_other_classes():
+    torch.manual_seed(0)
+    norm, x = torch.nn.LayerNorm(10).double(), torch.randn(2, 7, 10, dtype=torch.float64)
+    for module in (SGLU(10, 5).double(), gla().double()):
+        assert torch.equal(module(x, prenorm=norm), x + module(norm(x)))
+    module.norm = torch.nn.RMSNorm(12, eps=module.norm.eps, elementwise_affine=False).double()
+    assert (abs(module(x) - gla().double()(x)) <= 1000 * EPS).all()
+
+
 def test_lrpe_keeps_the_released_shape_and_angles():
     module = Lrpe(2, 3)
     index = np.arange(6.0).reshape(2, 1, 3)

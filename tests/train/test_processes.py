@@ -75,6 +75,14 @@ def test_two_runs_at_once_and_one_that_is_killed(size, tmp_path):
     assert expected.keys() == found.keys() and all(x.equal(found[name]) for name, x in expected.items())
 
 
+def test_a_system_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    imported = "import sys, torch; sys.modules['fcntl'] = None; import linattn.train.checkpoint"
+    assert finished([sys.executable, "-c", imported]).returncode == 0
+    with alone(tmp_path), alone(tmp_path):
+        pass
+
+
 def test_a_folder_is_held_by_one(tmp_path):
     out = tmp_path / "new" / "out"
     with alone(out):

@@ -138,6 +138,24 @@ def fallbacks() -> None:
         assert calls.call_count == nodes, (change, calls.call_count)
         assert len(seen_by) in (1, 2), change
         close(got[:2], exact[:2], torch.float32, 64 * WIDTH)
+    norms: list[Any] = []
+    for own in (False, True):  # a norm that somebody watches, and one of somebody's own
+        layer = a_layer()
+        if own:
+
+            class Twice(SimpleRMSNorm):
+                def gated(self, x: Any, u: Any) -> Any:
+                    norms.append(x)
+                    return 2 * super().gated(x, u)
+
+            layer.token_mixer.norm = Twice()
+        else:
+            layer.token_mixer.norm.register_forward_hook(lambda module, args, out: norms.append(out))
+        want = trained(copy.deepcopy(layer).double(), x.double())
+        norms.clear()
+        with fused():
+            close(trained(layer, x)[:2], want[:2], torch.float32, 64 * WIDTH)
+        assert len(norms) == 1
     found: list[Any] = []
     for watched in ("token_mixer", "channel_mixer"):
         layer = a_layer()

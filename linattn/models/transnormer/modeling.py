@@ -247,7 +247,9 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
             output_hidden_states, True, borders, **kwargs,
         )  # fmt: skip
         if labels is not None and borders is not None:  # no text foretells the next one's first token
-            labels = labels.index_fill(1, borders[1:-1].long().clamp(max=labels.shape[1] - 1), IGNORED)
+            n, ignored = labels.shape[1], kwargs.get("ignore_index", IGNORED)
+            begins = borders[1:-1].long().clamp(max=n)  # column n is where empty texts at the end begin
+            labels = nn.functional.pad(labels, (0, 1)).index_fill(1, begins, ignored)[:, :n]
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
         if labels is None or self.loss_chunk is None or not self.training:
@@ -270,26 +272,33 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         *,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
+        ignore_index: int = IGNORED,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The mean over what is asked, here or (num_items_in_batch) in all passes of a step."""
         if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
         x, wanted = rows.flatten(0, 1), shift_labels.flatten().to(rows.device)
         if _is_bare(self.lm_head):
             total = linear_cross_entropy(
-                x, self.lm_head.weight, wanted, chunk=self.loss_chunk or None, ignore_index=IGNORED
+                x, self.lm_head.weight, wanted, chunk=self.loss_chunk or None, ignore_index=ignore_index
             )
         else:
             total = x.new_zeros((), dtype=torch.float32)
             for start in range(0, len(x), self.loss_chunk or len(x)):
                 part = slice(start, start + (self.loss_chunk or len(x)))
-                total = total + checkpoint(self._summed_loss, x[part], wanted[part], use_reentrant=False)
-        return total / ((wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+                total = total + checkpoint(
+                    self._summed_loss, x[part], wanted[part], ignore_index, use_reentrant=False
+                )
+        if num_items_in_batch is None:
+            num_items_in_batch = (wanted != ignore_index).sum()
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
 
-    def _summed_loss(self, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _summed_loss(self, x: torch.Tensor, wanted: torch.Tensor, ignore_index: int) -> torch.Tensor:
         logits = self.lm_head(x).float()
-        return nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+        return nn.functional.cross_entropy(logits, wanted, ignore_index=ignore_index, reduction="sum")
 
 
 def _is_bare(head: nn.Module) -> bool:
