@@ -19,8 +19,9 @@ from torch import nn
 import linattn
 from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm
 from linattn.nn.fused import unwatched
-from linattn.nn.norm import fuses
+from linattn.nn.norm import bare, fuses, kernels
 from linattn.state import State
+from linattn.surroundings import lowers
 
 if TYPE_CHECKING:
     from linattn.models.transnormer_lm import TransNormerLayer
@@ -51,21 +52,21 @@ def logits(head: nn.Module, x: Tensor) -> Tensor:
     """head(x) for x [..., E], by the kernels where x has few rows."""
     rows = x.flatten(0, -2)
     y: Tensor
-    if not maps(head) or torch.is_grad_enabled() or not fuses(rows) or lowers(rows):
+    if torch.is_grad_enabled() or not fuses(rows) or lowered(rows) or not bare(head):
         y = head(x)
         return y
-    assert isinstance(head, nn.Linear)
-    kernels, fit = _kernels("rows"), head.weight.shape[1] == rows.shape[1]
-    if not fit or not kernels.fits(rows, head.weight) or len(rows) > kernels.FEW:
+    of = kernels("rows")
+    weight: Any = head.weight
+    if weight.shape[1] != rows.shape[1] or not of.fits(rows, weight) or len(rows) > of.FEW:
         y = head(x)
         return y
-    with _kernels("norm").on(x.device):
-        return kernels.products(rows, (head.weight,)).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+    with kernels("norm").on(x.device):
+        return of.products(rows, (weight,)).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def runs(layer: TransNormerLayer, x: Tensor) -> bool:
     """Whether the kernels take this layer and these rows, here and now."""
-    if torch.is_grad_enabled() or not fuses(x) or lowers(x):
+    if torch.is_grad_enabled() or not fuses(x) or lowered(x):
         return False
     mixer, channels = layer.token_mixer, layer.channel_mixer
     kind: Any = type(layer)
@@ -76,10 +77,10 @@ def runs(layer: TransNormerLayer, x: Tensor) -> bool:
     if not all(unwatched(norm, SimpleRMSNorm) and norm.fused for norm in (layer.norm, mixer.norm)):
         return False
     linears = (mixer.qkvu_proj, mixer.out_proj, channels.l1, channels.l2, channels.l3)
-    if not all(maps(linear) for linear in linears):
+    if not all(bare(linear) for linear in linears):
         return False
     weights = [linear.weight for linear in linears]
-    return bool(_kernels("rows").fits(x, *weights)) and _joined(weights, x.shape[1])
+    return bool(kernels("rows").fits(x, *weights)) and _joined(weights, x.shape[1])
 
 
 def _joined(weights: list[Tensor], width: int) -> bool:
@@ -88,23 +89,18 @@ def _joined(weights: list[Tensor], width: int) -> bool:
     return e == width and out == (e, f // 4) and l1 == l2 == (l1[0], e) and l3 == (e, l1[0])
 
 
-def lowers(x: Tensor) -> bool:
+def lowered(x: Tensor) -> bool:
     """Whether autocast gives linear maps of x another dtype than its own."""
     where = x.device.type
-    return torch.is_autocast_enabled(where) and torch.get_autocast_dtype(where) != x.dtype
-
-
-def maps(linear: nn.Module) -> bool:
-    """Whether a module is a matrix and nothing else."""
-    return unwatched(linear, nn.Linear) and linear.bias is None and not linear.weight.is_meta
+    return lowers(where) and torch.get_autocast_dtype(where) != x.dtype
 
 
 def fused(layer: TransNormerLayer, state: State, x: Tensor, first: bool) -> Tensor:
     """A layer's step in five kernels; the first one of all starts when everything before has ended."""
-    rows, launcher = _kernels("rows"), _kernels("launcher")
+    rows, launcher = kernels("rows"), kernels("launcher")
     mixer, channels, eps = layer.token_mixer, layer.channel_mixer, float(layer.norm.eps)
     early = x.shape[0] <= rows.FEW and _capability(x.device) >= PROGRAMMATIC
-    with _kernels("norm").on(x.device):
+    with kernels("norm").on(x.device):
         # A chained step of attention reads the state before its wait. What wrote it has ended, as a kernel
         # that starts in the usual way lies between: the first one here.
         with launcher.chain(early and not first):
@@ -138,12 +134,6 @@ def _usual(kind: Any) -> bool:
     """Whether a class of layers steps as TransNormerLayer does."""
     plain = importlib.import_module("linattn.models.transnormer_lm").TransNormerLayer
     return bool(kind.step is plain.step)
-
-
-@functools.cache
-def _kernels(name: str) -> Any:
-    """A module with kernels, which imports Triton."""
-    return importlib.import_module(f"linattn.backends.triton.{name}")
 
 
 @functools.cache

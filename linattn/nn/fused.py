@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from linattn.nn.norm import FUSED, SimpleRMSNorm, fuses, kernels, once, plain
 from linattn.prepared import PLAIN
+from linattn.surroundings import lowers
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -98,7 +99,7 @@ def _operand_dtype(linears: Sequence[nn.Linear], *parts: Tensor) -> torch.dtype 
         return None
     tensors = [part for linear in linears for part in (linear.weight, linear.bias) if part is not None]
     where = x.device.type
-    lowered = torch.is_autocast_enabled(where)
+    lowered = lowers(where)
     dtype = torch.get_autocast_dtype(where) if lowered else x.dtype
     if dtype not in FUSED:
         return None
@@ -150,7 +151,7 @@ class _Linears(torch.autograd.Function):
 
         # products take operands as they are, also where a backward pass runs under autocast
         where = a.device.type
-        with torch.autocast(where, enabled=False) if torch.is_autocast_enabled(where) else nullcontext():
+        with torch.autocast(where, enabled=False) if lowers(where) else nullcontext():
             return None, None, *once(work, a, b, *weights, *slopes)
 
 

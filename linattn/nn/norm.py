@@ -101,6 +101,11 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def bare(linear: nn.Module) -> bool:
+    """Whether a module is a matrix and nothing else: an `nn.Linear` without bias, as `plain` has it."""
+    return plain(linear, nn.Linear) and linear.bias is None
+
+
 @functools.cache
 def _compiles_for(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device."""

@@ -14,6 +14,7 @@ from linattn.backends.triton import rows
 from linattn.models import TransNormerConfig, TransNormerLM, decoding
 from linattn.nn import SimpleRMSNorm
 from tests.gpu.calls import captured, drawn, same
+from tests.triton.mapped import exact
 
 pytestmark = pytest.mark.gpu
 
@@ -30,21 +31,6 @@ def dtype(request: pytest.FixtureRequest) -> Any:
 def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def exact(x: Any, weights: Any, eps: Any, gate: Any, residual: Any) -> tuple[Any, Any]:
-    """The result in float64, and the sum of its terms' absolute values."""
-    wide = x.double()
-    r = 1.0 if eps is None else torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    z = wide * r * (1.0 if gate is None else gate.double())
-    made = [z @ w.double().T for w in weights]
-    sizes = [abs(z) @ abs(w.double()).T for w in weights]
-    y, size = made[0], sizes[0]
-    if len(weights) > 1:
-        y, size = y * made[1], sizes[0] * abs(made[1]) + sizes[1] * abs(made[0])
-    if residual is not None:
-        y, size = y + residual.double(), size + abs(residual.double())
-    return y, size
 
 
 def check(dtype: Any, b: int, n: int, k: int, **options: Any) -> None:
@@ -157,6 +143,100 @@ def test_no_race(layers: int, width: int, heads: int) -> None:
         graph.replay()
         out[:, i] = logits
     same([out], [want])
+
+
+def test_in_a_graph_that_is_replayed_again_and_again() -> None:
+    model, ids = built(torch.bfloat16, 1, 16, 1), torch.randint(0, 256, (1,), device="cuda")
+    states, others = model.initial_states(1), model.initial_states(1)
+    graph, logits = captured(lambda: model.step(ids, states))
+    for state in states:
+        state.kv.zero_()
+        state.length.zero_()
+    replayed, walked_through = [], []
+    for _ in range(2000):
+        graph.replay()
+        replayed.append(logits.clone())
+        walked_through.append(model.step(ids, others))
+    same([torch.stack(replayed)], [torch.stack(walked_through)])
+    assert states[0].length.item() == others[0].length.item() == 2000
+
+
+def test_two_models_on_two_streams() -> None:
+    models = [built(torch.bfloat16, 3, 128, 2), built(torch.bfloat16, 2, 64, 1)]
+    ids = torch.randint(0, 256, (2, 60), device="cuda")
+    want = [walked(model, ids)[0] for model in models]
+    streams, states = [torch.cuda.Stream() for _ in models], [model.initial_states(2) for model in models]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    got: list[Any] = [[], []]
+    for column in ids.T:
+        for i, model in enumerate(models):
+            with torch.cuda.stream(streams[i]):
+                got[i].append(model.step(column, states[i]))
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
+    same([torch.stack(parts, 1) for parts in got], want)
+
+
+@pytest.mark.parametrize("b", [1, 5])
+def test_the_released_model_steps_in_the_same_way(b: int, dtype: Any) -> None:
+    pytest.importorskip("transformers", reason="the released model needs transformers")
+    from linattn.models.transnormer import TransNormerConfig as Released
+    from linattn.models.transnormer import TransNormerForCausalLM
+
+    small, ids = built(dtype), torch.randint(0, 256, (b, 20), device="cuda")
+    config = Released(
+        vocab_size=256, decoder_embed_dim=128, hidden_dim=128, decoder_attention_heads=2, decoder_layers=3,
+        glu_dim=384, linear_use_lrpe_list=[1, 0, 1],
+    )  # fmt: skip
+    model = TransNormerForCausalLM(config).to("cuda", dtype).eval()
+    names = model.state_dict().keys()
+    weights = small.state_dict()
+    model.load_state_dict({name: weights[name.removeprefix("model.")] for name in names})
+    _, states = small(ids[:, :4], return_states=True)
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    for i in range(4, 20):
+        got = model(ids[:, i : i + 1], past_key_values=cache).logits[:, 0]
+        same([got], [small.step(ids[:, i], states)])
+    for mine, other in zip(cache.states, states, strict=True):
+        same([mine.kv, mine.length], [other.kv, other.length])
+
+
+def test_heads_wider_than_the_kernels_take() -> None:
+    model, ids = built(torch.bfloat16, 2, 544, 2), torch.randint(0, 256, (2, 12), device="cuda")
+    assert decoding.runs(model.layers[0], model.embed(ids[:, 0]))
+    got, _ = walked(model, ids)
+    fuse(model, False)
+    plain, _ = walked(model, ids)
+    exactly, _ = walked(model.double(), ids)
+    assert (got.double() - exactly).norm() <= tolerance.SLACK * (plain.double() - exactly).norm()
+
+
+def test_rows_lie_anywhere(dtype: Any) -> None:
+    for b in (1, 3, 5):
+        x, gate = drawn(b, 64, dtype=dtype, count=2)
+        places = range(3) if b <= rows.FEW else (2,)  # the norm in front may sum in another order
+        (residual,), (w,) = drawn(b, 50, dtype=dtype, count=1), drawn(50, 64, dtype=dtype, count=1, seed=1)
+        want = rows.products(x, (w,), eps=EPS, gate=gate, residual=residual)
+        for place in places:
+            given = [x, gate, residual]
+            part = given[place]
+            odd = torch.empty(part.numel() + 1, dtype=dtype, device="cuda")[1:].view(part.shape).copy_(part)
+            for other in (odd, part.T.contiguous().T, torch.stack([part, part], -1)[..., 0]):
+                given[place] = other
+                got = rows.products(given[0], (w,), eps=EPS, gate=given[1], residual=given[2])
+                same([got], [want])
+
+
+def test_decays_that_changed_in_place() -> None:
+    model, ids = built(torch.bfloat16), torch.randint(0, 256, (1, 8), device="cuda")
+    walked(model, ids)
+    for layer in model.layers:
+        layer.token_mixer.log_decay.mul_(2)
+    got, _ = walked(model, ids)
+    for layer in model.layers:
+        layer.token_mixer._rounded = None
+    same([walked(model, ids)[0]], [got])
 
 
 def test_on_another_stream_and_without_waiting() -> None:

@@ -73,7 +73,7 @@ class Kernels:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = Kernels()
-    monkeypatch.setattr(decoding, "_kernels", lambda name: found)
+    monkeypatch.setattr(decoding, "kernels", lambda name: found)
     monkeypatch.setattr(decoding, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(decoding, "fuses", lambda *parts: not torch.compiler.is_compiling())
     step = linattn.decode_step

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from linattn.testing import arrays
 from linattn.testing.properties.plan import assert_parts, limits, truth
 from linattn.testing.properties.states import step
 from linattn.testing.subject import BackendSubject, Result, natives
+from tests.triton.programs import main
 
 BACKEND = TritonBackend(interpreted=True)
 SUBJECT = BackendSubject(BACKEND, "torch", "cpu")
@@ -174,10 +173,4 @@ def many_steps() -> None:
 
 
 if __name__ == "__main__":
-    checks = {
-        name: f
-        for name, f in globals().items()
-        if inspect.isfunction(f) and f.__module__ == "__main__" and not inspect.signature(f).parameters
-    }
-    for name in sys.argv[1:] or checks:
-        checks[name]()
+    main(globals())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
-import sys
 from typing import Any
 from unittest import mock
 
@@ -21,6 +19,7 @@ from linattn.errors import GradientError
 from linattn.nn import SimpleRMSNorm
 from linattn.nn.fused import gated, normed, product
 from tests.triton.interpreted_norm import fused
+from tests.triton.programs import main
 
 U = tolerance.UNIT
 WIDTH, OUT = 24, 10
@@ -230,10 +229,4 @@ def twice() -> None:
 
 
 if __name__ == "__main__":
-    checks = {
-        name: f
-        for name, f in globals().items()
-        if inspect.isfunction(f) and f.__module__ == "__main__" and not inspect.signature(f).parameters
-    }
-    for name in sys.argv[1:]:
-        checks[name]()
+    main(globals())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import itertools
-import sys
 from typing import Any
 from unittest import mock
 
@@ -22,6 +20,7 @@ from linattn.nn import fused as maps
 from linattn.nn.fused import normed
 from tests.triton.interpreted_fused import WIDTH, close, kept
 from tests.triton.interpreted_norm import fused
+from tests.triton.programs import main
 
 HIDDEN, GLU = 32, 40
 
@@ -204,10 +203,4 @@ def public() -> None:
 
 
 if __name__ == "__main__":
-    checks = {
-        name: f
-        for name, f in globals().items()
-        if inspect.isfunction(f) and f.__module__ == "__main__" and not inspect.signature(f).parameters
-    }
-    for name in sys.argv[1:]:
-        checks[name]()
+    main(globals())

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import inspect
 import itertools
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +13,7 @@ import torch
 from linattn.backends.triton import loss as kernels
 from linattn.nn import linear_cross_entropy
 from linattn.nn import loss as module
+from tests.triton.programs import main, notices
 from tests.triton.scored import IGNORED, compare, exact, given, through_products, turned
 
 WIDTHS = (1, 7, 64, 100, 1000)
@@ -82,23 +78,7 @@ WRONG = {
 def mutants() -> None:
     """Kernels with one thing wrong each are noticed, where the right ones pass."""
     sizes = (7, 100), DTYPES
-    holds(kernels, *sizes)
-    right = Path(kernels.__file__).read_text()
-    left = []
-    with tempfile.TemporaryDirectory() as folder:
-        for i, (name, (old, new)) in enumerate(WRONG.items()):
-            assert old in right, name
-            path = Path(folder) / f"wrong_{i}.py"
-            path.write_text(right.replace(old, new))
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            wrong = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = wrong  # a dataclass looks its module up
-            spec.loader.exec_module(wrong)
-            with contextlib.suppress(AssertionError):
-                holds(wrong, *sizes)
-                left.append(name)
-    assert not left, f"nothing notices that {', that '.join(left)}"
+    notices(lambda of: holds(of, *sizes), kernels, WRONG)
 
 
 def not_finite() -> None:
@@ -183,10 +163,4 @@ def whole() -> None:
 
 
 if __name__ == "__main__":
-    checks = {
-        name: f
-        for name, f in globals().items()
-        if inspect.isfunction(f) and f.__module__ == "__main__" and not inspect.signature(f).parameters
-    }
-    for name in sys.argv[1:]:
-        checks[name]()
+    main(globals())

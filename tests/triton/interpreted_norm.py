@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import inspect
 import itertools
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +19,7 @@ from linattn.nn import fused as maps
 from linattn.nn import norm as module
 from linattn.surroundings import watched
 from tests.triton.normed import EPS, compare, computed, given
+from tests.triton.programs import main, notices
 
 WIDTHS = (1, 3, 100, 1000, 2049)
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 is wrong
@@ -112,23 +108,7 @@ WRONG = {
 def mutants() -> None:
     """Kernels with one thing wrong each are noticed, where the right ones pass."""
     sizes = (3, 100), DTYPES
-    holds(kernels, *sizes)
-    right = Path(kernels.__file__).read_text()
-    left = []
-    with tempfile.TemporaryDirectory() as folder:
-        for i, (name, (old, new)) in enumerate(WRONG.items()):
-            assert old in right, name
-            path = Path(folder) / f"wrong_{i}.py"
-            path.write_text(right.replace(old, new))
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            wrong = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = wrong  # a dataclass looks its module up
-            spec.loader.exec_module(wrong)
-            with contextlib.suppress(AssertionError):
-                holds(wrong, *sizes)
-                left.append(name)
-    assert not left, f"nothing notices that {', that '.join(left)}"
+    notices(lambda of: holds(of, *sizes), kernels, WRONG)
 
 
 def not_finite() -> None:
@@ -281,10 +261,4 @@ def layer() -> None:
 
 
 if __name__ == "__main__":
-    checks = {
-        name: f
-        for name, f in globals().items()
-        if inspect.isfunction(f) and f.__module__ == "__main__" and not inspect.signature(f).parameters
-    }
-    for name in sys.argv[1:]:
-        checks[name]()
+    main(globals())

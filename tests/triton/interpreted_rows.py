@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import itertools
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 
 from linattn import tolerance
 from linattn.backends.triton import rows
+from tests.triton.mapped import exact
 from tests.triton.normed import EPS
+from tests.triton.programs import main, notices
 
 DTYPE = torch.float16  # the interpreter's bfloat16 is wrong
 SHAPES = ((1, 16), (7, 272), (130, 48), (20, 528))
@@ -24,21 +20,6 @@ SHAPES = ((1, 16), (7, 272), (130, 48), (20, 528))
 
 def drawn(*shape: int, seed: int = 0) -> Any:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
-
-
-def exact(x: Any, weights: Any, eps: Any, gate: Any, residual: Any) -> tuple[Any, Any]:
-    """The result in float64, and the sum of its terms' absolute values."""
-    wide = x.double()
-    r = 1.0 if eps is None else torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    z = wide * r * (1.0 if gate is None else gate.double())
-    made = [z @ w.double().T for w in weights]
-    sizes = [abs(z) @ abs(w.double()).T for w in weights]
-    y, size = made[0], sizes[0]
-    if len(weights) > 1:
-        y, size = y * made[1], sizes[0] * sizes[1]
-    if residual is not None:
-        y, size = y + residual.double(), size + abs(residual.double())
-    return y, size
 
 
 def holds(of: Any, batches: tuple[int, ...] = (1, 4, 5, 17), shapes: Any = SHAPES) -> None:
@@ -136,23 +117,9 @@ WRONG = {
 
 
 def mutants() -> None:
-    """Each wrong version is noticed."""
-    text = inspect.getsource(rows)
-    with tempfile.TemporaryDirectory() as folder:
-        for i, (name, (old, new)) in enumerate(WRONG.items()):
-            assert text.count(old) >= 1, name
-            path = Path(folder) / f"wrong_rows_{i}.py"
-            path.write_text(text.replace(old, new))
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            wrong = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = wrong
-            spec.loader.exec_module(wrong)
-            with pytest.raises(AssertionError):
-                holds(wrong, (3, 5), ((7, 272),))
-                pytest.fail(f"not noticed: {name}")  # no AssertionError
+    """Kernels with one thing wrong each are noticed, where the right ones pass."""
+    notices(lambda of: holds(of, (3, 5), ((7, 272),)), rows, WRONG)
 
 
 if __name__ == "__main__":
-    for check in sys.argv[1:]:
-        globals()[check]()
+    main(globals())

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
+from tests.triton.programs import interpret
+
 CHECKS = ("conformance", "sizes", "not_finite", "padding", "constants", "many_steps")
-PROGRAM = Path(__file__).parent / "interpreted_decode.py"
-ROOT = PROGRAM.parent.parent.parent
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(check: str) -> None:
-    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
-    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", str(PROGRAM), check]
-    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret("interpreted_decode.py", check)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
@@ -19,9 +14,8 @@ from linattn.backends.triton import glu
 from linattn.nn import SGLU, SimpleRMSNorm
 from linattn.nn.fused import gated, normed, product
 from tests.triton.launches import compiled, recorded, spilled
+from tests.triton.programs import interpret
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 CHECKS = (
     ("fused", "products", "formula", "unused", "lowered", "outside", "frozen", "memory", "twice"),
     ("layers", "memory", "layers", "fallbacks", "public"),
@@ -30,12 +24,7 @@ CHECKS = (
 
 @pytest.mark.parametrize("checks", CHECKS, ids=lambda checks: checks[0])
 def test_interpreted(checks: tuple[str, ...]) -> None:
-    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = HERE / f"interpreted_{checks[0]}.py"
-    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
-    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", str(program), *checks[1:]]
-    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret(f"interpreted_{checks[0]}.py", *checks[1:])
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from linattn import testing
+from tests.triton.programs import interpret
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
 pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
-
-FOLDER = Path(__file__).parent
-ROOT = FOLDER.parent.parent
 
 # In groups of about equal time, each a process of its own: what interprets kernels cannot compile them.
 # With each, how much of it is left out: every second combination of options is tried, or every third.
@@ -30,14 +23,6 @@ GROUPS = {
 }
 MODES = ("whole", "cut")
 ELSEWHERE = {"decodes_as_the_whole", "decodes_only_named_rows"}  # test_decode.py
-
-
-def interpret(program: str, *arguments: str) -> None:
-    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
-    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", FOLDER / program, *arguments]
-    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +14,8 @@ import torch
 from linattn.backends.triton import norm
 from linattn.nn import SimpleRMSNorm
 from tests.triton.launches import compiled, recorded, spilled
+from tests.triton.programs import interpret
 
-PROGRAM = Path(__file__).parent / "interpreted_norm.py"
-ROOT = PROGRAM.parent.parent.parent
 # in groups of about equal time, each a process of its own
 CHECKS = (
     ("formula",),
@@ -32,11 +27,7 @@ CHECKS = (
 
 @pytest.mark.parametrize("checks", CHECKS, ids="-".join)
 def test_interpreted(checks: tuple[str, ...]) -> None:
-    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
-    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", str(PROGRAM), *checks]
-    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret("interpreted_norm.py", *checks)
 
 
 def launched(width: int, dtype: Any, gated: bool) -> list[Any]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +14,8 @@ import torch
 
 from linattn.backends.triton import launcher, rows
 from tests.triton.launches import compiled, recorded, spilled
+from tests.triton.programs import interpret
 
-PROGRAM = Path(__file__).parent / "interpreted_rows.py"
-ROOT = PROGRAM.parent.parent.parent
 WAIT = "griddepcontrol.wait"
 # width, inner width of the channel mixer: the published sizes
 SIZES = ((1024, 2816), (2048, 5632), (2560, 6912), (4096, 11008), (5120, 13824), (12288, 32768))
@@ -28,11 +23,7 @@ SIZES = ((1024, 2816), (2048, 5632), (2560, 6912), (4096, 11008), (5120, 13824),
 
 @pytest.mark.parametrize("checks", [("formula", "not_finite", "layouts"), ("mutants",)], ids="-".join)
 def test_interpreted(checks: tuple[str, ...]) -> None:
-    settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # kernels compute with what masks and overflows leave behind, as a GPU does, without a word
-    run = [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", str(PROGRAM), *checks]
-    done = subprocess.run(run, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret("interpreted_rows.py", *checks)
 
 
 def launched(b: int, n: int, k: int, two: bool, gated: bool, chained: bool, dtype: Any) -> Any:

@@ -21,6 +21,7 @@ from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
+from linattn.nn.norm import bare
 from linattn.state import State
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
         x, wanted = rows.flatten(0, 1), shift_labels.flatten().to(rows.device)
-        if _is_bare(self.lm_head):
+        if bare(self.lm_head):
             total = linear_cross_entropy(
                 x, self.lm_head.weight, wanted, chunk=self.loss_chunk or None, ignore_index=ignore_index
             )
@@ -299,18 +300,6 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
     def _summed_loss(self, x: torch.Tensor, wanted: torch.Tensor, ignore_index: int) -> torch.Tensor:
         logits = self.lm_head(x).float()
         return nn.functional.cross_entropy(logits, wanted, ignore_index=ignore_index, reduction="sum")
-
-
-def _is_bare(head: nn.Module) -> bool:
-    """Whether a head is its weight and nothing else: no bias, no hook, no class or forward of its own."""
-    return type(head) is nn.Linear and not (
-        head.bias is not None
-        or head._forward_hooks
-        or head._forward_pre_hooks
-        or head._backward_hooks
-        or head._backward_pre_hooks
-        or "forward" in vars(head)
-    )
 
 
 def borders_of(position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None = None) -> torch.Tensor | None:
