@@ -60,9 +60,8 @@ def checkpoints(out: Path) -> list[Path]:
 def alone(out: Path) -> Iterator[None]:
     """Keep every other process from training into a folder, which is made where there is none.
 
-    The system lets go of it when the process ends, in whatever way; where a system or file system knows no
-    locks, nothing is held. Of the processes of one run that a launcher starts (torchrun, accelerate), which
-    numbers them in the variable RANK, the first one holds it for all.
+    The system lets go of it when the process ends, in whatever way; where a system or
+    file system knows no locks, nothing is held.
 
     Raises OptionError where another run holds it, CheckpointError where it cannot be written to.
     """
@@ -72,22 +71,17 @@ def alone(out: Path) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(out, error) from error
     try:
-        if os.environ.get("RANK", "0") == "0":
-            _hold(handle, out)
+        with contextlib.suppress(OSError, ModuleNotFoundError):  # no locks here
+            fcntl: Any = importlib.import_module("fcntl")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise OptionError(
+                    f"another run is training into {out}: wait until it ends, or choose another --out"
+                ) from error
         yield
     finally:
         os.close(handle)
-
-
-def _hold(handle: int, out: Path) -> None:
-    with contextlib.suppress(OSError, ModuleNotFoundError):  # no locks here
-        fcntl: Any = importlib.import_module("fcntl")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise OptionError(
-                f"another run is training into {out}: wait until it ends, or choose another --out"
-            ) from error
 
 
 def _unwritable(out: Path, error: OSError) -> CheckpointError:

@@ -99,16 +99,6 @@ def test_a_folder_is_held_by_one(tmp_path):
         raise AssertionError("a file is no folder")
 
 
-def test_processes_of_one_run_share_its_folder(tmp_path, monkeypatch):
-    with alone(tmp_path):
-        monkeypatch.setenv("RANK", "1")
-        with alone(tmp_path):
-            pass
-        monkeypatch.setenv("RANK", "0")
-        with pytest.raises(OptionError, match="another run is training into"), alone(tmp_path):
-            raise AssertionError("held twice")
-
-
 def on_a_terminal(arguments):
     """Standard output, piped, and what a terminal shows that standard error is."""
     screen, end = pty.openpty()
