@@ -122,8 +122,9 @@ class GatedLinearAttention(nn.Module):
     def _decays(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The log decays, on a GPU rounded to float32 once rather than in a kernel for each call.
 
-        The call that rounds them still gets the float64 ones: kernels that read tables early
-        (`linattn.models.decoding`) must not meet them just written.
+        Without gradients the call that rounds them still gets the float64 ones: kernels that read tables
+        early (`linattn.models.decoding`) must not meet them just written. With gradients it gets what later
+        calls get, as checkpointing wants the same tensors when it computes a layer again.
         """
         bits = self.log_decay_bits
         if dtype == torch.float64 or torch.compiler.is_compiling() or bits is None or not _on_gpu(bits):
@@ -135,6 +136,8 @@ class GatedLinearAttention(nn.Module):
         if type(bits) in PLAIN and not torch.cuda.is_current_stream_capturing():
             with torch.inference_mode(False):
                 self._rounded = bits, version, bits.view(torch.float64).float()
+            if torch.is_grad_enabled():
+                return self._rounded[2]
         return self.log_decay
 
     def forward(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import linattn
 from linattn.models import TransNormerConfig, TransNormerLM, decoding
@@ -257,13 +258,25 @@ def test_decays_follow_their_module() -> None:
         assert set(moved.state_dict()) == before
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_meets_the_same_decays_twice(monkeypatch: pytest.MonkeyPatch, reentrant: bool) -> None:
+    monkeypatch.setattr(gla, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    mixer = GatedLinearAttention(16, 16, 2, log_decay=[-0.3, -1e-3])
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    checkpoint(mixer, x, use_reentrant=reentrant).sum().backward()  # the first call of all
+    (first,) = torch.autograd.grad(mixer(x).sum(), x)
+    assert torch.equal(first, x.grad)
+
+
 def test_rounded_decays_are_kept_while_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gla, "_on_gpu", lambda x: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     table = torch.tensor([-0.3, -1e-3], dtype=torch.float64)
 
     def check(mixer: Any, want: Any = table) -> Any:
-        first = mixer.options(torch.float16)["log_decay"]
+        with torch.no_grad():
+            first = mixer.options(torch.float16)["log_decay"]
         assert torch.equal(first, want if first.dtype == torch.float64 else want.float())
         kept = mixer.options(torch.float16)["log_decay"]
         assert kept.dtype == torch.float32 and torch.equal(kept, want.float()) and not kept.is_inference()
