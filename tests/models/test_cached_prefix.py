@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from linattn.models.cosformer import CosformerForCausalLM, CosformerForConditionalGeneration
 from tests.models.test_cosformer import build, text
@@ -78,3 +80,23 @@ def test_an_encoder_decoder(options):
         model, source, decoder_input_ids=ids, decoder_attention_mask=mask, past_key_values=cache, **options
     )
     assert torch.equal(found, want) and cache.rows == 2 and cache.columns == 3
+
+
+@pytest.mark.parametrize("options", SEVERAL.values(), ids=list(SEVERAL))
+def test_transformers_may_repeat_prompts_by_a_method(model, options, monkeypatch):
+    """Up to 5.17 a static function does it."""
+    name = "_expand_inputs_for_generation"
+    own = inspect.getattr_static(GenerationMixin, name)
+    asked = []
+
+    def method(self, *arguments, **named):
+        asked.append(self)
+        return own.__get__(self, type(self))(*arguments, **named)
+
+    ids = text(2, 9)
+    want = drawn(model, ids, use_cache=False, **options)
+    monkeypatch.setattr(GenerationMixin, name, method)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    assert torch.equal(drawn(model, ids, past_key_values=cache, **options), want)
+    assert asked == [model]

@@ -55,8 +55,8 @@ class StateModel(PreTrainedModel):
 class StateExpansion(GenerationMixin):
     """`generate` of several texts from each prompt: a given cache's rows are repeated as the prompts are."""
 
-    @staticmethod
     def _expand_inputs_for_generation(
+        self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
         input_ids: torch.Tensor | None = None,
@@ -66,7 +66,7 @@ class StateExpansion(GenerationMixin):
 
         One that has a row for every text already is continued as it is.
         """
-        expanded: tuple[torch.Tensor, dict[str, Any]] = GenerationMixin._expand_inputs_for_generation(
+        expanded: tuple[torch.Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         ids, given = expanded
