@@ -7,12 +7,23 @@ from pathlib import Path
 
 import jupytext
 from docutils import nodes
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell
 from sphinx.application import Sphinx
 
 from .excerpts import inlined
 from .links import LINK, prose
 
 FOLDER = "learn"
+NEEDS = """To run this page: Jupyter with linattn, or Colab (File, Upload notebook) and beside it a wheel of linattn,
+which `pip wheel --no-deps .` makes in a checkout."""
+INSTALL = """from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("linattn") is None:
+    wheels = sorted(str(wheel) for wheel in Path().glob("linattn-*.whl"))
+    assert wheels, "upload a wheel of linattn: `pip wheel --no-deps .` makes one in a checkout"
+    %pip install --quiet {wheels[-1]} matplotlib ml_dtypes"""
 
 
 def alone(text: str) -> str:
@@ -25,6 +36,13 @@ def alone(text: str) -> str:
         return match[1]
 
     return "".join(LINK.sub(link, piece) if is_prose else piece for is_prose, piece in prose(text))
+
+
+def notebook(page: Path) -> NotebookNode:
+    """Return a page as a notebook, which begins by making sure that linattn is there."""
+    made = jupytext.reads(alone(inlined(page.read_text(), page)), fmt="md:myst")
+    made.cells[1:1] = [new_markdown_cell(NEEDS), new_code_cell(INSTALL)]
+    return made
 
 
 def is_notebook(docname: str) -> bool:
@@ -46,9 +64,7 @@ def offer(app: Sphinx, doctree: nodes.document) -> None:
 def write(app: Sphinx, exception: Exception | None) -> None:
     if exception is None and app.builder.format == "html":
         for docname in filter(is_notebook, app.env.found_docs):
-            page = Path(app.env.doc2path(docname))
-            text = alone(inlined(page.read_text(), page))
-            jupytext.write(jupytext.reads(text, fmt="md:myst"), Path(app.outdir, f"{docname}.ipynb"))
+            jupytext.write(notebook(Path(app.env.doc2path(docname))), Path(app.outdir, f"{docname}.ipynb"))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
