@@ -15,8 +15,8 @@ from .excerpts import inlined
 from .links import LINK, prose
 
 FOLDER = "learn"
-NEEDS = """To run this page: Jupyter with linattn, or Colab (File, Upload notebook) and beside it a wheel of linattn,
-which `pip wheel --no-deps .` makes in a checkout."""
+NEEDS = """To run this page: Jupyter with linattn, or Colab (File, Upload notebook) and beside it a wheel of
+linattn, which `pip wheel --no-deps .` makes in a checkout."""
 INSTALL = """from importlib.util import find_spec
 from pathlib import Path
 
