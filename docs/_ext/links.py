@@ -15,6 +15,7 @@ DOCS = Path(__file__).resolve().parent.parent
 ROOT = DOCS.parent
 LINK = re.compile(r"\[([^]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"!\[([^]]*)\]\((?!\w+:)([^)\s]+)\)")
+DARK = re.compile(r"<picture>|</picture>|<source [^>]*>\s*")  # GitHub's way to a second image
 INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.M)
 FENCE = re.compile(r"^(?P<mark>`{3,}|~{3,}).*?^(?P=mark)", re.M | re.S)
 
@@ -57,6 +58,7 @@ def rebased(text: str, origin: Path, page: Path, homes: dict[Path, Path]) -> str
         return f"![{match[1]}]({os.path.relpath(origin.parent / match[2], page.parent)})"
 
     def one(piece: str) -> str:
+        piece = DARK.sub("", piece)  # the site has switches of its own, and no copy of what HTML names
         images = [image(match) for match in IMAGE.finditer(piece)]
         texts = [LINK.sub(link, rest) for rest in IMAGE.split(piece)[:: IMAGE.groups + 1]]
         return "".join(part for pair in zip(texts, [*images, ""], strict=True) for part in pair)

@@ -26,11 +26,16 @@ class Meter(Protocol):
     def first(self, work: Work) -> tuple[float, Outputs]:
         """Seconds of a call from the host's side, and what it returned."""
 
-    def once(self, work: Work) -> float:
-        """Milliseconds of one call after one that is not timed."""
+    def once(self, work: Work) -> tuple[float, int]:
+        """Milliseconds of one call after one that is not timed, and the most bytes that it holds beyond those
+        before.
+        """
 
-    def milliseconds(self, work: Work, medians: int = 1) -> float:
-        """The smallest of so many medians, each over many calls, the L2 cache flushed before each."""
+    def milliseconds(self, work: Work, medians: int = 1, about: float | None = None) -> float:
+        """The smallest of so many medians, each over many calls, the L2 cache flushed before each.
+
+        about: milliseconds that `once` gave; None asks it.
+        """
 
     def replayed(self, work: Work, medians: int = 1) -> float | None:
         """The same of one of `STEPS` calls in a CUDA graph; None where they cannot be captured."""
@@ -81,19 +86,23 @@ class Cuda:
         self.torch.cuda.synchronize()
         return time.perf_counter() - start, outputs
 
-    def once(self, work: Work) -> float:
+    def once(self, work: Work) -> tuple[float, int]:
+        cuda = self.torch.cuda
         work()
-        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
         start.record()
         work()
         end.record()
-        self.torch.cuda.synchronize()
-        return float(start.elapsed_time(end))
+        cuda.synchronize()
+        return float(start.elapsed_time(end)), max(0, int(cuda.max_memory_allocated() - before))
 
-    def milliseconds(self, work: Work, medians: int = 1) -> float:
+    def milliseconds(self, work: Work, medians: int = 1, about: float | None = None) -> float:
         from triton.testing import do_bench
 
-        rep = min(max(self.rep, 12 * self.once(work)), 6 * self.rep)
+        expected = self.once(work)[0] if about is None else about
+        rep = min(max(self.rep, 12 * expected), 6 * self.rep)
         return min(
             float(do_bench(work, warmup=self.rep / 4, rep=rep, return_mode="median")) for _ in range(medians)
         )

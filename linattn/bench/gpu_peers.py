@@ -51,7 +51,8 @@ def check_length(case: GpuCase, peer: Peer, meter: Meter, device: str) -> None:
     if peer.same or case.n <= TRIED:
         return
     small = replace(case, n=TRIED)
-    expected = meter.once(peer.prepare(small, make(small, device=device))) * (case.n / TRIED) ** 2
+    ms, _ = meter.once(peer.prepare(small, make(small, device=device)))
+    expected = ms * (case.n / TRIED) ** 2
     if expected > LONGEST:
         raise LinattnError(f"about {expected:.0f} ms a call, not waited for")
 

@@ -1,4 +1,4 @@
-"""A picture of time against length on a GPU, the floor that memory sets, and how near calls come."""
+"""A picture of time and memory against length on a GPU, and of how near calls come to the floor of time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linattn.bench.gpu_cases import Kind
-from linattn.bench.gpu_results import GpuResults, GpuRow
+from linattn.bench.gpu_results import GpuResults, GpuRow, Timing
 from linattn.bench.gpu_runner import OURS
 from linattn.bench.picture import MARKERS, Theme, both, legend, length_axes, line
 
@@ -18,7 +18,8 @@ STYLES = {"forward": "-", "forward-backward": ":"}
 
 
 def draw(results: GpuResults, path: Path) -> None:
-    """Write a PNG of the time of each computation against N, and of how much of it moving the bytes takes.
+    """Write a PNG of the time of each computation against N, of how much of it moving the bytes takes, and of
+    the extra memory of a forward pass where that was recorded.
 
     Beside it, the same on black under the name that `picture.dark` gives. Raises LinattnError when a file
     cannot be written.
@@ -27,6 +28,9 @@ def draw(results: GpuResults, path: Path) -> None:
         kind: sorted((row for row in results.curves if row.case.kind == kind), key=lambda row: row.case.n)
         for kind in KINDS
     }
+
+    extra = {name: _megabytes(rows["forward"], name) for name in LINES}
+    recorded = any(extra.values())
 
     def paint(theme: Theme, panels: Sequence[Any]) -> None:
         for axis, (kind, title) in zip(panels, KINDS.items(), strict=False):
@@ -52,14 +56,32 @@ def draw(results: GpuResults, path: Path) -> None:
         length_axes(panels[2], theme, "Floor, as a share of the time", share=True)
         legend(panels[0], theme)
         legend(panels[2], theme)
+        if recorded:
+            for index, name in reversed([*enumerate(LINES)]):  # ours on top
+                line(panels[3], theme, index, name, extra[name])
+            alone = [(row.case.n, row.case.array / 1e6) for row in rows["forward"]]
+            quiet = {"color": theme.quiet, "linestyle": "--"}
+            (result,) = panels[3].plot(*zip(*alone, strict=True), **quiet, label="the result alone")
+            length_axes(panels[3], theme, "Extra memory, forward, MB")
+            panels[3].legend(handles=[result], frameon=False, labelcolor=theme.ink)
 
-    both(path, f"Causal attention, {_shape(results)}bfloat16, on {_device(results)}", 3, paint)
+    title = f"Causal attention, {_shape(results)}bfloat16, on {_device(results)}"
+    both(path, title, 4 if recorded else 3, paint)
 
 
 def _points(rows: list[GpuRow], name: str) -> list[tuple[int, float]]:
     """Lengths and milliseconds of one computation, where it was measured."""
+    return [(n, timing.ms) for n, timing in _timings(rows, name)]
+
+
+def _megabytes(rows: list[GpuRow], name: str) -> list[tuple[int, float]]:
+    """Lengths and megabytes beyond the inputs of one computation, where they were recorded."""
+    return [(n, timing.extra / 1e6) for n, timing in _timings(rows, name) if timing.extra]
+
+
+def _timings(rows: list[GpuRow], name: str) -> list[tuple[int, Timing]]:
     return [
-        (row.case.n, entry.timing.ms)
+        (row.case.n, entry.timing)
         for row in rows
         for entry in (row.ours, *row.peers)
         if entry.name == name and entry.timing is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from linattn.bench.gpu_cases import WORDS
 from linattn.bench.gpu_machine import FACTS
 from linattn.bench.gpu_measure import STEPS
-from linattn.bench.gpu_results import MICROSECONDS, Cost, Entry, GpuResults, GpuRow
+from linattn.bench.gpu_results import MICROSECONDS, Cost, Entry, GpuResults, GpuRow, Timing
 from linattn.bench.report import section_of, size, table
 
 BEGIN, END = (
@@ -21,13 +21,22 @@ COLUMNS = (
     "floor ms",
     "ours ms",
     "% of floor",
+    "extra memory",
     "best peer ms",
     "times as fast",
     "softmax ms",
     "required ms",
     "met?",
 )
-PEER_COLUMNS = ("case", "who", "ms", f"one of {STEPS} in a CUDA graph, ms", "error", "first call, s")
+PEER_COLUMNS = (
+    "case",
+    "who",
+    "ms",
+    f"one of {STEPS} in a CUDA graph, ms",
+    "error",
+    "extra memory",
+    "first call, s",
+)
 COST_COLUMNS = ("what", "who", "measured", "required", "met?")
 NOTHING = "–"
 MET = {True: "yes", False: "NO", None: NOTHING}
@@ -58,6 +67,7 @@ def cells(row: GpuRow) -> tuple[str, ...]:
         digits(row.floor),
         _ms(row.ours),
         NOTHING if row.fraction is None else f"{100 * row.fraction:.0f} %",
+        _extra(ours),
         NOTHING if best is None else f"{_ms(best)} ({best.name})",
         NOTHING if faster is None else f"{faster:.2f}",
         NOTHING if row.other is None else _ms(row.other),
@@ -70,11 +80,15 @@ def _ms(entry: Entry) -> str:
     return NOTHING if entry.timing is None else digits(entry.timing.ms)
 
 
+def _extra(timing: Timing | None) -> str:
+    return NOTHING if timing is None or timing.extra is None else size(timing.extra)
+
+
 def entry_cells(row: GpuRow, entry: Entry) -> tuple[str, ...]:
     """One measurement under PEER_COLUMNS."""
     timing = entry.timing
     if timing is None:
-        return (label(row), entry.name, *(NOTHING,) * 4)
+        return (label(row), entry.name, *(NOTHING,) * 5)
     error = NOTHING if timing.error is None else f"{timing.error:.1e}" + ("" if timing.right else " (wrong)")
     return (
         label(row),
@@ -82,6 +96,7 @@ def entry_cells(row: GpuRow, entry: Entry) -> tuple[str, ...]:
         digits(timing.ms),
         NOTHING if timing.replayed is None else digits(timing.replayed),
         error,
+        _extra(timing),
         NOTHING if timing.first is None else f"{timing.first:.2f}",
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 from linattn.bench.gpu_cases import GpuCase
 
@@ -18,13 +19,15 @@ class Timing:
     """A call that was measured.
 
     error: against float64, None where it is another function. first: seconds of the first call, compilation
-    and tuning in it. replayed: milliseconds in a CUDA graph of them, of decode steps only.
+    and tuning in it. replayed: milliseconds in a CUDA graph of them, of decode steps only. extra: the most
+    bytes that a call holds beyond its inputs, results and gradients in it; None where it was not recorded.
     """
 
     ms: float
     error: float | None = None
     first: float | None = None
     replayed: float | None = None
+    extra: int | None = None
 
     @property
     def right(self) -> bool:
@@ -131,6 +134,16 @@ class GpuResults:
             "curves": [_row(row) for row in self.curves],
         }
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> GpuResults:
+        """What `as_json` was made of; None for what an older version did not record.
+
+        Raises KeyError or TypeError for another object.
+        """
+        rows, curves = (tuple(map(_read_row, found[name])) for name in ("rows", "curves"))
+        costs = tuple(_read(Cost, cost) for cost in found["costs"])
+        return cls(found["facts"], found["copy_gigabytes_per_second"], found["full"], rows, costs, curves)
+
 
 def _row(row: GpuRow) -> dict[str, Any]:
     return {
@@ -144,3 +157,22 @@ def _row(row: GpuRow) -> dict[str, Any]:
         "best_peer": row.best.name if row.best else None,
         "met": row.met,
     }
+
+
+Stored = TypeVar("Stored")
+
+
+def _read(kind: type[Stored], found: Mapping[str, Any]) -> Stored:
+    """A dataclass by its fields, without what `as_json` says besides."""
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in found.items() if name in known})
+
+
+def _read_entry(found: Mapping[str, Any]) -> Entry:
+    timing = found["timing"]
+    return _read(Entry, {**found, "timing": None if timing is None else _read(Timing, timing)})
+
+
+def _read_row(found: Mapping[str, Any]) -> GpuRow:
+    ours, *others = map(_read_entry, (found["ours"], *found["peers"]))
+    return GpuRow(_read(GpuCase, found), found["floor_ms"], ours, tuple(others))

@@ -115,11 +115,12 @@ class Bench:
             seconds, outputs = self.meter.first(call)
             error = None if right is None else relative_error(part(case, outputs), right)
             del outputs
-            ms = self.meter.milliseconds(call, case.medians)
+            about, extra = self.meter.once(call)
+            ms = self.meter.milliseconds(call, case.medians, about)
             replayed = self.meter.replayed(call, case.medians) if case.kind == "decode" else None
         except failures() as failure:
             return Entry(name, why=sentence(failure), same=same)
-        return Entry(name, Timing(ms, error, seconds, replayed), same=same)
+        return Entry(name, Timing(ms, error, seconds, replayed, extra), same=same)
 
     def _peer(self, peer: Peer, case: GpuCase, given: Inputs, right: Outputs) -> Entry:
         if not self._begins():

@@ -12,7 +12,9 @@ from linattn.bench.results import Results
 from linattn.errors import LinattnError
 
 DPI = 200
-WIDTH = {2: 11.0, 3: 13.0}  # inches of so many panels: wider ones have small letters on a page
+PANELS = {2: (1, 2), 3: (1, 3), 4: (2, 2)}  # rows and columns of so many
+WIDTH = {2: 11.0, 3: 13.0}  # inches of so many columns: wider ones have small letters on a page
+HEIGHT = {1: 4.8, 2: 8.4}  # inches of so many rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def dark(path: Path) -> Path:
 
 
 def both(path: Path, title: str, count: int, paint: Callable[[Theme, Sequence[Any]], None]) -> None:
-    """Write a picture of `count` panels in a row, light and dark; `paint` fills the panels.
+    """Write a picture of `count` panels, light and dark; `paint` fills the panels.
 
     Raises LinattnError when a file cannot be written.
     """
@@ -82,9 +84,11 @@ def both(path: Path, title: str, count: int, paint: Callable[[Theme, Sequence[An
     from matplotlib.figure import Figure as Canvas
 
     for theme, to in ((LIGHT, path), (DARK, dark(path))):
-        canvas = Canvas(figsize=(WIDTH[count], 4.8), layout="constrained", facecolor=theme.page)
+        rows, columns = PANELS[count]
+        size = (WIDTH[columns], HEIGHT[rows])
+        canvas = Canvas(figsize=size, layout="constrained", facecolor=theme.page)
         FigureCanvasAgg(canvas)
-        paint(theme, canvas.subplots(1, count))
+        paint(theme, list(canvas.subplots(rows, columns).flat))
         canvas.suptitle(title, fontsize=12, color=theme.ink)
         save(canvas, to)
 
@@ -102,8 +106,11 @@ def legend(axis: Any, theme: Theme) -> None:
         axis.legend(frameon=False, labelcolor=theme.ink)
 
 
-def length_axes(axis: Any, theme: Theme, title: str, *, share: bool = False) -> None:
-    """Logarithmic axes, the number of tokens across; share: percent upwards, from 0 to 100 at least."""
+def length_axes(axis: Any, theme: Theme, title: str, *, share: bool = False, linear: bool = False) -> None:
+    """Logarithmic axes, the number of tokens across.
+
+    share: percent upwards, from 0 to 100 at least. linear: numbers upwards from 0.
+    """
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     axis.set_facecolor(theme.page)
@@ -112,6 +119,9 @@ def length_axes(axis: Any, theme: Theme, title: str, *, share: bool = False) -> 
     if share:
         axis.set_ylim(0, max(100, axis.get_ylim()[1]))
         axis.yaxis.set_major_formatter(PercentFormatter())
+    elif linear:
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
     else:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))

@@ -29,12 +29,14 @@ def check(outputs: list[Path]) -> None:
     from linattn.bench.report import check_page
 
     for path in outputs:
-        if path.suffix not in (".json", ".md"):
-            raise OptionError(f"--out of --models must end in .json or .md; got {path}")
+        if path.suffix not in (".json", ".md", ".png"):
+            raise OptionError(f"--out of --models must end in .json, .md or .png; got {path}")
         if not path.parent.is_dir():
             raise OptionError(f"--out {path}: there is no folder {path.parent}")
         if path.suffix == ".md":
             check_page(path, MARKS)
+        if path.suffix == ".png":
+            import matplotlib.figure  # noqa: F401  (what is missing is said now)
 
 
 def bench_models(outputs: list[Path], *, as_json: bool, quick: bool) -> None:
@@ -73,7 +75,8 @@ def bench_models(outputs: list[Path], *, as_json: bool, quick: bool) -> None:
         judged = [] if quick else [*systems.verdicts(rows, bandwidth), *claims.verdicts(rows)]
         say(row, "; ".join(part for part in (_ms(row), row.failed, row.note) if part))
         for path in outputs:
-            write(path, facts, rows, judged)
+            pictures = [one for one in outputs if one.suffix == ".png" and one.parent == path.parent]
+            write(path, facts, rows, judged, pictures[0] if pictures else None)
     if as_json:
         print_json(_fields(facts, rows, judged))
         return
@@ -84,14 +87,31 @@ def bench_models(outputs: list[Path], *, as_json: bool, quick: bool) -> None:
         print_table(REQUIRED, map(judgement, judged))
 
 
-def write(path: Path, facts: dict[str, Any], rows: Sequence[Row], judged: Sequence[Verdict]) -> None:
-    """Write what is known so far, as JSON or as a section of a page."""
+def write(
+    path: Path,
+    facts: dict[str, Any],
+    rows: Sequence[Row],
+    judged: Sequence[Verdict],
+    picture: Path | None = None,
+) -> None:
+    """Write what is known so far, as JSON, as a picture, or as a section of a page that shows a picture."""
     from linattn.bench.report import section_of, table, write_text
 
     if path.suffix == ".json":
         write_text(path, json.dumps(_fields(facts, rows, judged), indent=2) + "\n")
         return
+    if path.suffix == ".png":
+        from linattn.bench.systems_picture import draw
+
+        if rows[-1].what == "training":  # nothing else is in it
+            draw(rows, facts, path)
+        return
     parts = [
+        *(
+            [f"![Training: tokens per second and memory against the length]({picture.name})"]
+            if picture
+            else []
+        ),
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         table(COLUMNS, map(cells, rows)),
     ]

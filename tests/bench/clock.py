@@ -17,7 +17,7 @@ class Clock:
     """Calls everything, and says what it was told to."""
 
     def __init__(self, ms=1.0):
-        self.ms = ms
+        self.ms, self.extra = ms, 7 * 10**6
         self.asked = []
 
     def gigabytes_per_second(self):
@@ -28,9 +28,9 @@ class Clock:
 
     def once(self, work):
         work()
-        return self.ms
+        return self.ms, self.extra
 
-    def milliseconds(self, work, medians=1):
+    def milliseconds(self, work, medians=1, about=None):
         self.asked.append(medians)
         work()
         return self.ms

@@ -204,7 +204,10 @@ def test_a_run_from_end_to_end(fla, uncompiled, monkeypatch):
 
 def made_up(full=True):
     case = GpuCase("forward", 4, 32, 8192, 128, 0.35)
-    ours, chunk = Entry(OURS, Timing(0.3, 2e-3, 1.5)), Entry("fla chunk", Timing(0.75, 3e-3, 20.0))
+    ours, chunk = (
+        Entry(OURS, Timing(0.3, 2e-3, 1.5, extra=290_000_000)),
+        Entry("fla chunk", Timing(0.75, 3e-3, 20.0)),
+    )
     softmax = Entry("softmax", None, "about 300 ms a call, not waited for", same=False)
     wrong = Entry(OURS, Timing(0.01, 0.5))
     rows = (
@@ -222,8 +225,8 @@ def test_cells_and_judgements():
     found = made_up()
     first, second = found.rows
     assert gpu_report.cells(first) == (
-        "forward, decay per head, 4 32 8192 128", "0.251", "0.300", "84 %", "0.750 (fla chunk)", "2.50", "–",
-        "0.35", "yes",
+        "forward, decay per head, 4 32 8192 128", "0.251", "0.300", "84 %", "290 MB", "0.750 (fla chunk)",
+        "2.50", "–", "0.35", "yes",
     )  # fmt: skip
     assert (second.met, gpu_report.cells(second)[-1]) == (False, "wrong")
     assert [gpu_report.cost_cells(cost)[2:] for cost in found.costs] == [

@@ -1,15 +1,19 @@
 """The pictures of the bench: what is drawn where, for light pages and for dark ones."""
 
+from dataclasses import replace
+
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from linattn.bench import Measurement, gpu_picture, picture
+from linattn.bench import Measurement, gpu_picture, picture, systems_picture
 from linattn.bench.cases import Figure
 from linattn.bench.gpu_cases import GpuCase
 from linattn.bench.gpu_results import Entry, GpuResults, GpuRow, Timing
 from linattn.bench.gpu_runner import OURS
 from linattn.bench.results import Results
+from linattn.bench.systems import LLAMA, Row
+from linattn.bench.systems import OURS as OUR_MODEL
 
 SMALLEST = 9  # points, of any text
 
@@ -34,6 +38,10 @@ def row(kind, n, floor, ms, chunk=None):
         Entry("softmax", Timing(n * 1e-3), same=False),
     )
     return GpuRow(GpuCase(kind, 4, 32, n, 128), floor, Entry(OURS, Timing(ms)), peers)
+
+
+def with_memory(one):
+    return replace(one, ours=replace(one.ours, timing=replace(one.ours.timing, extra=10**6 * one.case.n)))
 
 
 RESULTS = GpuResults(
@@ -74,6 +82,38 @@ def test_times_and_shares_are_those_of_the_rows(drawn, tmp_path):
         assert "A Device" in canvas.get_suptitle() and "9.0" not in canvas.get_suptitle()
 
 
+def test_memory_is_drawn_where_it_was_recorded(drawn, tmp_path):
+    def recorded(kind, n, *extras):
+        one = row(kind, n, 0.1, 0.2, 0.4)
+        ours, *peers = (
+            replace(entry, timing=replace(entry.timing, extra=extra))
+            for entry, extra in zip((one.ours, *one.peers), extras, strict=True)
+        )
+        return replace(one, ours=ours, peers=tuple(peers))
+
+    rows = (
+        recorded("forward", 2048, 3 * 10**6, 9 * 10**6, None),
+        recorded("forward", 1024, 2 * 10**6, 5 * 10**6, 4 * 10**6),
+        recorded("forward-backward", 1024, 10**9, 10**9, 10**9),
+    )
+    gpu_picture.draw(replace(RESULTS, curves=rows), tmp_path / "a.png")
+    assert set(drawn) == {"a.png", "a-dark.png"}
+    for canvas in drawn.values():
+        *_, share, memory = canvas.axes
+        assert "share" in share.get_title(loc="left") and "MB" in memory.get_title(loc="left")
+        assert memory.get_yscale() == memory.get_xscale() == "log"
+        colors = {line.get_color(): line.get_label() for line in canvas.axes[0].get_lines()}
+        points = {colors[line.get_color()]: line.get_xydata().tolist() for line in memory.get_lines()}
+        assert points == {
+            OURS: [[1024, 2], [2048, 3]],
+            "fla chunk": [[1024, 5], [2048, 9]],
+            "softmax": [[1024, 4]],
+            colors[memory.get_lines()[-1].get_color()]: [
+                [n, 4 * 32 * n * 128 * 2 / 1e6] for n in (1024, 2048)
+            ],  # the result alone
+        }
+
+
 def test_a_share_above_the_floor_is_in_the_picture(drawn, tmp_path):
     fast = GpuResults({}, 1.0, True, (), (), (row("forward", 64, 0.2, 0.16),))
     gpu_picture.draw(fast, tmp_path / "a.png")
@@ -98,6 +138,36 @@ def test_a_processor_s_time_and_memory(drawn, tmp_path):
     assert dict(lines(memory)) == {"linattn, torch": [[512, 5.0]], "softmax, torch": [[512, 1.0]]}
 
 
+def test_models_rates_and_memory(drawn, tmp_path):
+    rows = [
+        Row("training", OUR_MODEL, 1, 32768, 0.25, 30 * 10**9),
+        Row("training", OUR_MODEL, 4, 8192, 0.2, 20 * 10**9),
+        Row("training", OUR_MODEL, 1, 131072, 0.8, 70 * 10**9, note="half again: memory is short"),
+        Row("training", LLAMA, 4, 8192, 0.4),
+        Row("training", LLAMA, 1, 32768, failed="out of memory"),
+        Row("training", "TransNormerLLM-385M, norms and gates not fused", 4, 8192, 0.3, 10**9),
+        Row("decoding", OUR_MODEL, 1, 8192, 0.001, 10**9),
+    ]
+    systems_picture.draw(rows, {"GPU": "A Device, compute capability 9.0"}, tmp_path / "a.png")
+    assert set(drawn) == {"a.png", "a-dark.png"}
+    for canvas in drawn.values():
+        rate, memory = canvas.axes
+        assert dict(lines(rate)) == {
+            OUR_MODEL: [[8192, 163840], [32768, 131072], [131072, 163840]],
+            "half again": [[131072, 163840]],
+            LLAMA: [[8192, 81920]],
+        }
+        assert dict(lines(memory)) == {
+            OUR_MODEL: [[8192, 20], [32768, 30], [131072, 70]],
+            "half again": [[131072, 70]],
+        }
+        assert rate.get_ylim()[0] == memory.get_ylim()[0] == 0
+        assert rate.get_legend() is not None
+        title = canvas.get_suptitle()
+        assert "32,768 tokens" in title and title.endswith("A Device")
+    systems_picture.draw([], {}, tmp_path / "nothing.png")
+
+
 def luminance(color):
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(color)]
     return sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
@@ -110,8 +180,9 @@ def contrast(one, other):
 
 
 def test_letters_and_lines_stand_out_from_the_page(drawn, tmp_path):
-    gpu_picture.draw(RESULTS, tmp_path / "a.png")
+    gpu_picture.draw(replace(RESULTS, curves=tuple(map(with_memory, RESULTS.curves))), tmp_path / "a.png")
     for canvas in drawn.values():
+        assert len(canvas.axes) == 4
         page = canvas.get_facecolor()
         texts = [text for text in canvas.findobj(Text) if text.get_text()]
         assert all(text.get_fontsize() >= SMALLEST for text in texts)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import linattn
 from linattn import tolerance
 from linattn.bench import claims, systems, systems_rows
+from linattn.bench.picture import dark
 from linattn.bench.systems import LLAMA, OURS, PATCHED, Row, Task, verdicts
 from linattn.bench.systems_rows import SHARES
 from linattn.cli import app
@@ -205,10 +206,12 @@ def test_small_models_on_the_processor(tmp_path, monkeypatch):
         return plain(self, input_ids=input_ids, **options)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    page, data = tmp_path / "page.md", tmp_path / "data.json"
+    page, data, picture = (tmp_path / name for name in ("page.md", "data.json", "picture.png"))
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     found = CliRunner().invoke(
-        app, ["bench", "--models", "--quick", "--json", "--out", str(page), "--out", str(data)]
+        app,
+        ["bench", "--models", "--quick", "--json"]
+        + [word for path in (page, data, picture) for word in ("--out", str(path))],
     )
     assert found.exit_code == 0, found.output
     fields = json.loads(found.stdout)
@@ -228,10 +231,12 @@ def test_small_models_on_the_processor(tmp_path, monkeypatch):
     assert f"training, {LLAMA}, 1 x 128: out of memory" in said
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "](picture.png)\n" in text
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (picture, dark(picture)))
     assert f"| {PATCHED} |" in text and "| out of memory |" in text
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
-    for name, words in (("x.png", ".json or .md"), ("none/x.json", "there is no folder")):
+    for name, words in (("x.txt", ".json, .md or .png"), ("none/x.json", "there is no folder")):
         refused = CliRunner().invoke(app, ["bench", "--models", "--quick", "--out", str(tmp_path / name)])
         assert refused.exit_code == 2 and words in refused.output.replace("\n", " ")

@@ -5,7 +5,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
+from linattn.bench.picture import dark
 from linattn.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,10 +31,18 @@ def measured(page: str, *cells: str) -> str:
 
 
 def test_the_picture_is_named_with_its_machine_date_and_command():
-    caption = README.split("](docs/benchmarks-gpu.png)\n")[1].split("## ")[0]
+    caption = README.split("</picture>\n")[1].split("## ")[0]
     for said in (fact("GPU").partition(",")[0], fact("date").split()[0], fact("commit"), fact("command")):
         assert said in caption, said
     assert ("other processes were busy" in caption) == ("too busy" in fact("busy"))
+
+
+def test_dark_pages_get_the_dark_picture():
+    light, shown = Path("docs/benchmarks-gpu.png"), MarkdownIt().render(README)
+    picture = re.search(r'<picture>(<source [^>]+>)\s*<img src="([^"]+)"[^>]*>\s*</picture>', shown)
+    assert picture, "browsers look for a source beside an image that has no other parent"
+    assert 'media="(prefers-color-scheme: dark)"' in picture[1] and picture[2] == str(light)
+    assert f'srcset="{dark(light)}"' in picture[1] and (ROOT / dark(light)).is_file()
 
 
 @pytest.mark.parametrize(

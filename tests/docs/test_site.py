@@ -51,6 +51,10 @@ def test_links_are_the_sites():
     assert rebased("![a](docs/benchmarks.png) [b](LICENSE)", ROOT / "README.md") == (
         "![a](../benchmarks.png) [b](source:LICENSE)"
     )
+    dark = '<picture><source media="(prefers-color-scheme: dark)" srcset="docs/benchmarks-dark.png">\n'
+    assert rebased(f"{dark}![a](docs/benchmarks.png)</picture>\n", ROOT / "README.md") == (
+        "![a](../benchmarks.png)\n"
+    )
     assert rebased("[a](https://example.org) [b](#c)") == "[a](https://example.org) [b](#c)"
     code = "```python\nx[0](lrpe.md)\n```\n"
     assert rebased(code) == code, "code stays as it is"
