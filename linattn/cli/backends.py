@@ -12,7 +12,7 @@ import typer
 import linattn
 from linattn import registry
 from linattn.backends.triton import tuned
-from linattn.cli.output import print_json, print_lines, print_table
+from linattn.cli.output import print_json, print_lines, print_table, waiting
 
 
 def backends(
@@ -22,12 +22,13 @@ def backends(
 
     Above the table stands what a bug report needs: versions and devices.
     """
-    if importlib.util.find_spec("torch") is not None:
-        importlib.import_module("torch")  # environment() names the devices of what is imported already
-    environment = linattn.environment()
-    if (said := tuned.in_use()) is not None:
-        environment["tuned"] = said
-    usable = linattn.available_backends()
+    with waiting("looking for devices"):
+        if importlib.util.find_spec("torch") is not None:
+            importlib.import_module("torch")  # environment() names the devices of what is imported already
+        environment = linattn.environment()
+        if (said := tuned.in_use()) is not None:
+            environment["tuned"] = said
+        usable = linattn.available_backends()
     arrays = {
         name: backend.arrays for name, backend in registry.known().items()
     }  # kind -> whether "auto" may

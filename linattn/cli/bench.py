@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from linattn.cli import names
 from linattn.cli.bench_gpu import bench_gpu
 from linattn.cli.bench_models import bench_models
 from linattn.cli.output import print_json, print_lines, print_table
@@ -31,7 +32,9 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Lengths divided by 16, few runs, nothing judged.")
     ] = False,
-    case: Annotated[list[str] | None, typer.Option(help="Only this case (repeatable).")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only this case (repeatable).", autocompletion=names.cases)
+    ] = None,
     runs: Annotated[
         int, typer.Option(min=1, help="Processor: timed calls per figure; the fastest counts.")
     ] = 7,
@@ -59,13 +62,16 @@ def bench(
     from linattn.bench.cases import curves
 
     outputs = list(out or ())
+    asked_for = [f"--{name}" for name, on in (("cpu", cpu), ("gpu", gpu), ("models", models)) if on]
+    if len(asked_for) > 1:
+        raise OptionError(f"give {' or '.join(asked_for)}, not {'both' if len(asked_for) == 2 else 'all'}")
     if models:
+        if case:
+            raise OptionError("--models measures all of its own cases: leave out --case")
         bench_models(outputs, as_json=as_json, quick=quick)
         return
     _check(outputs, gpu=gpu)
     if gpu:
-        if cpu:
-            raise OptionError("give --cpu or --gpu, not both")
         bench_gpu(case or (), outputs, as_json=as_json, quick=quick, peer_seconds=peer_seconds)
         return
     asked = cases(case or (), divide=QUICK if quick else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from linattn.cli.names import LARGEST_SEED
 from linattn.cli.output import console, print_json, waiting
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ def demo(
     ),
     seconds: Annotated[float, typer.Option(help="How long to train.")] = 120.0,
     seed: Annotated[
-        int, typer.Option(help="Fixes the first weights, the order of the text and the sample.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Fixes the first weights, the order of the text and the sample."
+        ),
     ] = 0,
     verify: Annotated[bool, typer.Option(help="Whether to verify the backends first.")] = True,
     as_json: Annotated[
@@ -42,8 +47,8 @@ def demo(
     from linattn.errors import ValueRangeError
     from linattn.train.checkpoint import checkpoints, prepare
 
-    if not seconds > 0:
-        raise ValueRangeError(f"--seconds must be above 0, got {seconds}")
+    if not 0 < seconds < math.inf:
+        raise ValueRangeError(f"--seconds must be a number above 0, got {seconds}")
     prepare(out)
     for old in checkpoints(out):  # an earlier demo's
         shutil.rmtree(old)

@@ -10,7 +10,8 @@ import typer
 
 from linattn.backends.triton import tuned
 from linattn.cli.device import check_name, cuda_is_missing
-from linattn.cli.output import print_json, print_lines
+from linattn.cli.names import DTYPES, Dtype, backends
+from linattn.cli.output import print_json, print_lines, waiting
 from linattn.errors import OptionError, ShapeError
 from linattn.problem import Problem
 from linattn.vjp import explain_problem
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 COPIES = {"NVIDIA H200": 4250, "NVIDIA H100": 2950}  # GB/s read and written, as measured: docs/
 ASSUMED = (132, "NVIDIA H200")  # multiprocessors, name
-DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-Dtype = Literal["float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"]
 
 
 def _sizes(text: str) -> tuple[int, int, int, int]:
@@ -71,6 +70,10 @@ def describe(
         raise OptionError("per-token decay and states are causal: leave out --not-causal")
     if state and reweight == "cosine" and max_len is None:
         raise OptionError("cosine reweighting with a state needs a fixed length: give --max-len")
+    if max_len is not None and reweight != "cosine":
+        raise OptionError("--max-len is of cosine reweighting: give --reweight cosine")
+    if max_len is not None and max_len < max(n, m):
+        raise OptionError(f"--max-len {max_len} is shorter than the call's {max(n, m)} positions")
     return Problem(
         kind=kind,
         device=device,
@@ -108,19 +111,21 @@ def explain(
     array: Annotated[Literal["numpy", "torch", "cupy"], typer.Option(help="Whose arrays.")] = "torch",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = "float32",
-    value_dim: Annotated[int | None, typer.Option(help="E, if it is not D.")] = None,
-    keys: Annotated[int | None, typer.Option(help="M, if it is not N (not causal).")] = None,
+    value_dim: Annotated[int | None, typer.Option(min=0, help="E, if it is not D.")] = None,
+    keys: Annotated[int | None, typer.Option(min=0, help="M, if it is not N (not causal).")] = None,
     decay: Annotated[Literal["head", "token"] | None, typer.Option(help="[H] or [B, N, H].")] = None,
     reweight: Annotated[
         Literal["cosine", "lrpe"] | None, typer.Option(help="Cosine(...) or LRPE(...).")
     ] = None,
-    max_len: Annotated[int | None, typer.Option(help="Of Cosine.")] = None,
+    max_len: Annotated[int | None, typer.Option(min=1, help="Of Cosine.")] = None,
     feature_map: Annotated[Literal["relu", "silu", "elu+1"] | None, typer.Option(help="On q and k.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide by the sum of the weights.")] = False,
     not_causal: Annotated[bool, typer.Option("--not-causal", help="Look at every key.")] = False,
     state: Annotated[bool, typer.Option("--state", help="Take and return a state.")] = False,
     grad: Annotated[bool, typer.Option("--grad", help="Differentiate.")] = False,
-    backend: Annotated[list[str] | None, typer.Option(help="Only these, in order (repeatable).")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Only these, in order (repeatable).", autocompletion=backends)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which backend a call would use here, and one sentence for each that it would not.
@@ -146,9 +151,10 @@ def explain(
         state=state,
         needs_grad=grad,
     )
-    decision = explain_problem(problem, backend or "auto")
-    steps, card = plan(problem, decision)
-    said = tuned.in_use(device) if steps and card is None else None
+    with waiting("asking the backends"):
+        decision = explain_problem(problem, backend or "auto")
+        steps, card = plan(problem, decision)
+        said = tuned.in_use(device) if steps and card is None else None
     if as_json:
         answer: dict[str, Any] = {
             "call": str(problem),

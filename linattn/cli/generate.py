@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from linattn.cli.names import LARGEST_SEED
 from linattn.cli.output import print_json, waiting
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def generate(
     tokens: Annotated[int, typer.Option(help="How many tokens to add: bytes, or a tokenizer's.")] = 500,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among so many likeliest bytes only.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="The same seed gives the same text.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, when all is written.")
@@ -43,7 +46,8 @@ def generate(
         text = _continued(checkpoint, prompt, tokens, place, temperature=temperature, top_k=top_k, seed=seed)
         first = next(text, "")
     if as_json:
-        found = first + "".join(text)
+        with waiting(f"writing {tokens:,} tokens"):
+            found = first + "".join(text)
         print_json({"prompt": prompt, "text": found, "seconds": time.monotonic() - began})
         return
     typer.echo(prompt, nl=False)

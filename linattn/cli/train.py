@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from linattn.cli.names import LARGEST_SEED
+
 
 def train(
     text: Annotated[
@@ -24,7 +26,9 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Windows per step. [default: the preset's]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. [default: the preset's]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: the preset's]")] = None,
-    seed: Annotated[int, typer.Option(help="Fixes the first weights and the order of the text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Fixes the first weights and the order of the text.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. [default: a tenth of all]")
@@ -56,6 +60,8 @@ def train(
     given = {"batch": batch, "seq_len": seq_len, "lr": lr, "steps": steps, "seed": seed}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if preset not in PRESETS:
+        from accelerate import PartialState
+
         from linattn.train import published
         from linattn.train.corpus import load_tokenizer, read_corpus
 
@@ -77,14 +83,17 @@ def train(
             as_json=as_json,
             tokenizer=words,
         )
+        PartialState().destroy_process_group()  # the processes of a launcher end here
         return
     if tokenizer is not None or accumulate != 1 or checkpointing:
         raise OptionError(f"--preset {preset} is trained on bytes by a small loop, without these options")
 
     from linattn.train import SETTINGS, Trainer, read_text
     from linattn.train.checkpoint import alone, checkpoints
+    from linattn.train.processes import refuse_several
     from linattn.train.report import Report
 
+    refuse_several(preset)
     settings = dataclasses.replace(SETTINGS[preset], **changes)
     place = choose_device(device)
     data = read_text(text, exclude=[out])

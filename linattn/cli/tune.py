@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -52,13 +53,12 @@ def tune(
     if path is None:
         raise OptionError("there is no home folder to write to: give --out")
     asked = targets(case or (), dtype, quick=quick)
+    _check_file(path)
     tried = {target: candidates(target.family, quick=quick) for target in asked}
     if dry_run:
         _print_plan(asked, [len(tried[target]) for target in asked], path, as_json=as_json)
         return
     _check_device(asked[0])
-    if path.exists():
-        tuned.load(path)  # what is not ours is not replaced, and that is said before minutes of work
     gpu = tuned.key_of()
     from linattn.backends.triton.search import Search
     from linattn.backends.triton.worker import Process
@@ -78,6 +78,23 @@ def tune(
         _print(outcomes, gpu, path)
     if any(outcome.why is not None for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _check_file(path: Path) -> None:
+    """Refuse, before minutes of work, a file that is not ours or could not be written.
+
+    Raises LinattnError.
+    """
+    from linattn.backends.triton import tuned
+
+    if os.path.lexists(path):
+        tuned.load(path)
+        return
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise OptionError(f"{path} cannot be written: {above} is no folder")
+    if not os.access(above, os.W_OK):
+        raise OptionError(f"{path} cannot be written: there is no permission to write into {above}")
 
 
 def _check_device(target: Target) -> None:

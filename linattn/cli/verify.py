@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import multiprocessing
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linattn.cli.device import check_name, cuda_is_missing
+import linattn
+from linattn.cli.device import check_here, first_line
+from linattn.cli.names import DTYPES, Dtype, backends, variants
+from linattn.cli.output import print_json, print_lines, print_table, waiting
 from linattn.errors import OptionError
 
 if TYPE_CHECKING:
@@ -26,15 +30,18 @@ if TYPE_CHECKING:
 
 
 def verify(
-    backend: Annotated[list[str] | None, typer.Option(help="Check this backend only (repeatable).")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Check this backend only (repeatable).", autocompletion=backends)
+    ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="Check a callable or Kernel: package.module:object.")
     ] = None,
     variant: Annotated[
-        str | None, typer.Option(help="Only this combination of options: lightning, lrpe, ...")
+        str | None,
+        typer.Option(help="Only this combination of options: lightning, lrpe, ...", autocompletion=variants),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where the arrays live: cpu, cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Only this dtype.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Only this dtype.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A third of the combinations, few examples.")
     ] = False,
@@ -52,29 +59,32 @@ def verify(
     combinations of options that cover every pair of them; `worst` is the largest error as a share of what is
     allowed. A failure is printed as a call to paste into Python. Exit status 1 if anything failed.
     """
-    from linattn.testing import PROPERTIES
-    from linattn.testing.check import check
+    with waiting("loading"):
+        from linattn.testing import PROPERTIES
+        from linattn.testing.check import check
 
-    if device is not None:
-        check_name(device)
-        if cuda_is_missing(device):
-            raise OptionError(f"--device {device}: torch.cuda.is_available() is False")
-    if kernel is not None and backend:
-        raise OptionError("give --backend or --kernel, not both")
-    if kernel is not None:
-        subjects: list[tuple[Make, str, Subject]] = [(_kernel, kernel, _kernel(kernel, device))]
-    else:
-        subjects = [(_backend, of.name, of) for of in _backends(backend, device)]
-    how: dict[str, Any] = {"variant": variant, "dtype": dtype, "full": everything, "quick": quick}
+        if device is not None:
+            check_here(device)
+        if kernel is not None and backend:
+            raise OptionError("give --backend or --kernel, not both")
+        if kernel is not None:
+            subjects: list[tuple[Make, str, Subject]] = [(_kernel, kernel, _kernel(kernel, device))]
+        else:
+            subjects = [(_backend, of.name, of) for of in _backends(backend, device)]
+    wanted = None if dtype is None else DTYPES.get(dtype, dtype)
+    how: dict[str, Any] = {"variant": variant, "dtype": wanted, "full": everything, "quick": quick}
     how |= {"examples": examples, "seed": seed}
-    with _progress(len(PROPERTIES) * len(subjects), as_json) as advance:
+    with _progress(len(PROPERTIES) * len(subjects)) as advance:
         if jobs > 1:
             reports = _spread(jobs, [(make, name, device) for make, name, _ in subjects], how, advance)
         else:
             reports = [check(of, progress=advance, **how) for _, _, of in subjects]
+    with waiting("looking for devices"):
+        environment = linattn.environment()
     if as_json:
-        _print_json(reports)
+        print_json({"environment": environment, "reports": [report.as_dict() for report in reports]})
     else:
+        print_lines(environment)
         _print_tables(reports)
     if not all(report.ok for report in reports):
         raise typer.Exit(1)
@@ -88,8 +98,9 @@ def _backends(names: list[str] | None, device: str | None) -> list[Subject]:
         reason = registry.get(name).unavailable()
         if reason is not None:
             raise OptionError(f"backend {name!r} cannot run here: {reason}")
-    usable = [name for name, reason in registry.available_backends().items() if reason is None]
-    return [BackendSubject(name, device=device) for name in names or usable]
+    if not names:  # to ask every backend imports torch
+        names = [name for name, reason in registry.available_backends().items() if reason is None]
+    return [BackendSubject(name, device=device) for name in names]
 
 
 def _backend(name: str, device: str | None) -> Subject:
@@ -102,18 +113,17 @@ def _kernel(path: str, device: str | None) -> Subject:
     from linattn import testing
 
     module, _, name = path.partition(":")
-    if not module or not name:
+    if not name or not all(part.isidentifier() for part in module.split(".")):
         raise OptionError(f"--kernel must be package.module:object, got {path!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # a console script does not have the current folder there
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise OptionError(f"--kernel: no module named {module!r} here or among what is installed")
-    found: Any = importlib.import_module(module)
+    found: Any = _imported(module)
     for part in name.split("."):
-        if part not in dir(found):
-            raise OptionError(f"--kernel: {module} has no {name!r}")
-        found = getattr(found, part)
+        with _Strange(f"--kernel: {path} raises"):  # an attribute may be computed
+            if part not in dir(found):
+                raise OptionError(f"--kernel: {module} has no {name!r}")
+            found = getattr(found, part)
     if not isinstance(found, testing.Kernel):
         if not callable(found):
             raise OptionError(f"--kernel: {path} is neither a linattn.testing.Kernel nor callable")
@@ -121,6 +131,48 @@ def _kernel(path: str, device: str | None) -> Subject:
     changes = {} if device is None else {"device": device}
     wrapped: Kernel = dataclasses.replace(found, name=path, **changes)
     return wrapped
+
+
+def _imported(module: str) -> Any:
+    """A module of the current folder, or of what is installed.
+
+    Raises OptionError where there is none, and where it cannot be imported.
+    """
+    with _Strange(f"--kernel: {module} cannot be imported:"):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module is there, and needs another
+            said = f"--kernel: no module named {module!r} here or among what is installed"
+            raise OptionError(said) from error
+
+
+class _Strange:
+    """A with-block of somebody else's code: whatever it raises, Ctrl-C apart, becomes an OptionError."""
+
+    def __init__(self, begins: str) -> None:
+        self._begins = begins
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, (KeyboardInterrupt, OptionError)):
+            raise OptionError(f"{self._begins} {_said(error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    """An error of somebody else's code in one line, with the place where it was raised."""
+    name = type(error).__name__
+    text = f"{name}: {first_line(error)}" if str(error).strip() else name
+    if isinstance(error, SyntaxError):  # says its own place
+        return text
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    inside = last.filename.startswith("<frozen") or Path(last.filename).name == Path(__file__).name
+    return text if inside else f"{text} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _spread(
@@ -149,13 +201,13 @@ def _one(make: Make, name: str, device: str | None, property: str, how: dict[str
 
 
 @contextlib.contextmanager
-def _progress(total: int, silent: bool) -> Iterator[Advance]:
+def _progress(total: int) -> Iterator[Advance]:
     """A bar on a terminal's standard error; nothing where it is piped."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=silent or not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
         def advance(finding: Finding) -> None:
@@ -164,18 +216,7 @@ def _progress(total: int, silent: bool) -> Iterator[Advance]:
         yield advance
 
 
-def _print_json(reports: list[Report]) -> None:
-    import linattn
-    from linattn.cli.output import print_json
-
-    print_json({"environment": linattn.environment(), "reports": [report.as_dict() for report in reports]})
-
-
 def _print_tables(reports: list[Report]) -> None:
-    import linattn
-    from linattn.cli.output import print_lines, print_table
-
-    print_lines(linattn.environment())
     for report in reports:
         rows = [_row(finding) for finding in report.findings]
         typer.echo()

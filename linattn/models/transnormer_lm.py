@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import nn
 
 import linattn
 from linattn import decay
-from linattn.errors import DtypeError, ShapeError, StateError, ValueRangeError
+from linattn.errors import DtypeError, OptionError, ShapeError, StateError, ValueRangeError
 from linattn.models import decoding
 from linattn.models.config import PRESETS, TransNormerConfig
 from linattn.nn import SGLU, GatedLinearAttention, SimpleRMSNorm
 from linattn.nn.fused import unwatched
+from linattn.nn.norm import plain
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -165,7 +166,14 @@ class TransNormerLM(nn.Module):
         return [layer.token_mixer.initial_state(sequences) for layer in self._layers()]
 
     def _layers(self) -> list[TransNormerLayer]:
-        return [layer for layer in self.layers if isinstance(layer, TransNormerLayer)]
+        layers = [compiled_of(layer) for layer in self.layers]
+        found = [layer for layer in layers if isinstance(layer, TransNormerLayer)]
+        if len(found) < len(layers):
+            other = next(layer for layer in layers if not isinstance(layer, TransNormerLayer))
+            raise OptionError(
+                f"layers that take steps must be TransNormerLayers, got a {type(other).__name__}"
+            )
+        return found
 
     def _check_states(self, states: Sequence[linattn.State]) -> list[linattn.State]:
         if len(states) != len(self.layers):
@@ -173,6 +181,35 @@ class TransNormerLM(nn.Module):
                 f"states must hold one State for each of {len(self.layers)} layers, got {len(states)}"
             )
         return list(states)
+
+
+def compiled_of(layer: nn.Module) -> nn.Module:
+    """The module that torch.compile made a module of, or the module itself."""
+    inner = layer._modules.get("_orig_mod")
+    return layer if inner is None else inner
+
+
+def steppers(layers: Iterable[nn.Module]) -> list[TransNormerLayer] | None:
+    """The layers whose `step` does what calling `layers` with one token would, out of compilers' wrappings.
+
+    None where a call of one may be something else: of another module, of a class with a `forward` of its own
+    and no `step`, or where hooks see or replace it.
+    """
+    found, own = [], TransNormerLayer
+    for layer in layers:
+        inner = compiled_of(layer)
+        if not isinstance(inner, own):
+            return None
+        if type(inner).forward is not own.forward and type(inner).step is own.step:
+            return None
+        if not torch.compiler.is_compiling():  # looking at hooks would guard them
+            if inner is not layer and (layer._forward_hooks or layer._forward_pre_hooks):
+                return None
+            mixer = inner.token_mixer  # its step is called, too
+            if not (plain(inner, type(inner)) and plain(mixer, type(mixer))):
+                return None
+        found.append(inner)
+    return found
 
 
 def check_ids(ids: torch.Tensor, vocab_size: int) -> None:

@@ -17,7 +17,7 @@ from linattn.testing.kernel import Kernel
 from linattn.testing.properties import PROPERTIES, Property
 from linattn.testing.strategies import cases
 from linattn.testing.subject import BackendSubject, Subject
-from linattn.testing.variants import AXES, VARIANTS, allowed, combinations
+from linattn.testing.variants import AXES, VARIANTS, Options, allowed, combinations
 
 PASSED, FAILED, NOT_OFFERED = "pass", "fail", "not offered"
 
@@ -74,7 +74,8 @@ class Report:
         for f in self.findings:
             worst = "" if f.worst is None else f"{f.worst:8.3f}"
             tried = f"{f.variants:4d} variants {f.examples:5d} examples"
-            lines.append(f"  {f.property:<{width}}  {tried} {worst:>8}  {f.status}")
+            why = f": {f.refused[0]}" if f.status == NOT_OFFERED and f.refused else ""
+            lines.append(f"  {f.property:<{width}}  {tried} {worst:>8}  {f.status}{why}")
         for f in self.failures:
             lines += ["", f.message, f.call]
         return "\n".join(lines)
@@ -124,13 +125,15 @@ def check(
         raise OptionError(f"no variant named {variant!r}; known: {', '.join(VARIANTS)}")
     if unknown := sorted(set(only or ()) - set(PROPERTIES)):
         raise OptionError(f"no property named {unknown[0]!r}; known: {', '.join(PROPERTIES)}")
-    wanted: list[Mapping[str, Any]] = [of.axes(), VARIANTS[variant] if variant else {}]
+    if dtype is not None and dtype not in AXES["dtype"]:
+        raise OptionError(f"no dtype named {dtype!r}; known: {', '.join(AXES['dtype'])}")
+    wanted: Options = VARIANTS[variant] if variant else {}
     if dtype is not None:
-        wanted.append({"dtype": dtype})
-    offered = intersection(*wanted)
+        wanted = wanted | {"dtype": dtype}
+    offered = intersection(of.axes(), wanted)
     if offered is None:
         asked = " and ".join(filter(None, [variant and f"variant {variant}", dtype]))
-        raise OptionError(f"{of.name} offers nothing of {asked}: it computes {of.axes()}")
+        raise OptionError(f"{of.name} offers nothing of {asked}: {_missing(of, wanted)}")
     findings = []
     for number, plan in enumerate(PROPERTIES.values()):
         if only is not None and plan.name not in only:
@@ -160,6 +163,22 @@ def intersection(*constraints: Mapping[str, Any]) -> dict[str, tuple[Any, ...]] 
             if not out[axis]:
                 return None
     return out if any(allowed(row) for row in combinations(False, **out)) else None
+
+
+def _missing(of: Subject, wanted: Mapping[str, Any]) -> str:
+    """Which of the wanted options a subject does not have, and what it has there."""
+    offered = {axis: v for axis, v in (AXES | of.axes()).items() if axis != "scale"}
+    missing = [axis for axis, value in wanted.items() if value not in offered.get(axis, (value,))]
+    if not missing:
+        return "it has each of these options, but no call that the definition knows has all of them"
+    return "; ".join(
+        f"it has {axis} {_words(offered[axis])}, not {_words([wanted[axis]])}" for axis in missing
+    )
+
+
+def _words(values: Iterable[Any]) -> str:
+    names = {"None": "none", "True": "on", "False": "off"}
+    return " or ".join(names.get(str(value), str(value)) for value in values)
 
 
 class _Outcome:

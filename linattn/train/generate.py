@@ -57,7 +57,7 @@ def continue_ids(
     if tokens < 0:
         raise ValueRangeError(f"tokens must be at least 0, got {tokens}")
     if not 0 <= temperature < math.inf:
-        raise ValueRangeError(f"temperature must be at least 0, got {temperature}")
+        raise ValueRangeError(f"temperature must be a number from 0 on, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueRangeError(f"top_k must be at least 1, got {top_k}")
     return _generate(model, prompt, tokens, temperature, top_k, seed)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import typer
+from accelerate import PartialState
 from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -26,6 +27,7 @@ from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerFo
 from linattn.safetensors_io import write_whole
 from linattn.train import checkpoint
 from linattn.train.corpus import Corpus
+from linattn.train.processes import together
 
 FACTS = "run.json"  # what a run is, beside its checkpoints
 LOSS_CHUNK = 8192  # tokens whose logits are there at once,
@@ -59,6 +61,15 @@ class Plan:
             raise ValueRangeError(f"lr must be above 0, got {self.lr}")
         if self.batch % self.accumulate:
             raise ValueRangeError(f"accumulate must divide batch, got {self.accumulate} and {self.batch}")
+
+    def windows(self, processes: int) -> int:
+        """How many windows each of so many processes takes at once. Raises ValueRangeError for a rest."""
+        parts = self.accumulate * processes
+        if self.batch % parts:
+            raise ValueRangeError(
+                f"batch must be a multiple of {parts}, a step's passes times its processes, got {self.batch}"
+            )
+        return self.batch // parts
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -133,6 +144,8 @@ class Lines(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """What Trainer has to say."""
+        if not state.is_world_process_zero:
+            return
         logs = logs or {}
         fields: dict[str, Any] = {"event": "step", "step": state.global_step}
         if "loss" in logs:
@@ -177,26 +190,37 @@ def train(
     bfloat16 autocast on CUDA, float32 on the CPU, where a run that was interrupted goes on bit for bit.
     as_json: standard output is JSON, an object a line, and there are no progress bars; otherwise those of
     files are on standard error where that is a terminal.
+    Processes that torchrun or accelerate started, one a GPU, share a step's windows: what they learn is what
+    one process would, but for the order of sums, and for an epoch's last step where windows are left over,
+    which are filled up with the first ones. The first process holds `out`, writes and prints.
 
     Raises DataError for a text that is too short, CheckpointError where there is nothing to resume,
-    OptionError where another process trains into `out`.
+    OptionError where another run trains into `out` or for a GPU other than the first, ValueRangeError where
+    processes cannot share a batch.
     """
-    if resume and not out.exists():
-        raise CheckpointError(f"{out} holds no checkpoint to go on from")
-    with checkpoint.alone(out), bars(shown=not as_json and sys.stderr.isatty()):
-        _train(size, corpus, plan, out, device, resume, as_json, tokenizer)
+    if device.index:
+        raise OptionError(
+            "transformers' Trainer takes the first GPU that it sees: instead of --device "
+            f"{device}, --device cuda where CUDA_VISIBLE_DEVICES is {device.index}"
+        )
+    processes = PartialState(cpu=device.type == "cpu")
+    windows, first = plan.windows(processes.num_processes), processes.is_main_process
+    with contextlib.ExitStack() as held, bars(shown=first and not as_json and sys.stderr.isatty()):
+
+        def begin() -> list[Path]:
+            if resume and not out.exists():
+                raise CheckpointError(f"{out} holds no checkpoint to go on from")
+            held.enter_context(checkpoint.alone(out))
+            return _begin(size, corpus, plan, out, resume)
+
+        saved = together(processes, begin)
+        _train(size, corpus, plan, out, device, saved, windows, as_json, tokenizer)
+    if first and not as_json:
+        typer.echo(f"saved {out}")
 
 
-def _train(
-    size: str,
-    corpus: Corpus,
-    plan: Plan,
-    out: Path,
-    device: torch.device,
-    resume: bool,
-    as_json: bool,
-    tokenizer: Any,
-) -> None:
+def _begin(size: str, corpus: Corpus, plan: Plan, out: Path, resume: bool) -> list[Path]:
+    """Look at a run's folder and write down what the run is; return the checkpoints to go on from."""
     saved = whole_checkpoints(out)
     if (small := checkpoint.checkpoints(out)) or (saved and not resume):
         last = (small or saved)[-1].name
@@ -206,6 +230,20 @@ def _train(
     checkpoint.prepare(out)
     facts = {**asdict(plan), "preset": size, "text": corpus.fingerprint, "vocab_size": corpus.vocab_size}
     _same_run(out, facts, resume=resume)
+    return saved
+
+
+def _train(
+    size: str,
+    corpus: Corpus,
+    plan: Plan,
+    out: Path,
+    device: torch.device,
+    saved: list[Path],
+    windows: int,
+    as_json: bool,
+    tokenizer: Any,
+) -> None:
     torch.manual_seed(plan.seed)
     ended = bool(saved) and step_of(saved[-1]) >= plan.steps  # but for what `out` itself holds
     model = model_of(str(saved[-1]) if ended else size, corpus.vocab_size)
@@ -214,8 +252,8 @@ def _train(
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=plan.steps,
-        per_device_train_batch_size=max(1, plan.batch // plan.accumulate),
-        per_device_eval_batch_size=max(1, plan.batch // plan.accumulate),
+        per_device_train_batch_size=windows,
+        per_device_eval_batch_size=windows if PartialState().num_processes == 1 else 1,  # each counts once
         gradient_accumulation_steps=plan.accumulate,
         learning_rate=plan.lr,
         warmup_steps=min(plan.warmup, plan.steps),
@@ -235,7 +273,11 @@ def _train(
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would give every GPU that it sees a batch
+    if device.type == "cpu":
+        arguments._setup_devices = device  # several processes have "cpu:0", which torch.load does not know
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -249,7 +291,7 @@ def _train(
         trainer.remove_callback(callback)
     try:
         if not ended:
-            trainer.train(resume_from_checkpoint=str(saved[-1]) if resume else None)
+            trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
         trainer.save_model(str(out))
     except OSError as error:
         kept = whole_checkpoints(out)
@@ -259,8 +301,6 @@ def _train(
         raise CheckpointError(
             f"{saved[-1] if saved else out} is damaged: {error}; without it --resume takes the one before"
         ) from error
-    if not as_json:
-        typer.echo(f"saved {out}")
 
 
 def _same_run(out: Path, facts: dict[str, Any], *, resume: bool) -> None:

@@ -172,3 +172,21 @@ def test_demo_as_json_is_one_object_and_tells_the_rest_elsewhere(tmp_path, monke
     assert Path(found["picture"]).is_file()
     for heading in ("1. What can run here", "3. A language model", "5. What the first layer looks at"):
         assert heading in result.stderr and heading not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (("verify", "--backend", "numpy", "--variant", "plain", "--quick", "--json"), ("loading", "━")),
+        (("backends", "--json"), ("looking for devices",)),
+        (("explain", "--json"), ("asking the backends",)),
+    ],
+)
+def test_a_terminal_shows_that_work_goes_on_and_a_file_gets_the_document(arguments, shown):
+    text = on_terminal(*arguments)
+    assert all(words in text for words in shown)
+    done = subprocess.run(
+        [sys.executable, "-m", "linattn", *arguments], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert json.loads(done.stdout)
+    assert done.stderr == ""

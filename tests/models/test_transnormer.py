@@ -240,6 +240,18 @@ def test_packed_texts_do_not_see_each_other(model):
     assert torch.equal(model(ids, position_ids=torch.arange(12)[None]).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_one_of_the_packed_texts_goes_on(model, tokens):
+    texts, more = [text(1, n, seed=n) for n in (4, 7)], text(1, tokens, seed=9)
+    with torch.no_grad():
+        cache = model(torch.cat(texts, 1), cu_seqlens=torch.tensor([0, 4, 11]), use_cache=True)
+        borders = torch.tensor([0, 0, tokens])
+        found = model(more, cu_seqlens=borders, past_key_values=cache.past_key_values)
+        same(found.logits, model(torch.cat([texts[1], more], 1)).logits[:, -tokens:])
+    lengths = [state.length.tolist() for state in found.past_key_values.states]
+    assert lengths == [[4, 7 + tokens]] * 3
+
+
 def test_embeddings_instead_of_ids(model):
     ids = text(2, 5)
     embeds = model.get_input_embeddings()(ids)

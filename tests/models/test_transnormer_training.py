@@ -63,3 +63,21 @@ def test_half_precision_generates_what_its_own_logits_say():
     clear = (top[..., 0] - top[..., 1]) > 2.0**-6 * top[..., 0].abs()  # else the order of sums decides
     assert clear.float().mean() > 0.5
     assert torch.equal(step.argmax(-1)[clear], made[:, 9:][clear])
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_loss_of_ones_own_gets_all_logits(chunk):
+    model, asked = make().train(), []
+
+    def own(logits, labels, vocab_size, **options):
+        asked.append((logits.shape, labels, vocab_size))
+        return logits.square().sum()
+
+    model.loss_chunk, ids = chunk, text(2, 11)
+    usual = model(ids, labels=ids).loss
+    model.loss_function = own
+    found = model(ids, labels=ids)
+    assert asked[0] == ((2, 11, 23), ids, 23)
+    assert torch.equal(found.loss, found.logits.square().sum()) and found.loss > usual
+    model.loss_function = type(make()).loss_function.fget(make())  # the usual one again
+    assert torch.equal(model(ids, labels=ids).loss, usual)

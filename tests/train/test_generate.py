@@ -66,7 +66,7 @@ def test_text_appears_when_its_characters_are_whole():
 def test_refusals_come_before_the_first_byte():
     for changes, sentence in (
         ({"tokens": -1}, "tokens must be at least 0, got -1"),
-        ({"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
+        ({"temperature": -0.5}, "temperature must be a number from 0 on, got -0.5"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
     ):

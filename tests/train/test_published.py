@@ -231,3 +231,31 @@ def test_bad_runs(sizes, text, tmp_path):
     assert published.model_of(str(tmp_path / "weights"), 256).dtype == torch.float32
     with pytest.raises(CheckpointError, match="a vocabulary of 256, the text's tokens need 300"):
         published.model_of(str(tmp_path / "weights"), 300)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_a_tokenizer_pads_and_cuts_is_not_learned(sizes, text, tmp_path, side, monkeypatch):
+    """Windows are full of text: no token is padding, so none of their labels has to say so."""
+    tokenizer = words(tmp_path / "words")
+    whole = corpus.encoded([LINE * 3, "fox", LINE], tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.backend_tokenizer.enable_padding(direction=side, length=64, pad_id=tokenizer.pad_token_id)
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.save_pretrained(tmp_path / "padding")
+    saved = json.loads((tmp_path / "padding" / "tokenizer.json").read_text())
+    assert saved["padding"]["direction"].lower() == side and saved["truncation"]["max_length"] == 8
+    tokenizer = corpus.load_tokenizer(tmp_path / "padding")
+    assert np.array_equal(corpus.encoded([LINE * 3, "fox", LINE], tokenizer), whole)
+    seen, plain = [], published.Trainer.training_step
+
+    def watched(self, model, inputs, *arguments, **options):
+        seen.append(inputs)
+        return plain(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(published.Trainer, "training_step", watched)
+    ids = corpus.read_corpus(text, tokenizer)
+    published.train(str(sizes), ids, PLAN, tmp_path / "out", device=CPU, tokenizer=tokenizer)
+    assert len(seen) == PLAN.steps
+    for inputs in seen:
+        assert not (inputs["input_ids"] == tokenizer.pad_token_id).any()
+        assert torch.equal(inputs["labels"], inputs["input_ids"]) and "attention_mask" not in inputs

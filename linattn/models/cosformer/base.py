@@ -118,9 +118,9 @@ class CosformerStack(CosformerPreTrainedModel):
             x = x + self.embed_positions(positions.clamp(max=limit - 1))
         return Rows(self.dropout(x), positions, lengths, padding, arrived)
 
-    def blocks(self) -> list[CosformerBlock]:
-        """The blocks, first to last."""
-        return [layer for layer in self.layers if isinstance(layer, CosformerBlock)]
+    def blocks(self) -> list[Any]:
+        """The blocks, first to last, which somebody may have wrapped or replaced."""
+        return list(self.layers)
 
     def embed(
         self, ids: Int[torch.Tensor, "b n"] | None, embeds: Float[torch.Tensor, "b n e"] | None

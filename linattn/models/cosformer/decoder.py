@@ -19,10 +19,11 @@ from linattn.models.cosformer.base import (
     check_options,
     source_of,
 )
-from linattn.models.cosformer.block import remember
+from linattn.models.cosformer.block import CosformerBlock, remember
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface.model import StateGeneration, named
+from linattn.nn.norm import plain
 from linattn.state import State
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class CosformerDecoder(CosformerStack):
         stepping = x.shape[1] == 1 and rows.lengths is None and not torch.is_grad_enabled()
         after: list[State] = []
         for block, state, memory in zip(blocks, states, memories, strict=True):
-            if stepping and state is not None:
+            if stepping and state is not None and _steps(block):
                 x = block.step(x[:, 0], state, memory, rows.positions)[:, None]
             elif source is None or memory is not None:
                 x, state = block(
@@ -134,6 +135,15 @@ class CosformerDecoder(CosformerStack):
         if cache is not None:
             cache.states = [*after, *(memory for memory in memories if memory is not None)]
             cache.columns += rows.columns
+
+
+def _steps(block: nn.Module) -> bool:
+    """Whether a block's step does what calling it with one token would: nothing sees its calls."""
+    if type(block) is not CosformerBlock:
+        return False
+    if torch.compiler.is_compiling():  # looking at hooks would guard them
+        return True
+    return plain(block, CosformerBlock) and plain(block.attention, type(block.attention))
 
 
 class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, GenerationMixin):

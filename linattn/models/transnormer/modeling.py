@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, initialization
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -19,7 +20,7 @@ from linattn.models.huggingface.model import StateGeneration, StateModel, named
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
-from linattn.models.transnormer_lm import TransNormerLayer, check_ids
+from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
 from linattn.nn.norm import bare
 from linattn.state import State
@@ -160,9 +161,6 @@ class TransNormerModel(TransNormerPreTrainedModel):
             return given
         return borders_of(position_ids, options.get("seq_idx"))
 
-    def _blocks(self) -> list[TransNormerBlock]:
-        return [layer for layer in self.layers if isinstance(layer, TransNormerBlock)]
-
     def _layers(
         self,
         x: torch.Tensor,
@@ -175,11 +173,13 @@ class TransNormerModel(TransNormerPreTrainedModel):
         states: list[State | None] = [None] * len(self.layers)
         if cache is not None and cache.states:
             states = [*cache.states]
-        stepping = n == 1 and states[0] is not None and lengths is None and not torch.is_grad_enabled()
+        stepping = n == 1 and states[0] is not None and lengths is None and borders is None
+        stepping = stepping and not torch.is_grad_enabled()
         after: list[State] = []
-        if stepping:
+        blocks = steppers(self.layers) if stepping else None
+        if blocks is not None:
             assert cache is not None
-            for row in decoding.steps(self._blocks(), cache.states, x[:, 0]):
+            for row in decoding.steps(blocks, cache.states, x[:, 0]):
                 yield row[:, None]
             cache.columns += n
             return
@@ -201,7 +201,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
     loss_chunk: in training, the loss and its gradients are formed from the logits of so many tokens at a time
     (`linattn.nn.linear_cross_entropy`), and no logits are returned: their memory does not grow with the text.
     A head that somebody replaced or watches (adapters, quantisation, hooks) is called as it is, and its
-    logits are formed again in the backward pass. None: all at once.
+    logits are formed again in the backward pass. None: all at once, as for a `loss_function` of one's own.
     Source: TransNormerLLM, arXiv:2307.14995; `TransnormerForCausalLM` of the released code.
     """
 
@@ -253,7 +253,8 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
             labels = nn.functional.pad(labels, (0, 1)).index_fill(1, begins, ignored)[:, :n]
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
-        if labels is None or self.loss_chunk is None or not self.training:
+        by_chunks = self.training and self.loss_chunk is not None and self.loss_function is ForCausalLMLoss
+        if labels is None or not by_chunks:
             logits = decoding.logits(self.lm_head, found.last_hidden_state[:, columns])
         else:
             loss = self._loss_by_chunks(found.last_hidden_state, labels, **kwargs)
