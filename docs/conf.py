@@ -29,7 +29,8 @@ extensions = [
 root_doc = "index"
 exclude_patterns = ["_build", "_ext", "README.md"]  # README.md is GitHub's index of this folder
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
+smartquotes = False  # prose here is full of options and literals: --gpu, "elu+1"
 myst_heading_anchors = 4
 myst_url_schemes = (
     "http",

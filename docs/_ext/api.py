@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Container
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -17,24 +18,42 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ARGUMENT = re.compile(r"^(?=[a-z_][\w*, ()\"|.-]{0,60}: )|^(?=(?:Raises|Sources?)\b)", re.M)
-NAMES = re.compile(r"\A([a-z_]\w*(?:, \w+)*):(?= )")
+NAME = re.compile(r"\b([a-z_][a-z0-9_]*)\b((?: \([^)]*\))?)")
+NAMED = re.compile(rf"(?:^|(?<=[.;?]\s)){NAME.pattern}(?:,\s{NAME.pattern})*(?=:\s)", re.M)
+SENTENCE = re.compile(r"^(?=(?:Raises|Sources?)\b)", re.M)
 URL = re.compile(r"(?<![<(])(https?://[^\s,;)]*[^\s,;).:])")
 ARXIV = re.compile(r"\barXiv:(\d{4}\.\d{5})")
 
 
-def markdown(docstring: str) -> str:
-    """Return a docstring as Markdown that keeps one line per argument and links what it cites."""
+def markdown(docstring: str, names: Container[str] | None = ()) -> str:
+    """Return a docstring as Markdown that has a line for each argument and links what it cites.
+
+    names: the arguments; None takes any word before a colon for one.
+    """
+
+    def bold(match: re.Match[str]) -> str:
+        known = all(not aside if names is None else name in names for name, aside in NAME.findall(match[0]))
+        return "\0" + NAME.sub(r"**\1**\2", match[0]) if known else match[0]
+
     lines = []
     for block in re.split(r"\n{2,}", docstring.strip()):
         if not block.startswith((" ", "$$")):
-            first, *rest = ARGUMENT.split(block)
-            parts = [NAMES.sub(r"**\1**:", part.rstrip()) for part in [first, *rest] if part.strip()]
-            block = "\\\n".join(parts)
+            parts = re.split(r"\s*\0", SENTENCE.sub("\0", NAMED.sub(bold, block)))
+            block = "\\\n".join(part for part in parts if part.strip())
             block = re.sub(r"\n +", "\n", block)
             block = URL.sub(r"<\1>", ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", block))
         lines.append(block)
     return "\n\n".join(lines)
+
+
+def arguments(thing: Any) -> set[str] | None:
+    """Return the names of what a function takes, or a class, of whose fields too; None where any name is."""
+    fields = set(inspect.get_annotations(thing)) | set(vars(thing)) if inspect.isclass(thing) else set()
+    try:
+        found = inspect.signature(thing).parameters
+    except ValueError:  # exceptions have none
+        return fields
+    return None if any(one.kind is one.VAR_KEYWORD for one in found.values()) else fields | set(found)
 
 
 def annotation(value: Any) -> str:
@@ -101,7 +120,12 @@ def entry(module: str, name: str, remark: str) -> str:
     kind = "py:function"
     if inspect.isclass(thing):
         kind = "py:exception" if issubclass(thing, BaseException) else "py:class"
-    text = [f"::::{{{kind}}} {name}{signature(thing)}", "", markdown(inspect.getdoc(thing) or ""), ""]
+    text = [
+        f"::::{{{kind}}} {name}{signature(thing)}",
+        "",
+        markdown(inspect.getdoc(thing) or "", arguments(thing)),
+        "",
+    ]
     text += [remark, "", place(thing), ""]
     for directive, member, value in own_members(thing) if inspect.isclass(thing) else []:
         head = "" if directive == "py:property" else _without_self(signature(value))
@@ -110,7 +134,7 @@ def entry(module: str, name: str, remark: str) -> str:
         text += [
             f":::{{{directive}}} {member}{head}",
             static,
-            markdown(inspect.getdoc(value) or ""),
+            markdown(inspect.getdoc(value) or "", arguments(value)),
             ":::",
             "",
         ]

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "srcset", "link": "href"}
 STATED = {
     "canonical",
     "author",

@@ -2,7 +2,7 @@
 
 A page links to other pages and to files of the repository by relative paths. Where the site has a page of the
 file, the link goes there; else it becomes `source:path`, which `pages` makes a listing of. A page that
-includes a file outside this folder is that file's page.
+includes a file outside this folder is that file's page. A picture with a dark one beside it becomes both.
 """
 
 from __future__ import annotations
@@ -55,10 +55,13 @@ def rebased(text: str, origin: Path, page: Path, homes: dict[Path, Path]) -> str
         return f"[{match[1]}]({to}{anchor})"
 
     def image(match: re.Match[str]) -> str:
-        return f"![{match[1]}]({os.path.relpath(origin.parent / match[2], page.parent)})"
+        light = origin.parent / match[2]
+        dark = light.with_stem(f"{light.stem}-dark")
+        shown, other = (f"![{match[1]}]({os.path.relpath(path, page.parent)})" for path in (light, dark))
+        return f"{shown}{{.only-light}}{other}{{.only-dark}}" if dark.is_file() else shown
 
     def one(piece: str) -> str:
-        piece = DARK.sub("", piece)  # the site has switches of its own, and no copy of what HTML names
+        piece = DARK.sub("", piece)  # the theme has a switch of its own, by hand too
         images = [image(match) for match in IMAGE.finditer(piece)]
         texts = [LINK.sub(link, rest) for rest in IMAGE.split(piece)[:: IMAGE.groups + 1]]
         return "".join(part for pair in zip(texts, [*images, ""], strict=True) for part in pair)

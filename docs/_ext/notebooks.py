@@ -17,6 +17,7 @@ from .links import LINK, prose
 FOLDER = "learn"
 NEEDS = """To run this page: Jupyter with linattn, or Colab (File, Upload notebook) and beside it a wheel of
 linattn, which `pip wheel --no-deps .` makes in a checkout."""
+WHERE = ", for Jupyter, or for Colab (File, Upload notebook)"
 INSTALL = """from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,9 +55,8 @@ def offer(app: Sphinx, doctree: nodes.document) -> None:
     docname = app.env.docname
     if is_notebook(docname):
         leaf = f"{Path(docname).name}.ipynb"
-        link = nodes.raw(
-            "", f'<p class="download"><a href="{leaf}" download>Download as a notebook</a></p>', format="html"
-        )
+        said = f'<a href="{leaf}" download>Download as a notebook</a>{WHERE}'
+        link = nodes.raw("", f'<p class="download">{said}</p>', format="html")
         title = next(iter(doctree.findall(nodes.title)))
         title.parent.insert(title.parent.index(title) + 1, link)
 

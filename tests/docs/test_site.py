@@ -1,5 +1,6 @@
 """What the site is made with does what it says, without building it: links, the check of pages, pins."""
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from docs._ext import links
+from docs._ext.api import markdown
 from docs._ext.built import problems
 
 ROOT = Path(__file__).parent.parent.parent
@@ -24,6 +26,7 @@ PAGE = "<html><body>{}</body></html>"
         ('<a href="other.html#nowhere">x</a>', "has no such anchor"),
         ('<a href="#nowhere">x</a>', "has no such anchor"),
         ('<img src="absent.png">', "which does not exist"),
+        ('<source srcset="absent.png">', "which does not exist"),
         ('<script src="https://example.org/x.js"></script>', "without network"),
         ('<link rel="stylesheet" href="//example.org/x.css">', "without network"),
     ],
@@ -48,13 +51,13 @@ def test_links_are_the_sites():
     assert rebased("[a](../README.md)") == "[a](../index.md)", "the index of GitHub is not the site's"
     assert rebased("[`a`](../../backends/cupy)") == "[`a`](source:backends/cupy)"
     assert rebased("[a](docs/notation.md)", ROOT / "README.md") == "[a](../notation.md)"
-    assert rebased("![a](docs/benchmarks.png) [b](LICENSE)", ROOT / "README.md") == (
-        "![a](../benchmarks.png) [b](source:LICENSE)"
+    assert rebased("![a](docs/_static/python.svg) [b](LICENSE)", ROOT / "README.md") == (
+        "![a](../_static/python.svg) [b](source:LICENSE)"
     )
+    both = "![a](../benchmarks.png){.only-light}![a](../benchmarks-dark.png){.only-dark}"
+    assert rebased("![a](docs/benchmarks.png)", ROOT / "README.md") == both
     dark = '<picture><source media="(prefers-color-scheme: dark)" srcset="docs/benchmarks-dark.png">\n'
-    assert rebased(f"{dark}![a](docs/benchmarks.png)</picture>\n", ROOT / "README.md") == (
-        "![a](../benchmarks.png)\n"
-    )
+    assert rebased(f"{dark}![a](docs/benchmarks.png)</picture>\n", ROOT / "README.md") == f"{both}\n"
     assert rebased("[a](https://example.org) [b](#c)") == "[a](https://example.org) [b](#c)"
     code = "```python\nx[0](lrpe.md)\n```\n"
     assert rebased(code) == code, "code stays as it is"
@@ -67,6 +70,27 @@ def test_a_page_of_the_site_is_each_of_the_repositorys(name):
     page = links.homes()[ROOT / name]
     title = (ROOT / name).read_text().splitlines()[0]
     assert links.whole(page).startswith(title)
+
+
+def test_every_argument_of_a_docstring_has_a_line():
+    text = """Sum, of a: what.
+
+    q: first; see also: this. many_words, r ("s" | "t"): a pair: of words. As said: yes (a length is
+    not read). It goes on: q.
+    s: no comma. Raises nothing.
+    Raises ShapeError.
+    """
+    text = inspect.cleandoc(text)
+    assert markdown(text, {"q", "many_words", "r", "s"}) == (
+        "Sum, of a: what.\n\n"
+        "**q**: first; see also: this.\\\n"
+        '**many_words**, **r** ("s" | "t"): a pair: of words. As said: yes (a length is\n'
+        "not read). It goes on: q.\\\n"
+        "**s**: no comma. Raises nothing.\\\n"
+        "Raises ShapeError."
+    )
+    assert markdown("as (a, b): x. any: y.", None) == "as (a, b): x.\\\n**any**: y."
+    assert markdown("Source: arXiv:2401.04658.").startswith("Source: [arXiv:2401.04658](https://arxiv.org/")
 
 
 def test_what_builds_the_site_is_pinned():
