@@ -33,7 +33,8 @@ def bench(
         bool, typer.Option("--quick", help="Lengths divided by 16, few runs, nothing judged.")
     ] = False,
     case: Annotated[
-        list[str] | None, typer.Option(help="Only this case (repeatable).", autocompletion=names.cases)
+        list[str] | None,
+        typer.Option(metavar="<name>", help="Only this case (repeatable).", autocompletion=names.cases),
     ] = None,
     runs: Annotated[
         int, typer.Option(min=1, help="Processor: timed calls per figure; the fastest counts.")
@@ -44,8 +45,9 @@ def bench(
     out: Annotated[
         list[Path] | None,
         typer.Option(
+            metavar="<path>",
             help="Also write .json, .png (against N: time, memory or the floor's share; a second one, "
-            "-dark.png, for dark pages), or the tables into a .md (repeatable)."
+            "-dark.png, for dark pages), or the tables into a .md (repeatable).",
         ),
     ] = None,
 ) -> None:

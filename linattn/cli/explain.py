@@ -124,7 +124,8 @@ def explain(
     state: Annotated[bool, typer.Option("--state", help="Take and return a state.")] = False,
     grad: Annotated[bool, typer.Option("--grad", help="Differentiate.")] = False,
     backend: Annotated[
-        list[str] | None, typer.Option(help="Only these, in order (repeatable).", autocompletion=backends)
+        list[str] | None,
+        typer.Option(metavar="<name>", help="Only these, in order (repeatable).", autocompletion=backends),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

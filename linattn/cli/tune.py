@@ -24,7 +24,10 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 def tune(
     case: Annotated[
         list[str] | None,
-        typer.Option(help="Only these calls: 'forward 128', 'lrpe-backward 128 64', ... (repeatable)."),
+        typer.Option(
+            metavar="<name>",
+            help="Only these calls: 'forward 128', 'lrpe-backward 128 64', ... (repeatable).",
+        ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = "bfloat16",
     quick: Annotated[bool, typer.Option("--quick", help="Shorter calls, fewer configurations.")] = False,

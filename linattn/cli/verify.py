@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 def verify(
     backend: Annotated[
-        list[str] | None, typer.Option(help="Check this backend only (repeatable).", autocompletion=backends)
+        list[str] | None,
+        typer.Option(metavar="<name>", help="Check this backend only (repeatable).", autocompletion=backends),
     ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="Check a callable or Kernel: package.module:object.")

@@ -16,7 +16,7 @@ from linattn.models import decoding
 from linattn.models.config import PRESETS, TransNormerConfig
 from linattn.nn import SGLU, GatedLinearAttention, SimpleRMSNorm
 from linattn.nn.fused import unwatched
-from linattn.nn.norm import plain
+from linattn.nn.norm import unseen
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -202,12 +202,11 @@ def steppers(layers: Iterable[nn.Module]) -> list[TransNormerLayer] | None:
             return None
         if type(inner).forward is not own.forward and type(inner).step is own.step:
             return None
-        if not torch.compiler.is_compiling():  # looking at hooks would guard them
-            if inner is not layer and (layer._forward_hooks or layer._forward_pre_hooks):
-                return None
-            mixer = inner.token_mixer  # its step is called, too
-            if not (plain(inner, type(inner)) and plain(mixer, type(mixer))):
-                return None
+        if not unseen(inner, inner.token_mixer):  # whose step is called, too
+            return None
+        hooked = inner is not layer and (layer._forward_hooks or layer._forward_pre_hooks)
+        if hooked and not torch.compiler.is_compiling():
+            return None
         found.append(inner)
     return found
 

@@ -101,6 +101,13 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def unseen(*modules: nn.Module) -> bool:
+    """Whether nothing sees or replaces the calls of modules, which compilers take for granted."""
+    if torch.compiler.is_compiling():  # looking at hooks would guard them
+        return True
+    return all(plain(module, type(module)) for module in modules)
+
+
 def bare(linear: nn.Module) -> bool:
     """Whether a module is a matrix and nothing else: an `nn.Linear` without bias, as `plain` has it."""
     return plain(linear, nn.Linear) and linear.bias is None

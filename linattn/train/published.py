@@ -204,7 +204,8 @@ def train(
             f"{device}, --device cuda where CUDA_VISIBLE_DEVICES is {device.index}"
         )
     processes = PartialState(cpu=device.type == "cpu")
-    windows, first = plan.windows(processes.num_processes), processes.is_main_process
+    count, first = processes.num_processes, processes.is_main_process
+    plan.windows(count)
     with contextlib.ExitStack() as held, bars(shown=first and not as_json and sys.stderr.isatty()):
 
         def begin() -> list[Path]:
@@ -214,7 +215,7 @@ def train(
             return _begin(size, corpus, plan, out, resume)
 
         saved = together(processes, begin)
-        _train(size, corpus, plan, out, device, saved, windows, as_json, tokenizer)
+        _train(size, corpus, plan, out, device, saved, count, as_json, tokenizer)
     if first and not as_json:
         typer.echo(f"saved {out}")
 
@@ -240,10 +241,11 @@ def _train(
     out: Path,
     device: torch.device,
     saved: list[Path],
-    windows: int,
+    processes: int,
     as_json: bool,
     tokenizer: Any,
 ) -> None:
+    windows = plan.windows(processes)
     torch.manual_seed(plan.seed)
     ended = bool(saved) and step_of(saved[-1]) >= plan.steps  # but for what `out` itself holds
     model = model_of(str(saved[-1]) if ended else size, corpus.vocab_size)
@@ -253,7 +255,7 @@ def _train(
         output_dir=str(out),
         max_steps=plan.steps,
         per_device_train_batch_size=windows,
-        per_device_eval_batch_size=windows if PartialState().num_processes == 1 else 1,  # each counts once
+        per_device_eval_batch_size=windows if processes == 1 else 1,  # several would count some twice
         gradient_accumulation_steps=plan.accumulate,
         learning_rate=plan.lr,
         warmup_steps=min(plan.warmup, plan.steps),

@@ -14,9 +14,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from linattn import cli
+from linattn import cli, registry
 from linattn.cli.device import check_name
 from linattn.errors import OptionError
+from linattn.testing.variants import VARIANTS
 
 README = Path(__file__).parent.parent.parent / "README.md"
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9]")  # a foreground colour; bold is none
@@ -85,6 +86,11 @@ def test_the_list_of_commands_says_how_to_go_on():
         ("linattn explain --value", {"--value-dim"}),
         ("linattn explain --dtype bf", {"bfloat16", "bf16"}),
         ("linattn eval --con", {"--context"}),
+        ("linattn verify --dtype bf", {"bfloat16", "bf16"}),
+        ("linattn verify --variant cos", {name for name in VARIANTS if name.startswith("cos")}),
+        ("linattn verify --backend n", {name for name in registry.known() if name.startswith("n")}),
+        ("linattn explain --backend to", {"torch"}),
+        ("linattn bench --case soft", {"softmax", "softmax-backward"}),
     ],
 )
 def test_shells_complete_commands_options_and_values(typed, expected):

@@ -1,18 +1,15 @@
 """Values that cannot be meant: one sentence that says what is wrong and what there is, before any work."""
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from linattn import cli, registry, testing
+from linattn import cli, testing
 from linattn.cli.names import LARGEST_SEED
 from linattn.errors import OptionError
-from linattn.testing.variants import AXES, VARIANTS
+from linattn.testing.variants import AXES
 
 MODULES = {
     "fine": "number = 3\ndef kernel(q, k, v):\n    return v\n",
@@ -202,31 +199,3 @@ def test_the_largest_seed_is_taken_by_torch():
     torch.Generator().manual_seed(LARGEST_SEED)
     with pytest.raises((ValueError, RuntimeError)):
         torch.Generator().manual_seed(2 * LARGEST_SEED + 2)
-
-
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [
-        ("linattn verify --dtype bf", {"bfloat16", "bf16"}),
-        ("linattn verify --variant cos", {name for name in VARIANTS if name.startswith("cos")}),
-        ("linattn verify --backend n", {name for name in registry.known() if name.startswith("n")}),
-        ("linattn explain --backend to", {"torch"}),
-        ("linattn bench --case soft", {"softmax", "softmax-backward"}),
-    ],
-)
-def test_shells_complete_names(typed, expected):
-    done = subprocess.run(
-        [sys.executable, "-c", "from linattn.cli import main; main()"],
-        env={
-            **os.environ,
-            "_LINATTN_COMPLETE": "complete_bash",
-            "COMP_WORDS": typed,
-            "COMP_CWORD": str(len(typed.split()) - 1),
-        },
-        cwd=Path(cli.__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert set(done.stdout.split()) == expected, done.stderr

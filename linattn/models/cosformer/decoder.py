@@ -23,7 +23,7 @@ from linattn.models.cosformer.block import CosformerBlock, remember
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface.model import StateGeneration, named
-from linattn.nn.norm import plain
+from linattn.nn.norm import unseen
 from linattn.state import State
 
 if TYPE_CHECKING:
@@ -139,11 +139,7 @@ class CosformerDecoder(CosformerStack):
 
 def _steps(block: nn.Module) -> bool:
     """Whether a block's step does what calling it with one token would: nothing sees its calls."""
-    if type(block) is not CosformerBlock:
-        return False
-    if torch.compiler.is_compiling():  # looking at hooks would guard them
-        return True
-    return plain(block, CosformerBlock) and plain(block.attention, type(block.attention))
+    return type(block) is CosformerBlock and unseen(block, block.attention)
 
 
 class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, GenerationMixin):
