@@ -97,17 +97,16 @@ def fresh_buffers_are_nan(kind: str) -> Iterator[None]:
     """While active, memory that nobody has written reads as NaN, where the framework lets us see to that."""
     if kind == "torch":
         torch = namespace("torch")
-        before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
+        before, filled = (
+            torch.get_deterministic_debug_mode(),
+            torch.utils.deterministic.fill_uninitialized_memory,
         )
-        filled = torch.utils.deterministic.fill_uninitialized_memory
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports a compiler first
         torch.utils.deterministic.fill_uninitialized_memory = True
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.set_deterministic_debug_mode(before)
             torch.utils.deterministic.fill_uninitialized_memory = filled
         return
     module = namespace(kind)
