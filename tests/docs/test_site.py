@@ -2,14 +2,16 @@
 
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from docs._ext import links
-from docs._ext.api import markdown
 from docs._ext.built import problems
+from docs._ext.entries import markdown
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = "<html><body>{}</body></html>"
@@ -97,6 +99,18 @@ def test_what_builds_the_site_is_pinned():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["docs"]
     assert all(re.fullmatch(r"[a-z-]+==[\d.]+", pin) for pin in extras["docs"])
+
+
+def test_tests_of_the_site_need_none_of_its_tools():
+    named = r"^from docs\._ext(?:\.(\w+)| import (\w+)$)"
+    tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    modules = sorted({a or b for text in tests for a, b in re.findall(named, text, re.M)})
+    assert "entries" in modules and "api" not in modules
+    absent = "docutils jupytext myst_nb nbformat pygments sphinx".split()
+    script = f"import sys; sys.modules.update(dict.fromkeys({absent})); " + "; ".join(
+        f"import docs._ext.{module}" for module in modules
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_the_citation_names_the_papers_that_the_notation_names():
