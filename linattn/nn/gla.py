@@ -37,7 +37,7 @@ class GatedLinearAttention(nn.Module):
     """
 
     log_decay_bits: torch.Tensor | None
-    _rounded: tuple[torch.Tensor, int, torch.Tensor] | None = None
+    _rounded: tuple[torch.Tensor, int, dict[int, torch.Tensor]] | None = None
 
     def __init__(
         self,
@@ -77,21 +77,23 @@ class GatedLinearAttention(nn.Module):
         return None if self.table is None else torch.from_numpy(self.table.copy()).view(torch.int64)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """What moves the module; `to_empty` leaves anything in a buffer, so a new one is filled again."""
+        """What moves the module. `to_empty` leaves anything in a new buffer: it gets what the old one had."""
         before = self.log_decay_bits
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._fill(before)
+        if before is not None and before is not self.log_decay_bits:
+            self._fill(self.decay_bits() if before.is_meta else before)
         return self
 
     def reset_parameters(self) -> None:
-        """Write the decays again. Weights and angles are those of the modules in here, and reset by them."""
-        self._fill(None)
+        """Write the schedule's decays again. Weights and angles are those of the modules in here, and reset
+        by them.
+        """
+        self._fill(self.decay_bits())
 
-    def _fill(self, before: Any) -> None:
-        bits, fresh = self.log_decay_bits, self.decay_bits()
-        if bits is None or fresh is None or bits is before or bits.is_meta or type(bits) not in PLAIN:
-            return
-        self.log_decay_bits = fresh.to(bits.device)
+    def _fill(self, bits: torch.Tensor | None) -> None:
+        now = self.log_decay_bits
+        if now is not None and bits is not None and not now.is_meta and type(now) in PLAIN:
+            self.log_decay_bits = bits.to(now.device, copy=True)
 
     @property
     def log_decay(self) -> Float[torch.Tensor, " h"] | None:
@@ -120,7 +122,7 @@ class GatedLinearAttention(nn.Module):
         return {"log_decay": self._decays(dtype), "reweight": reweight, "feature_map": self.feature_map}
 
     def _decays(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The log decays, on a GPU rounded to float32 once rather than in a kernel for each call.
+        """The log decays, on a GPU rounded to float32 once for each stream and not in a kernel of each call.
 
         Without gradients the call that rounds them still gets the float64 ones: kernels that read tables
         early (`linattn.models.decoding`) must not meet them just written. With gradients it gets what later
@@ -130,15 +132,21 @@ class GatedLinearAttention(nn.Module):
         if dtype == torch.float64 or torch.compiler.is_compiling() or bits is None or not _on_gpu(bits):
             return self.log_decay
         known, version = self._rounded, 0 if bits.is_inference() else bits._version
-        if known is not None and known[0] is bits and known[1] == version:
-            return known[2]
-        # a graph would fill what is kept only when it is replayed
-        if type(bits) in PLAIN and not torch.cuda.is_current_stream_capturing():
-            with torch.inference_mode(False):
-                self._rounded = bits, version, bits.view(torch.float64).float()
-            if torch.is_grad_enabled():
-                return self._rounded[2]
-        return self.log_decay
+        if known is None or known[0] is not bits or known[1] != version:
+            known = bits, version, {}
+        stream = _stream(bits)
+        if (rounded := known[2].get(stream)) is not None:
+            return rounded
+        if type(bits) not in PLAIN:
+            return self.log_decay
+        if torch.cuda.is_current_stream_capturing():
+            # A graph would fill what is kept only when it is replayed. What other streams filled is there, as
+            # a capture begins when they have ended.
+            return next(iter(known[2].values()), self.log_decay)
+        with torch.inference_mode(False):
+            known[2][stream] = rounded = bits.view(torch.float64).float()
+        self._rounded = known
+        return rounded if torch.is_grad_enabled() else self.log_decay
 
     def forward(
         self,
@@ -203,3 +211,7 @@ class GatedLinearAttention(nn.Module):
 
 def _on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
+
+
+def _stream(x: torch.Tensor) -> int:
+    return int(torch._C._cuda_getCurrentRawStream(x.device.index))

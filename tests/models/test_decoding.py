@@ -258,10 +258,15 @@ def test_decays_follow_their_module() -> None:
         assert set(moved.state_dict()) == before
 
 
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, stream: int = 0, capturing: bool = False) -> None:
+    monkeypatch.setattr(gla, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(gla, "_stream", lambda x: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_meets_the_same_decays_twice(monkeypatch: pytest.MonkeyPatch, reentrant: bool) -> None:
-    monkeypatch.setattr(gla, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    on_a_gpu(monkeypatch)
     mixer = GatedLinearAttention(16, 16, 2, log_decay=[-0.3, -1e-3])
     x = torch.randn(1, 5, 16, requires_grad=True)
     checkpoint(mixer, x, use_reentrant=reentrant).sum().backward()  # the first call of all
@@ -270,8 +275,7 @@ def test_checkpointing_meets_the_same_decays_twice(monkeypatch: pytest.MonkeyPat
 
 
 def test_rounded_decays_are_kept_while_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gla, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    on_a_gpu(monkeypatch)
     table = torch.tensor([-0.3, -1e-3], dtype=torch.float64)
 
     def check(mixer: Any, want: Any = table) -> Any:
@@ -301,3 +305,26 @@ def test_rounded_decays_are_kept_while_they_hold(monkeypatch: pytest.MonkeyPatch
         mixer.log_decay_bits = (factor * table).view(torch.int64)
         check(mixer, factor * table)
     assert GatedLinearAttention(16, 16, 2).options(torch.float16)["log_decay"] is None
+
+
+@torch.no_grad()
+def test_no_stream_reads_decays_that_another_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = GatedLinearAttention(16, 16, 2, log_decay=[-0.3, -1e-3])
+
+    def got() -> torch.Tensor:
+        return mixer.options(torch.float16)["log_decay"]
+
+    on_a_gpu(monkeypatch, 1, capturing=True)
+    assert got().dtype == torch.float64 and got().dtype == torch.float64  # nothing is kept by a graph
+    on_a_gpu(monkeypatch, 1)
+    assert got().dtype == torch.float64
+    first = got()
+    on_a_gpu(monkeypatch, 2)
+    assert got().dtype == torch.float64
+    assert got() is not first and torch.equal(got(), first)
+    on_a_gpu(monkeypatch, 3, capturing=True)
+    assert got() is first
+    mixer.log_decay.mul_(2)
+    assert got().dtype == torch.float64
+    on_a_gpu(monkeypatch, 1)
+    assert torch.equal(got().float(), 2 * first) and torch.equal(got(), 2 * first)

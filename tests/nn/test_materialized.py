@@ -16,21 +16,21 @@ from linattn.nn import GatedLinearAttention
 TABLE = decay.transnormer(4, 1, 3)
 
 
-def spoilt(module: Any) -> Any:
-    """Memory of other numbers where the decays were, as an allocator hands it out."""
-    module.log_decay_bits.fill_(-1)
-    return module
-
-
 def made(device: str = "cpu") -> GatedLinearAttention:
     with torch.device(device):
         return GatedLinearAttention(6, 8, 4, log_decay=TABLE)
 
 
+@pytest.fixture(autouse=True)
+def emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory has other numbers, as an allocator hands it out."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: empty_like(*args, **options).fill_(-1))
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_an_emptied_module_has_its_decays(device: str) -> None:
-    module = spoilt(made(device)) if device == "cpu" else made(device)
-    module = module.to_empty(device="cpu")
+    module = made(device).to_empty(device="cpu")
     assert module.log_decay.tolist() == TABLE.tolist()
     assert module.log_decay.dtype == torch.float64
     for parameter in module.parameters():
@@ -40,8 +40,6 @@ def test_an_emptied_module_has_its_decays(device: str) -> None:
 def test_there_and_back() -> None:
     module = made().to("meta")
     assert module.log_decay_bits.is_meta
-    spare = [torch.full((4,), -1) for _ in range(50)]
-    del spare
     assert module.to_empty(device="cpu").log_decay.tolist() == TABLE.tolist()
 
 
@@ -53,10 +51,22 @@ def test_casts_leave_the_bits(move: str) -> None:
     assert copy.deepcopy(module).log_decay.tolist() == TABLE.tolist()
 
 
+@pytest.mark.parametrize("move", [lambda m: m.to_empty(device="cpu"), lambda m: m._apply(torch.clone)])
+def test_decays_of_ones_own_move_with_the_module(move: Any) -> None:
+    module = made()
+    module.log_decay.mul_(3)
+    assert move(module).log_decay.tolist() == (3 * TABLE).tolist()
+    before = module.log_decay_bits
+    assert move(module).log_decay_bits is not before
+    module.reset_parameters()
+    assert module.log_decay.tolist() == TABLE.tolist()
+
+
 def test_reset_parameters_writes_decays_and_nothing_else() -> None:
     module = made()
     weights = copy.deepcopy(module.state_dict())
-    spoilt(module).reset_parameters()
+    module.log_decay_bits.fill_(-1)
+    module.reset_parameters()
     assert module.log_decay.tolist() == TABLE.tolist()
     assert all(torch.equal(part, weights[name]) for name, part in module.state_dict().items())
     without = GatedLinearAttention(6, 8, 4)
