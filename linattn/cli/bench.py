@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from linattn.cli import names
 from linattn.cli.bench_gpu import bench_gpu
 from linattn.cli.bench_models import bench_models
-from linattn.cli.output import print_json, print_lines, print_table
+from linattn.cli.output import Bar, print_json, print_lines, print_table
 from linattn.errors import OptionError
 
 if TYPE_CHECKING:
-    from linattn.bench import Case, Figure, Measurement, Results
+    from linattn.bench import Figure, Measurement, Results
 
 QUICK = 16  # what --quick divides the lengths by
 SUFFIXES = (".json", ".md", ".png")
@@ -80,8 +80,8 @@ def bench(
     if any(path.suffix == ".png" for path in outputs):
         asked.append(curves(divide=QUICK if quick else 1))
     runs = min(runs, 3) if quick else runs
-    with Bar(asked) as bar:
-        results = run(asked, runs=runs, full=not quick, progress=bar.update)
+    with Bar(len({figure for case in asked for figure in case.measured()})) as bar:
+        results = run(asked, runs=runs, full=not quick, progress=functools.partial(_told, bar))
     options = ["--cpu"] * cpu + ["--quick"] * quick + [f"--case {name}" for name in case or ()]
     results.facts["command"] = " ".join(["linattn bench", *options])
     pictures = [path for path in outputs if path.suffix == ".png"]
@@ -92,6 +92,18 @@ def bench(
         print_json(results.as_json())
     else:
         _print(results)
+
+
+def _told(bar: Bar, figure: Figure, found: Measurement | None) -> None:
+    """A figure is being measured, or that is what came out."""
+    from linattn.bench.report import seconds, size
+
+    if found is None:
+        bar.at(figure.label)
+        return
+    bar.advance()
+    if not bar.shown:
+        bar.line(f"{figure.label}: {seconds(found.best)}, extra memory {size(found.extra_bytes)}")
 
 
 def _check(outputs: list[Path], *, gpu: bool) -> None:
@@ -139,42 +151,3 @@ def _print(results: Results) -> None:
     typer.echo()
     print_table(COMPARISON_COLUMNS, [comparison_cells(row) for row in results.rows()])
     typer.echo(f"\n{verdict(results)}")
-
-
-class Bar:
-    """A progress bar on standard error where that is a terminal, a line for each figure elsewhere."""
-
-    def __init__(self, cases: list[Case]) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._console = Console(stderr=True, highlight=False)
-        self._figures = len({figure for case in cases for figure in case.measured()})
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=self._figures)
-
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, figure: Figure, found: Measurement | None) -> None:
-        """Tell that a figure is being measured, or what came out."""
-        from linattn.bench.report import seconds, size
-
-        if found is None:
-            self._bar.update(self._task, description=figure.label)
-            return
-        self._bar.advance(self._task)
-        if not self._console.is_terminal:
-            line = f"{figure.label}: {seconds(found.best)}, extra memory {size(found.extra_bytes)}"
-            self._console.print(line, markup=False, soft_wrap=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
-from linattn.cli.output import print_json, print_lines, print_table
+from linattn.cli.output import Bar, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from linattn.bench.gpu_results import Cost, GpuResults, GpuRow
@@ -43,8 +43,9 @@ def bench_gpu(
     bench = Bench(
         Cuda(QUICK_REP) if quick else Cuda(), device="cuda", peer_seconds=peer_seconds, full=not quick
     )
-    with _stoppable(), _told(len({*cases, *lines})) as tell:
-        results = bench.run(cases, extras, lines, facts=facts, progress=tell)
+    with _stoppable(), Bar(len({*cases, *lines})) as bar:
+        told = functools.partial(_told, bar)
+        results = bench.run(cases, extras, lines, facts=facts, progress=told)
     _write(results, outputs)
     if as_json:
         print_json(results.as_json())
@@ -54,24 +55,12 @@ def bench_gpu(
         raise typer.Exit(130)
 
 
-@contextlib.contextmanager
-def _told(total: int) -> Iterator[Callable[[GpuRow | Cost], None]]:
-    """A line on standard error for whatever is measured; on a terminal a bar below, of `total` rows."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
+def _told(bar: Bar, found: GpuRow | Cost) -> None:
     from linattn.bench.gpu_report import line
     from linattn.bench.gpu_results import GpuRow
 
-    console = Console(stderr=True, highlight=False)
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def tell(found: GpuRow | Cost) -> None:
-            console.print(line(found), markup=False, soft_wrap=True)
-            bar.advance(task, isinstance(found, GpuRow))
-
-        yield tell
+    bar.line(line(found))
+    bar.advance(isinstance(found, GpuRow))
 
 
 @contextlib.contextmanager

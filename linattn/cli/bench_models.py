@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
-from linattn.cli.output import print_json, print_lines, print_table
+from linattn.cli.output import Bar, print_json, print_lines, print_table
 from linattn.errors import OptionError
 
 if TYPE_CHECKING:
@@ -61,22 +61,26 @@ def bench_models(outputs: list[Path], *, as_json: bool, quick: bool) -> None:
     if device.type == "cuda":
         bandwidth = Cuda().gigabytes_per_second() * 1e9
         facts["copy bandwidth"] = f"{bandwidth / 1e9:.0f} GB/s read and written"
-    console = Console(stderr=True, highlight=False)
-
-    def say(row: Row, words: str) -> None:
-        line = f"{row.what}, {row.who}, {row.batch} x {row.n}: {words}"
-        console.print(line, markup=False, soft_wrap=True)
-
     rows: list[Row] = []
     judged: list[Verdict] = []
-    tasks = systems_rows.tasks(device, quick=quick)
-    for row in systems.measure(tasks, device, lambda row: say(row, "begins")):
-        rows.append(row)
-        judged = [] if quick else [*systems.verdicts(rows, bandwidth), *claims.verdicts(rows)]
-        say(row, "; ".join(part for part in (_ms(row), row.failed, row.note) if part))
-        for path in outputs:
-            pictures = [one for one in outputs if one.suffix == ".png" and one.parent == path.parent]
-            write(path, facts, rows, judged, pictures[0] if pictures else None)
+    tasks = functools.partial(systems_rows.tasks, device, quick=quick)
+
+    def begins(row: Row) -> None:
+        bar.at(_name(row))
+        if not bar.shown:
+            bar.line(f"{_name(row)}: begins")
+
+    # counted on another pass: tasks hold their models, and go before the next ones are made
+    with Bar(sum(1 for _ in tasks())) as bar:
+        for row in systems.measure(tasks(), device, begins):
+            rows.append(row)
+            judged = [] if quick else [*systems.verdicts(rows, bandwidth), *claims.verdicts(rows)]
+            said = "; ".join(part for part in (_ms(row), row.failed, row.note) if part)
+            bar.line(f"{_name(row)}: {said}")
+            bar.advance()
+            for path in outputs:
+                pictures = [one for one in outputs if one.suffix == ".png" and one.parent == path.parent]
+                write(path, facts, rows, judged, pictures[0] if pictures else None)
     if as_json:
         print_json(_fields(facts, rows, judged))
         return
@@ -134,6 +138,10 @@ def cells(row: Row) -> tuple[str, ...]:
 def judgement(one: Verdict) -> tuple[str, str, str]:
     """A verdict under REQUIRED."""
     return one.required, one.found, {True: "yes", False: "NO", None: "–"}[one.met]
+
+
+def _name(row: Row) -> str:
+    return f"{row.what}, {row.who}, {row.batch} x {row.n}"
 
 
 def _ms(row: Row, unit: str = " ms") -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from linattn.cli.output import waiting
+from linattn.cli.output import Bar, waiting
 
 
 def evaluate(
@@ -36,8 +36,9 @@ def evaluate(
         model = load_model(checkpoint, choose_device(device))
         words = load_tokenizer(checkpoint) if (checkpoint / "tokenizer_config.json").is_file() else None
         ids, size = read_all(text, words)
-    with waiting(f"reading {len(ids):,} tokens"):
-        nats = nats_of(model, ids, context)
+    with Bar(len(ids)) as bar:
+        bar.at("tokens")
+        nats = nats_of(model, ids, context, progress=bar.advance)
     found = {
         "tokens": len(ids),
         "bytes": size,

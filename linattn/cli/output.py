@@ -44,6 +44,39 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
+class Bar:
+    """How much of something is done: a bar on standard error where that is a terminal, lines elsewhere."""
+
+    def __init__(self, total: float) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True, highlight=False)
+        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+        told = TextColumn("{task.description}", markup=False)
+        self._console, self.shown = console, console.is_terminal
+        self._bar = Progress(*columns, told, console=console, transient=True, disable=not self.shown)
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def at(self, what: str) -> None:
+        """Say what is being done."""
+        self._bar.update(self._task, description=what)
+
+    def advance(self, steps: float = 1, *, to: float | None = None) -> None:
+        """Go on by some steps, or to a number of them."""
+        self._bar.update(self._task, advance=steps if to is None else None, completed=to)
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def waiting(text: str) -> Iterator[None]:
     """Something that moves on a terminal's standard error while work goes on; nothing elsewhere."""

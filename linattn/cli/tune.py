@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from linattn.cli.output import print_json, print_lines, print_table
+from linattn.cli.output import Bar, print_json, print_lines, print_table
 from linattn.errors import LinattnError, OptionError
 
 if TYPE_CHECKING:
@@ -66,15 +64,18 @@ def tune(
     from linattn.backends.triton.search import Search
     from linattn.backends.triton.worker import Process
 
-    outcomes = []
-    with _progress(sum(map(len, tried.values())) + EXTRA * len(asked)) as (advance, done):
+    outcomes, ended = [], 0.0
+    with Bar(sum(map(len, tried.values())) + EXTRA * len(asked)) as bar:
         for target in asked:
-            search = Search(target, Process, functools.partial(_step, advance, target))
+            search = Search(target, Process, functools.partial(_step, bar, target))
             outcome = search.run(tried[target])
             if outcome.why is None:
                 tuned.save(path, gpu, {target.family: outcome.entry()})
             outcomes.append(outcome)
-            done(outcome)
+            ended += outcome.tried + EXTRA
+            bar.advance(to=ended)
+            if not bar.shown:
+                bar.line(_ended(outcome))
     if as_json:
         print_json({"gpu": gpu, "file": str(path), "families": [_as_json(one) for one in outcomes]})
     else:
@@ -119,8 +120,14 @@ def _check_device(target: Target) -> None:
         raise LinattnError(f"`linattn tune` needs a CUDA GPU: {reason}")
 
 
-def _step(advance: Callable[[str], None], target: Target, what: str) -> None:
-    advance(f"{target.family}: {what}")
+def _step(bar: Bar, target: Target, what: str) -> None:
+    bar.at(f"{target.family}: {what}")
+    bar.advance()
+
+
+def _ended(outcome: Outcome) -> str:
+    result = outcome.why or ("faster" if outcome.best else "the shipped one stays")
+    return f"{outcome.target.family}: {outcome.tried} configurations, {result}"
 
 
 def _planned(target: Target, count: int) -> dict[str, object]:
@@ -191,30 +198,3 @@ def _times(outcome: Outcome) -> tuple[str, str, str]:
         return "", "", ""
     ours, theirs = (", ".join(f"{ms:.4g}" for ms in side) for side in (answer.ms, answer.shipped))
     return theirs, ours, f"{answer.share:.2f}"
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Outcome], None]]]:
-    """A bar on a terminal's standard error; a line for each family elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, highlight=False)
-    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        ended = 0.0
-
-        def advance(what: str) -> None:
-            bar.update(task, advance=1, description=what)
-
-        def done(outcome: Outcome) -> None:
-            nonlocal ended
-            ended += outcome.tried + EXTRA
-            bar.update(task, completed=ended)
-            if not console.is_terminal:
-                result = outcome.why or ("faster" if outcome.best else "the shipped one stays")
-                line = f"{outcome.target.family}: {outcome.tried} configurations, {result}"
-                console.print(line, markup=False, soft_wrap=True)
-
-        yield advance, done

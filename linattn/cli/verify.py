@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import multiprocessing
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,14 +18,14 @@ import typer
 import linattn
 from linattn.cli.device import check_here, first_line
 from linattn.cli.names import DTYPES, Dtype, backends, variants
-from linattn.cli.output import print_json, print_lines, print_table, waiting
+from linattn.cli.output import Bar, print_json, print_lines, print_table, waiting
 from linattn.errors import OptionError
 
 if TYPE_CHECKING:
     from linattn.testing import Finding, Kernel, Report, Subject
 
     Make = Callable[[str, str | None], Subject]
-    Advance = Callable[[Finding], None]
+    Progress = Callable[[Finding], None]
 
 
 def verify(
@@ -75,11 +74,16 @@ def verify(
     wanted = None if dtype is None else DTYPES.get(dtype, dtype)
     how: dict[str, Any] = {"variant": variant, "dtype": wanted, "full": everything, "quick": quick}
     how |= {"examples": examples, "seed": seed}
-    with _progress(len(PROPERTIES) * len(subjects)) as advance:
+    with Bar(len(PROPERTIES) * len(subjects)) as bar:
+
+        def found(finding: Finding) -> None:
+            bar.at(finding.property)
+            bar.advance()
+
         if jobs > 1:
-            reports = _spread(jobs, [(make, name, device) for make, name, _ in subjects], how, advance)
+            reports = _spread(jobs, [(make, name, device) for make, name, _ in subjects], how, found)
         else:
-            reports = [check(of, progress=advance, **how) for _, _, of in subjects]
+            reports = [check(of, progress=found, **how) for _, _, of in subjects]
     with waiting("looking for devices"):
         environment = linattn.environment()
     if as_json:
@@ -177,7 +181,7 @@ def _said(error: BaseException) -> str:
 
 
 def _spread(
-    jobs: int, subjects: list[tuple[Make, str, str | None]], how: dict[str, Any], advance: Advance
+    jobs: int, subjects: list[tuple[Make, str, str | None]], how: dict[str, Any], progress: Progress
 ) -> list[Report]:
     """The reports that one process would give, from several: each checks a property at a time."""
     from linattn.testing import PROPERTIES, Report
@@ -190,7 +194,7 @@ def _spread(
             findings = []
             for future in futures:
                 findings += [future.result()]
-                advance(findings[-1])
+                progress(findings[-1])
             reports += [Report(title, tuple(findings))]
     return reports
 
@@ -199,22 +203,6 @@ def _one(make: Make, name: str, device: str | None, property: str, how: dict[str
     from linattn.testing.check import check
 
     return check(make(name, device), only=[property], **how).findings[0]
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Advance]:
-    """A bar on a terminal's standard error; nothing where it is piped."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(finding: Finding) -> None:
-            bar.update(task, advance=1, description=finding.property)
-
-        yield advance
 
 
 def _print_tables(reports: list[Report]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import math
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,12 +65,17 @@ def bits_per_byte(
 
 
 def nats_of(
-    model: TransNormerLM, ids: Int32[np.ndarray, " n"], context: int | None = None, chunk: int = 4096
+    model: TransNormerLM,
+    ids: Int32[np.ndarray, " n"],
+    context: int | None = None,
+    chunk: int = 4096,
+    *,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> float:
     """Return what the model pays for a text's tokens, in nats; a context's first costs log(vocabulary).
 
     context: forget everything after so many tokens; None: never. The text is read in chunks, the states
-    carried on, so memory does not grow with it.
+    carried on, so memory does not grow with it. progress: told after each chunk how many tokens it had.
 
     Raises DataError for an empty text, ValueRangeError for ids outside the vocabulary or a context below 1.
     """
@@ -89,6 +95,7 @@ def nats_of(
                 piece = part[start : start + chunk + 1]
                 logits, states = model(piece[None, :-1], states, return_states=True)
                 nats += F.cross_entropy(logits[0].float(), piece[1:], reduction="sum").item()
+                progress(len(piece) - 1)
     return nats
 
 
