@@ -99,7 +99,10 @@ def to_numpy(x: Array) -> np.ndarray:
         return x
     if kind_of(x) == "torch":
         host = x.detach().cpu()
-        return np.asarray(host.float().numpy() if dtype_name(host) == "bfloat16" else host.numpy())
+        if dtype_name(host) == "bfloat16":
+            return np.asarray(host.float().numpy())
+        # `numpy()` would fix the size of a storage that its owner may want to free, as FSDP does
+        return np.asarray((host.clone() if host.data_ptr() == x.data_ptr() else host).numpy())
     return np.asarray(x.get())
 
 

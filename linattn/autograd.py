@@ -18,7 +18,16 @@ from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
 from linattn.state import State, check_recorded, reweight_name
-from linattn.surroundings import is_plain, lowered, lowers, refuse_transforms, signed, wants_grad, watched
+from linattn.surroundings import (
+    is_plain,
+    lowered,
+    lowers,
+    refuse_transforms,
+    signed,
+    traced,
+    wants_grad,
+    watched,
+)
 from linattn.values import check_values
 
 Tensor = torch.Tensor
@@ -38,7 +47,7 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
     """`attention` for torch tensors: checked here unless a compiler is tracing, then through the op if
     needed.
     """
-    if torch.compiler.is_compiling():  # `use_backend` is read when the op runs: compilers cannot trace it
+    if traced():  # `use_backend` is read when the op runs: compilers cannot trace it
         call = lowered(call)
         _check_while_tracing(call)
         key = registry.key_of(backend)
@@ -312,7 +321,7 @@ def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
 
 def decode(rows: Call, state: State, check: bool, backend: BackendLike) -> Tensor:
     """`decode_step` for torch tensors; q, k, v as they came, without an axis of one token."""
-    tracing = torch.compiler.is_compiling()
+    tracing = traced()
     if not (tracing or watched() or wants_grad(rows)):
         known = seen(facts_of(rows, registry.requested(backend), False, step=True))
         if known is not None and known.writable and not lowers(known.where) and _may_change(state):

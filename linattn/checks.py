@@ -237,7 +237,9 @@ def _check_auxiliary(call: Call) -> None:
 
 def sequences_of(call: Call) -> int:
     """The number of states: packed sequences, or rows of the batch."""
-    return int(call.q.shape[0]) if call.cu_seqlens is None else int(call.cu_seqlens.shape[0]) - 1
+    # no int(): a compiler that leaves the batch open would fix it here
+    count: int = call.q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    return count
 
 
 def _check_state(call: Call, state: State, pool: bool) -> None:

@@ -20,6 +20,11 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 
 
+def traced() -> bool:
+    """Whether a compiler, torch.export or torch.jit.trace records this call for tensors still to come."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def wants_grad(call: Call) -> bool:
     """Whether autograd has to record this call."""
     if not torch.is_grad_enabled():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -55,10 +55,17 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
             f"patch_minimax: {type(model_or_class).__name__} has no MiniMaxLightningAttention layer"
         )
 
-    def bound(layer: Any) -> Any:
-        return MethodType(functools.partial(_forward, backend=backend), layer)
+    return Patch(layers, lambda layer: _Forward(layer, backend))
 
-    return Patch(layers, bound)
+
+class _Forward:
+    """`_forward` of one layer, which is copied and pickled with its layer, as no bound method would be."""
+
+    def __init__(self, layer: Any, backend: BackendLike) -> None:
+        self.__self__, self.backend = layer, backend
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        return _forward(self.__self__, *arguments, backend=self.backend, **keywords)
 
 
 class Patch:

@@ -15,6 +15,7 @@ from linattn.nn.fused import gated, normed
 from linattn.nn.lrpe import Lrpe
 from linattn.nn.norm import SimpleRMSNorm
 from linattn.prepared import PLAIN
+from linattn.surroundings import traced
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -99,6 +100,9 @@ class GatedLinearAttention(nn.Module):
     def log_decay(self) -> Float[torch.Tensor, " h"] | None:
         """The log decay per head, float64 on the module's device, or None."""
         bits = self.log_decay_bits
+        if isinstance(bits, torch.Tensor) and traced() and not torch.compiler.is_compiling():
+            # torch.jit has no such view: a constant
+            return torch.from_numpy(bits.cpu().numpy().view(np.float64)).to(bits.device)
         return bits.view(torch.float64) if isinstance(bits, torch.Tensor) else None
 
     def project(

@@ -361,3 +361,10 @@ def test_narrow_gradients_do_not_feel_the_rounded_output() -> None:
         grads.append(torch.autograd.grad(o, leaf, do.to(dtype))[0].double())
     error = (grads[0] - grads[1]).norm() / grads[1].norm()
     assert error < 4 * tolerance.UNIT["bfloat16"]
+
+
+def test_storages_stay_their_owners() -> None:
+    """NumPy fixes the size of what it looks at, and FSDP frees parameters between calls."""
+    theta, lengths, q = torch.ones(2, 4), torch.tensor([3]), torch.randn(1, 5, 2, 4)
+    linattn.attention(q, q, q, reweight=linattn.LRPE(theta), lengths=lengths)
+    assert theta.untyped_storage().resizable() and lengths.untyped_storage().resizable()

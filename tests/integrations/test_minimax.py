@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -219,3 +220,18 @@ def test_a_patched_model_is_copied_and_saved_as_any_other(original: Any, patched
     loaded.set_experts_implementation("eager")
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens(1, 5)).logits, original(tokens(1, 5)).logits, **TOL)
+
+
+@torch.no_grad()
+def test_a_patched_model_is_pickled_and_its_copies_are_their_own(original: Any) -> None:
+    model = MiniMaxForCausalLM(original.config).eval()  # without the hooks of transformers, which stay behind
+    patch_minimax(model)
+    file, ids = io.BytesIO(), tokens(1, 9)
+    torch.save(model, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        layer = other.model.layers[1].self_attn
+        assert layer.forward.__self__ is layer
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        layer.out_proj.weight.zero_()
+        assert not torch.equal(other(ids).logits, model(ids).logits)

@@ -1,4 +1,4 @@
-"""torch.export takes the models, lengths left open; the exported program gives the numbers of the model."""
+"""torch.export takes the models, batch and length left open; the program gives the numbers of the model."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ MODELS = {
 }
 
 
-def inputs(name: str, n: int) -> dict[str, Any]:
-    """A text and one that ends two tokens earlier."""
-    ids = torch.arange(2 * n).reshape(2, n) % 29 + 3
-    mask = (torch.arange(n) < torch.tensor([[n], [n - 2]])).long()
+def inputs(name: str, b: int, n: int) -> dict[str, Any]:
+    """Texts, the last of which ends two tokens earlier."""
+    ids = torch.arange(b * n).reshape(b, n) % 29 + 3
+    mask = torch.ones_like(ids)
+    mask[-1, n - 2 :] = 0
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     given |= {"decoder_input_ids": ids.flip(1)} if name == "encoder-decoder" else {}
     return given | ({} if name == "masked" else {"use_cache": False})
@@ -49,12 +50,12 @@ def inputs(name: str, n: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "strict"), [*((name, False) for name in MODELS), ("TransNormer", True)])
 @torch.no_grad()
-def test_an_exported_model_takes_other_lengths(name: str, strict: bool) -> None:
+def test_an_exported_model_takes_other_sizes(name: str, strict: bool) -> None:
     torch.manual_seed(0)
-    model, example = MODELS[name]().eval(), inputs(name, 7)
-    n = torch.export.Dim("n", min=3, max=512)
-    dynamic = {key: {1: n} if isinstance(part, torch.Tensor) else None for key, part in example.items()}
+    model, example = MODELS[name]().eval(), inputs(name, 2, 7)
+    sizes = {0: torch.export.Dim("b", max=16), 1: torch.export.Dim("n", min=3, max=512)}
+    dynamic = {key: sizes if isinstance(part, torch.Tensor) else None for key, part in example.items()}
     program = torch.export.export(model, (), example, dynamic_shapes=dynamic, strict=strict)
-    for length in (7, 133):
-        given = inputs(name, length)
+    for b, n in ((2, 7), (3, 133)):
+        given = inputs(name, b, n)
         torch.testing.assert_close(program.module()(**given).logits, model(**given).logits)

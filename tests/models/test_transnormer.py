@@ -338,3 +338,13 @@ def test_bad_calls(model):
         model(text(1, 3), past_key_values=())
     with pytest.raises(OptionError, match="known: 385m"):
         preset("2b")
+
+
+def test_fields_under_the_names_of_transformers():
+    config = TransNormerConfig(
+        hidden_size=64, hidden_dim=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        linear_use_lrpe_list=[1, 0],
+    )  # fmt: skip
+    assert (config.decoder_layers, config.decoder_embed_dim, config.glu_dim) == (2, 64, 96)
+    with pytest.raises(OptionError, match="num_heads must divide hidden_dim"):
+        TransNormerConfig(hidden_dim=64, num_attention_heads=5)

@@ -25,6 +25,7 @@ from linattn.models.cosformer.modeling import (
     CosformerModel,
 )
 from linattn.models.cosformer.seq2seq import CosformerForConditionalGeneration
+from linattn.models.huggingface.names import tell
 
 __all__ = [
     "CosformerCache",
@@ -47,3 +48,10 @@ for auto, model in (
     (AutoModelForSeq2SeqLM, CosformerForConditionalGeneration),
 ):
     auto.register(CosformerConfig, model, exist_ok=True)
+tell(
+    CosformerConfig.model_type,
+    CAUSAL_LM="CosformerForCausalLM",
+    MASKED_LM="CosformerForMaskedLM",
+    SEQ_TO_SEQ_CAUSAL_LM="CosformerForConditionalGeneration",
+    SEQUENCE_CLASSIFICATION="CosformerForSequenceClassification",
+)

@@ -15,6 +15,7 @@ from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface.model import StateModel
 from linattn.models.huggingface.padding import Padding, padding_of
 from linattn.models.transnormer_lm import check_ids
+from linattn.surroundings import traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -110,7 +111,7 @@ class CosformerStack(CosformerPreTrainedModel):
         limit = self.config.max_position_embeddings
         if columns + x.shape[1] > limit:  # the values are read only where they may be too large
             total = positions[:, -1] + 1 if lengths is None else positions[:, 0] + lengths
-            if not torch.compiler.is_compiling() and total.numel() and int(total.max()) > limit:
+            if not traced() and total.numel() and int(total.max()) > limit:
                 raise ValueRangeError(
                     f"a text of {int(total.max())} tokens is longer than max_position_embeddings = {limit}"
                 )
@@ -156,7 +157,7 @@ def source_of(rows: Float[torch.Tensor, "b m e"], mask: torch.Tensor | None) -> 
 def _to_front(x: Float[torch.Tensor, "b m e"], padding: Padding) -> Float[torch.Tensor, "b n e"]:
     """Return rows with their real tokens in front, as long as the longest text."""
     x = padding.to_front(x)
-    if torch.compiler.is_compiling():
+    if traced():
         return x
     return x[:, : max(1, int(padding.lengths.max()))]
 

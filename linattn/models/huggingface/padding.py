@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from linattn.errors import ShapeError
+from linattn.surroundings import traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,6 +36,21 @@ class Padding:
         return torch.gather(x, 1, self.place[..., None].expand(-1, -1, x.shape[2]))
 
 
+def foretold(
+    labels: Int[torch.Tensor, "b n"], attention_mask: torch.Tensor | None, ignored: int
+) -> Int[torch.Tensor, "b n"]:
+    """Return labels without those of real tokens that have only padding before them.
+
+    A column of padding has the output of the real token before it, or of the first one: that token's own
+    output would be asked for itself.
+    """
+    n = labels.shape[1]
+    if attention_mask is None:
+        return labels
+    real = attention_mask[:, attention_mask.shape[1] - n :].to(labels.device).bool()
+    return labels.masked_fill(real & (real.cumsum(1) == 1), ignored)
+
+
 def padding_of(attention_mask: torch.Tensor | None, batch: int, n: int) -> Padding | None:
     """Return the padding among the last n columns of a mask (1 for real tokens); None where there is none.
 
@@ -49,7 +65,7 @@ def padding_of(attention_mask: torch.Tensor | None, batch: int, n: int) -> Paddi
             f"{tuple(attention_mask.shape)}; there is no matrix of pairs to mask"
         )
     real = attention_mask[:, attention_mask.shape[1] - n :].bool()
-    if not torch.compiler.is_compiling() and bool(real.all()):
+    if not traced() and bool(real.all()):
         return None
     order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
     return Padding(order, real.sum(1), (real.cumsum(1) - 1).clamp(min=0))

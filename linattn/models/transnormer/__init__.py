@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from linattn.models.huggingface.names import tell
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import PRESETS, TransNormerConfig, preset
 from linattn.models.transnormer.modeling import (
@@ -29,3 +30,4 @@ __all__ = [
 AutoConfig.register(TransNormerConfig.model_type, TransNormerConfig, exist_ok=True)
 AutoModel.register(TransNormerConfig, TransNormerModel, exist_ok=True)
 AutoModelForCausalLM.register(TransNormerConfig, TransNormerForCausalLM, exist_ok=True)
+tell(TransNormerConfig.model_type, CAUSAL_LM="TransNormerForCausalLM")

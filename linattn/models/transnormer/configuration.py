@@ -59,13 +59,13 @@ class TransNormerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # sets what came under transformers' names
         self.linear_use_lrpe_list = list(self.linear_use_lrpe_list or ())
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueRangeError(
                 f"pad_token_id must lie in 0 … {self.vocab_size - 1}, got {self.pad_token_id}"
             )
         self.parts()  # refuses what does not fit together
-        super().__post_init__(**kwargs)
 
     def parts(self) -> Parts:
         """Return what `linattn.models.transnormer_lm` builds layers from."""

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from linattn.errors import OptionError, ShapeError
 from linattn.models import decoding
 from linattn.models.huggingface.model import StateGeneration, StateModel, named
-from linattn.models.huggingface.padding import padding_of
+from linattn.models.huggingface.padding import foretold, padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
@@ -105,7 +105,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
         Raises ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError for
         output_attentions, which do not exist, and what `linattn.attention` raises.
         """
-        if kwargs.get("output_attentions"):
+        weights = kwargs.get("output_attentions")
+        if self.config.output_attentions if weights is None else weights:
             raise OptionError("output_attentions: linear attention forms no matrix of weights to return")
         x = self._embedded(input_ids, inputs_embeds)
         if output_hidden_states is None:
@@ -118,6 +119,10 @@ class TransNormerModel(TransNormerPreTrainedModel):
         padding = padding_of(attention_mask, batch, n)
         if cache is not None:
             cache.check_seen(attention_mask, n)
+        if borders is not None and batch > 1:
+            if cu_seqlens is not None or kwargs.get("cu_seq_lens_q") is not None:
+                raise ShapeError(f"cu_seqlens packs texts in one row, so b must be 1, got {batch}")
+            x = x.reshape(1, batch * n, x.shape[2])  # rows of packed texts, one row after the other
         if padding is not None and borders is not None:
             raise ShapeError("texts back to back have no padding: pass cu_seqlens or a mask with zeros")
         x = x if padding is None else padding.to_front(x)
@@ -126,7 +131,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         for row in self._layers(x, cache, lengths, borders):
             seen = [*seen, row] if output_hidden_states else [row]
         seen[-1] = self.norm(seen[-1])
-        rows = tuple(one if padding is None else padding.back(one) for one in seen)
+        rows = tuple(
+            one.reshape(batch, n, one.shape[2]) if padding is None else padding.back(one) for one in seen
+        )
         found = BaseModelOutputWithPast(
             last_hidden_state=rows[-1],
             past_key_values=cache,
@@ -245,12 +252,15 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         borders = self.model._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_hidden_states, True, borders, **kwargs,
+            output_hidden_states, True, cu_seqlens, **kwargs,
         )  # fmt: skip
+        if labels is not None:
+            labels = foretold(labels, attention_mask, kwargs.get("ignore_index", IGNORED))
         if labels is not None and borders is not None:  # no text foretells the next one's first token
-            n, ignored = labels.shape[1], kwargs.get("ignore_index", IGNORED)
+            shape, n, ignored = labels.shape, labels.numel(), kwargs.get("ignore_index", IGNORED)
             begins = borders[1:-1].long().clamp(max=n)  # column n is where empty texts at the end begin
-            labels = nn.functional.pad(labels, (0, 1)).index_fill(1, begins, ignored)[:, :n]
+            row = nn.functional.pad(labels.reshape(1, n), (0, 1))
+            labels = row.index_fill(1, begins, ignored)[:, :n].view(shape)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
         by_chunks = self.training and self.loss_chunk is not None and self.loss_function is ForCausalLMLoss
@@ -304,14 +314,14 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
 
 
 def borders_of(position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Where texts begin that lie back to back in one row; None for one text."""
-    if seq_idx is not None and seq_idx.shape[0] == 1:
-        begins = (seq_idx[0, 1:] != seq_idx[0, :-1]).nonzero()[:, 0] + 1
-    elif position_ids is not None and position_ids.shape[0] == 1 and position_ids.ndim == 2:
-        begins = (position_ids[0, 1:] == 0).nonzero()[:, 0] + 1
+    """Where texts begin that lie back to back, in rows one after the other; None for one text a row."""
+    if seq_idx is not None:
+        again = seq_idx[:, 1:] != seq_idx[:, :-1]
+    elif position_ids is not None and position_ids.ndim == 2:
+        again = position_ids[:, 1:] == 0
     else:
         return None
-    if len(begins) == 0:
+    if not bool(again.any()):
         return None
-    n = (position_ids if seq_idx is None else seq_idx).shape[1]  # type: ignore[union-attr]
-    return torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), n)])
+    begins = nn.functional.pad(again, (1, 0), value=True).flatten().nonzero()[:, 0]
+    return torch.cat([begins, begins.new_full((1,), again.shape[0] * (again.shape[1] + 1))])

@@ -1,0 +1,108 @@
+"""Both causal models as transformers, Trainer and its pipelines use them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, pad
+from transformers import Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from linattn.errors import OptionError, ShapeError
+from linattn.models.cosformer import CosformerConfig, CosformerForCausalLM
+from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
+
+IDS = torch.randint(5, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["transnormer", "cosformer"])
+def model(request: Any) -> Any:
+    torch.manual_seed(0)
+    if request.param == "transnormer":
+        config = TransNormerConfig(
+            vocab_size=64, decoder_embed_dim=32, hidden_dim=32, decoder_layers=2, decoder_attention_heads=2,
+            glu_dim=48, linear_use_lrpe_list=[1, 0], init_std=0.2,
+        )  # fmt: skip
+        return TransNormerForCausalLM(config).eval()
+    return CosformerForCausalLM(
+        CosformerConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+            max_position_embeddings=128, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def test_label_smoothing_asks_for_the_next_token(model: Any, tmp_path: Any) -> None:
+    """Trainer shifts labels by itself then, where it finds the model's name among the causal ones."""
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=1e-9, use_cpu=True, report_to=[])
+    found = Trainer(model, arguments).compute_loss(model, {"input_ids": IDS, "labels": IDS})
+    torch.testing.assert_close(found, model(IDS, labels=IDS).loss)
+    assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # so do pipelines
+
+
+@pytest.mark.parametrize(
+    ("model", "chunk"), [("transnormer", None), ("transnormer", 4), ("cosformer", None)], indirect=["model"]
+)
+@torch.no_grad()
+def test_a_text_padded_on_the_left_has_the_loss_it_has_alone(model: Any, chunk: int | None) -> None:
+    model.loss_chunk = chunk
+    padded, mask = pad(IDS, (3, 0)), pad(torch.ones_like(IDS), (3, 0))
+    model.train(chunk is not None)
+    found = model(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss
+    torch.testing.assert_close(found, model(IDS, labels=IDS).loss)
+
+
+def test_no_token_is_asked_for_by_its_own_output(model: Any) -> None:
+    ids, mask = torch.tensor([[0, 0, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
+    labels = torch.tensor([[-100, -100, 7, -100]])
+    assert model(ids, attention_mask=mask, labels=labels).loss.isnan()  # nothing foretells a first token
+
+
+@pytest.mark.parametrize("model", ["transnormer"], indirect=True)
+@pytest.mark.parametrize("said", ["position_ids", "seq_idx"])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_several_rows_of_packed_texts(model: Any, said: str, chunk: int | None) -> None:
+    model.loss_chunk = chunk
+    cuts = (4, 6)  # where each row's second text begins
+    position = torch.stack([torch.cat([torch.arange(cut), torch.arange(9 - cut)]) for cut in cuts])
+    number = torch.stack([(torch.arange(9) >= cut).int() for cut in cuts])
+    options = {said: position if said == "position_ids" else number, "use_cache": False}
+    texts = [part for row, cut in zip(IDS, cuts, strict=True) for part in (row[:cut], row[cut:])]
+    alone = [model(text[None], use_cache=False).logits[0] for text in texts]
+    found = model(IDS, labels=IDS, output_hidden_states=True, **options)
+    torch.testing.assert_close(found.logits, torch.cat(alone).view(2, 9, -1))
+    assert all(rows.shape == (2, 9, 32) for rows in found.hidden_states)
+    asked = [(logits[:-1], text[1:]) for logits, text in zip(alone, texts, strict=True)]
+    want = cross_entropy(*map(torch.cat, zip(*asked, strict=True)))
+    torch.testing.assert_close(model.train()(IDS, labels=IDS, **options).loss, want)
+    with pytest.raises(ShapeError, match="in one row, so b must be 1, got 2"):
+        model(IDS, cu_seqlens=torch.tensor([0, 9, 18]))
+
+
+def test_a_configuration_that_asks_for_attentions_is_refused(model: Any) -> None:
+    model.config.output_attentions = True
+    with pytest.raises(OptionError, match="output_attentions"):
+        model(IDS)
+    model(IDS, output_attentions=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_traced_by_jit_for_any_size_and_mask(model: Any) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    module, mask = Logits(), torch.ones_like(IDS)
+    longer, holes = torch.randint(5, 64, (3, 70)), torch.ones(3, 70, dtype=torch.int64)
+    holes[1, :20] = 0
+    traced = torch.jit.trace(module, (IDS, mask), check_trace=False)
+    for args in ((IDS, mask), (longer, holes), (longer, torch.ones_like(holes))):
+        torch.testing.assert_close(traced(*args), module(*args))
