@@ -16,6 +16,8 @@ import torch
 import linattn
 from linattn import LRPE, Cosine, State
 from linattn.backends.cupy import hopper
+from linattn.models.transnormer_lm import TransNormerConfig, TransNormerLM
+from linattn.nn import SimpleRMSNorm, linear_cross_entropy
 
 HEADS, BATCH = 2, 2
 # N D E: a short block, an odd one at full width, one that is cut into segments
@@ -72,12 +74,35 @@ def served(dtype: torch.dtype, backend: str) -> int:
     return 6
 
 
+def modelled(dtype: torch.dtype, width: int) -> int:
+    """A model's training step, its loss by chunks, and a token for few texts and for many."""
+    config = TransNormerConfig(
+        vocab_size=67, embed_dim=width, hidden_dim=width, num_heads=HEADS, num_layers=2, glu_dim=3 * width,
+        linear_use_lrpe_list=(1, 0),
+    )  # fmt: skip
+    model = TransNormerLM(config).to("cuda", dtype)
+    ids = torch.randint(0, 67, (BATCH, 70), device="cuda")
+    model(ids).float().logsumexp(-1).sum().backward()
+    rows, weight = drawn(70, width, dtype=dtype, grad=True), drawn(67, width, dtype=dtype, grad=True)
+    linear_cross_entropy(rows, weight, ids[0], chunk=33).backward()
+    norm = SimpleRMSNorm()
+    norm.gated(drawn(70, width, dtype=dtype, grad=True), rows).sum().backward()
+    with torch.no_grad():
+        for texts in (1, 3, 40):
+            states = model.initial_states(texts)
+            for _ in range(2):
+                model.step(ids.flatten()[:texts], states)
+    return 9
+
+
 def calls(backend: str) -> list[Callable[[], int]]:
     found: list[Callable[[], int]] = []
     if backend == "triton":
         for dtype, size in itertools.product((torch.bfloat16, torch.float32), SIZES):
             if dtype == torch.bfloat16 or size[1] == 64:
                 found += [partial(differentiated, kind, *size, dtype, backend) for kind in range(KINDS)]
+        for dtype, width in itertools.product((torch.bfloat16, torch.float32), (128, 136)):
+            found.append(partial(modelled, dtype, width))
     else:
         kinds_of = {torch.bfloat16: range(KINDS), torch.float32: range(KINDS), torch.float64: (0, 2, 3)}
         for dtype, chosen in (kinds_of | {torch.float16: (1, 5)}).items():
