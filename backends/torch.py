@@ -33,6 +33,9 @@ class _MatmulSetting:
             if not self.users:
                 self.before, self.value = setting.fp32_precision, value
                 if self.before != value:
+                    setting.fp32_precision = "none"
+                    if setting.fp32_precision == self.before:  # the user's is that of torch.backends, or none
+                        self.before = "none"
                     setting.fp32_precision = value
             self.users += 1
         try:

@@ -46,6 +46,14 @@ def device_name(x: Array) -> str:
     return str(x.device) if kind_of(x) == "torch" else f"cuda:{x.device.id}"
 
 
+def readable(x: Array) -> bool:
+    """Whether values lie on the host, and no compiler records what is done with values still to come."""
+    if device_name(x) != "cpu":
+        return False
+    torch = sys.modules.get("torch")
+    return torch is None or not (torch.compiler.is_compiling() or torch._C._is_tracing())
+
+
 def accumulate_dtype(dtype: str) -> str:
     """The dtype of sums and states: float64 for float64, float32 for everything narrower."""
     return "float64" if dtype == "float64" else "float32"

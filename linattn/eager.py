@@ -15,6 +15,7 @@ from linattn.known import Known
 from linattn.problem import Problem
 from linattn.reweight import LRPE
 from linattn.state import State
+from linattn.surroundings import refuse_batches
 
 Tensor = torch.Tensor
 Optional = Tensor | None
@@ -65,6 +66,7 @@ class Attention(torch.autograd.Function):
         problem: Problem = ctx.known.problem
         if do is None and dkv is None and dz is None:
             return (None,) * 9
+        refuse_batches(do, dkv, dz)
         wants = ctx.needs_input_grad[5], ctx.needs_input_grad[6]
         if torch.is_grad_enabled():  # somebody differentiates again: the op has the sentence for that
             grads = torch.ops.linattn.attention_backward(

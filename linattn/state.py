@@ -17,6 +17,7 @@ from linattn.arrays import (
     dtype_name,
     kind_of,
     namespace,
+    readable,
     table,
     zeros_like_kind,
 )
@@ -131,7 +132,7 @@ class State:
             raise ShapeError(f"State.select: rows must have shape [R], got {tuple(index.shape)}")
         if "int" not in dtype_name(index):
             raise DtypeError(f"State.select: rows must be integers, got {dtype_name(index)}")
-        if device_name(index) == "cpu" and bool(((index < 0) | (index >= self.kv.shape[0])).any()):
+        if readable(index) and bool(((index < 0) | (index >= self.kv.shape[0])).any()):
             raise ValueRangeError(f"State.select: rows must lie in 0 … {self.kv.shape[0] - 1}")
         if kind == "torch":
             torch = namespace("torch")
@@ -224,7 +225,7 @@ def tokens_seen(q: Array, lengths: Array | None, cu_seqlens: Array | None, befor
 
 def check_lengths(state: State, name: str) -> None:
     """Refuse a state that claims to have seen fewer than no tokens; read on the host only."""
-    if device_name(state.length) == "cpu" and bool((state.length < 0).any()):
+    if readable(state.length) and bool((state.length < 0).any()):
         raise ValueRangeError(f"{name}.length must be >= 0, it counts tokens")
 
 
@@ -330,7 +331,7 @@ def merge_states(
 
     max_len = reweight.max_len if isinstance(reweight, Cosine) else None
     new_length = left.length + right.length
-    if max_len is not None and device_name(new_length) == "cpu" and bool((new_length > max_len).any()):
+    if max_len is not None and readable(new_length) and bool((new_length > max_len).any()):
         raise ValueRangeError(f"the merged length exceeds Cosine's max_len = {max_len}")
     dtype = dtype_name(left.kv)
     kv = cast(advanced(left.kv) + cast(right.kv, "float64"), dtype)
@@ -370,7 +371,7 @@ def _total_log_decay(
     if tuple(given.shape) != tuple(shape):
         raise ShapeError(f"{name} must have shape {tuple(shape)}, got {tuple(given.shape)}")
     given = table(given, left.kv, "float64") if isinstance(given, np.ndarray) else cast(given, "float64")
-    if device_name(given) == "cpu" and not bool((given <= 0).all()):
+    if readable(given) and not bool((given <= 0).all()):
         raise ValueRangeError(
             f"{name} must be <= 0 (natural log of a factor in (0, 1]); if these are slopes, pass -slopes"
         )

@@ -97,6 +97,20 @@ def refuse_transforms(call: Call) -> None:
                 )
 
 
+BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
+def refuse_batches(*grads: Tensor | None) -> None:
+    """Many gradients at once come as one tensor with an axis that no backend sees."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    for grad in grads:
+        if grad is not None and (torch._C._dispatch_keys(grad).has(BATCHED) or wrapped(grad)):
+            raise GradientError(
+                "gradients in batches (is_grads_batched, vectorize=True, vmap) are not offered: take them "
+                "one by one"
+            )
+
+
 def is_plain(call: Call) -> bool:
     """Ordinary tensors and no mode that watches ops: then a backend may run without going through one."""
     if _modes():

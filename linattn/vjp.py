@@ -34,7 +34,7 @@ def _call(q: Array, k: Array, v: Array, keywords: dict[str, Any]) -> tuple[Call,
     if kind_of(q) == "torch":
         from linattn import surroundings
 
-        call = surroundings.lowered(call)
+        call = surroundings.signed(surroundings.lowered(call))
     return call, check, backend
 
 
@@ -51,6 +51,10 @@ def attention_vjp(
     Keywords and errors are `attention`'s, without slots.
     """
     call, check, backend = _call(q, k, v, keywords)
+    if kind_of(q) == "torch":
+        from linattn import surroundings
+
+        surroundings.refuse_transforms(call)
     with device_of(q):
         known = checked(call, check, backend, needs_grad=True)
         problem, chosen = known.problem, known.backend
@@ -60,6 +64,11 @@ def attention_vjp(
     def vjp(do: Array | None, dstate: State | None = None) -> dict[str, Any]:
         given = zeros_like_kind(o, tuple(o.shape), problem.dtype) if do is None else do
         _check_gradients(problem, o, given, dstate)
+        if problem.kind == "torch":  # as `surroundings.signed` for the call
+            given = given.resolve_neg()
+            if dstate is not None:
+                z = None if dstate.z is None else dstate.z.resolve_neg()
+                dstate = replace(dstate, kv=dstate.kv.resolve_neg(), z=z)
         with device_of(q):
             grads = route.backward(problem, chosen, saved, given, dstate)
         result = {"q": grads.q, "k": grads.k, "v": grads.v}

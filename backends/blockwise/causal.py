@@ -166,7 +166,7 @@ class Carry:
         )
         self.first = first
         self.now = first[:1] if problem.packed else first
-        self.final = xp.asarray(first + 0.0) if problem.packed else first
+        self.final = first + 0.0 if problem.packed else first
 
     def through(
         self, tile: Tile, table: factors.Angles | None, add: Array, total: Array | None

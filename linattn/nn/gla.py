@@ -12,7 +12,7 @@ from torch import nn
 import linattn
 from linattn.errors import OptionError, ShapeError
 from linattn.nn.fused import gated, normed
-from linattn.nn.lrpe import Lrpe
+from linattn.nn.lrpe import Lrpe, device_of_new
 from linattn.nn.norm import SimpleRMSNorm
 from linattn.prepared import PLAIN
 from linattn.surroundings import traced
@@ -71,7 +71,10 @@ class GatedLinearAttention(nn.Module):
         # of the module to another float type rounds it. Not saved: the schedule and the layer's index say
         # what it is.
         self.table = None if log_decay is None else np.array(log_decay, np.float64)
-        self.register_buffer("log_decay_bits", self.decay_bits(), persistent=False)
+        bits, device = self.decay_bits(), device_of_new()
+        if bits is not None and device.type != "meta":  # from there nothing brings them back with `assign`
+            bits = bits.to(device)
+        self.register_buffer("log_decay_bits", bits, persistent=False)
 
     def decay_bits(self) -> torch.Tensor | None:
         """The table of log decays as the buffer holds it."""

@@ -24,7 +24,12 @@ class Lrpe(nn.Module):
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.theta = nn.Parameter(self.default().to(torch.get_default_dtype()))
+        self.theta = nn.Parameter(self.default().to(device_of_new(), torch.get_default_dtype()))
+
+    def reset_parameters(self) -> None:
+        """Write the angles to begin with again, as materializing from the meta device asks for."""
+        with torch.no_grad():
+            self.theta.copy_(self.default())
 
     def default(self) -> torch.Tensor:
         """The angles to begin with, float64 [H, 1, D]."""
@@ -34,3 +39,8 @@ class Lrpe(nn.Module):
         """Return the reweighting of these angles; gradients reach theta through it."""
         theta = self.theta if self.theta.dtype in (torch.float32, torch.float64) else self.theta.float()
         return LRPE(theta[:, 0])
+
+
+def device_of_new() -> torch.device:
+    """Where torch makes new tensors, which those that come from NumPy do not ask for."""
+    return torch.empty(0).device

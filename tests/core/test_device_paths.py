@@ -79,6 +79,23 @@ def test_nan_is_selected_away_without_a_look(monkeypatch: pytest.MonkeyPatch) ->
     assert np.isnan(device[0, :20]).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_default_device_moves_nothing(causal: bool) -> None:
+    q = exact(1, 9, 1, 3).requires_grad_()
+    cu = torch.tensor([0, 4, 4, 9])
+
+    def run() -> list[Any]:
+        out = linattn.attention(q, q, q, cu_seqlens=cu, causal=causal, return_state=causal)
+        o, kv = (out[0], [out[1].kv]) if causal else (out, [])
+        return [o, *kv, *torch.autograd.grad(o, q, torch.ones_like(o))]
+
+    want = run()
+    with torch.device("meta"):
+        got = run()
+    for mine, right in zip(got, want, strict=True):
+        assert torch.equal(mine, right)
+
+
 @pytest.mark.gpu
 def test_no_call_synchronises() -> None:
     place = torch.device("cuda")

@@ -101,6 +101,25 @@ def test_gradients_may_be_negated_views() -> None:
         assert torch.equal(mine, right)
 
 
+def test_negated_views_have_their_sign_without_autograd_too() -> None:
+    given = [negated(B, N, H, D) for _ in range(4)]
+    start, end = (State(negated(B, H, D, D), None, torch.zeros(B, dtype=torch.int64)) for _ in range(2))
+
+    def plain(state: State) -> State:
+        return State(state.kv.resolve_neg(), None, state.length)
+
+    def run(backend: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor, start: State, end: State) -> list[Any]:
+        (o, state), vjp = linattn.attention_vjp(
+            q, k, v, initial_state=start, return_state=True, backend=backend
+        )
+        found = vjp(do, end)
+        return [o, state.kv, *(found[name] for name in "qkv"), found["initial_state"].kv]
+
+    right = run("torch", *(x.resolve_neg() for x in given), plain(start), plain(end))
+    for mine, wanted in zip(run("reader", *given, start, end), right, strict=True):
+        assert torch.equal(mine, wanted)
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
 def test_nested_tensors_are_refused() -> None:
     x = torch.randn(1, N, H, D)
@@ -143,3 +162,10 @@ def test_meta_tensors_have_no_values_to_check() -> None:
     x = torch.empty(1, N, H, D, device="meta")
     o = linattn.attention(x, x, x, log_decay=torch.empty(H, device="meta"), check=True)
     assert o.shape == x.shape
+
+
+def test_storages_stay_their_owners() -> None:
+    """NumPy fixes the size of what it looks at, and FSDP frees parameters between calls."""
+    theta, lengths, q = torch.ones(2, 4), torch.tensor([3]), torch.randn(1, 5, 2, 4)
+    linattn.attention(q, q, q, reweight=linattn.LRPE(theta), lengths=lengths)
+    assert theta.untyped_storage().resizable() and lengths.untyped_storage().resizable()

@@ -39,6 +39,18 @@ def same(a: State, b: State) -> None:
     assert (a.feature_map, a.reweight, a.d) == (b.feature_map, b.reweight, b.d)
 
 
+def test_states_are_selected_and_merged_inside_a_compiler() -> None:
+    decay, turned = -torch.arange(2.0, dtype=torch.float64), Cosine(99)
+    parts = [run("torch", seed=seed, log_decay=decay, reweight=turned)[-1] for seed in range(2)]
+
+    def beams(left: State, right: State, rows: torch.Tensor) -> State:
+        return linattn.merge_states(left, right, log_decay=decay, reweight=turned).select(rows)
+
+    rows = torch.tensor([2, 0, 0])
+    compiled = torch.compile(beams, fullgraph=True, backend="aot_eager")
+    same(compiled(*parts, rows), beams(*parts, rows))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_file_gives_every_bit_back(kind: str, normalize: bool, tmp_path: Path) -> None:

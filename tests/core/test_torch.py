@@ -218,6 +218,26 @@ def test_transforms_are_refused(transform: str) -> None:
         transforms[transform]()
 
 
+def test_gradients_in_batches_are_refused() -> None:
+    q = torch.randn(1, 4, 2, 2, requires_grad=True)
+    many = torch.randn(3, *q.shape)
+
+    o = linattn.attention(q, q, q)
+
+    def gradient(do: Tensor) -> Tensor:
+        return torch.autograd.grad(o, q, do, retain_graph=True)[0]
+
+    for run in (
+        lambda: torch.vmap(gradient)(many),
+        lambda: torch.autograd.grad(o, q, many, is_grads_batched=True),
+        lambda: torch.autograd.functional.jacobian(
+            lambda x: linattn.attention(x, q, q).sum(3), q, vectorize=True
+        ),
+    ):
+        with pytest.raises(errors.GradientError, match="gradients in batches"):
+            run()
+
+
 @OWN_WARNING
 def test_forward_mode_is_refused() -> None:
     q = torch.randn(1, 4, 2, 2)
@@ -263,6 +283,20 @@ def test_autocast_lowers_the_inputs_and_not_the_sums() -> None:
         assert linattn.explain(q.float(), k.float(), v.float()).problem.dtype == "bfloat16"
     for a, b in ((got, want), (recorded, want), (state.kv, memory.kv), (stepped, step), (again.kv, steps.kv)):
         assert torch.equal(a, b)
+
+
+def test_a_setting_goes_on_following_the_one_it_followed() -> None:
+    x = torch.ones(1, 2, 1, 1)
+    whole, products = torch.backends, torch.backends.mkldnn.matmul
+    before = products.fp32_precision, whole.fp32_precision
+    try:
+        products.fp32_precision, whole.fp32_precision = "none", "bf16"
+        linattn.attention(x, x, x)
+        assert products.fp32_precision == "bf16"
+        whole.fp32_precision = "ieee"
+        assert products.fp32_precision == "ieee"
+    finally:
+        products.fp32_precision, whole.fp32_precision = before
 
 
 def test_calls_that_need_other_settings_wait_and_leave_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,10 +395,3 @@ def test_narrow_gradients_do_not_feel_the_rounded_output() -> None:
         grads.append(torch.autograd.grad(o, leaf, do.to(dtype))[0].double())
     error = (grads[0] - grads[1]).norm() / grads[1].norm()
     assert error < 4 * tolerance.UNIT["bfloat16"]
-
-
-def test_storages_stay_their_owners() -> None:
-    """NumPy fixes the size of what it looks at, and FSDP frees parameters between calls."""
-    theta, lengths, q = torch.ones(2, 4), torch.tensor([3]), torch.randn(1, 5, 2, 4)
-    linattn.attention(q, q, q, reweight=linattn.LRPE(theta), lengths=lengths)
-    assert theta.untyped_storage().resizable() and lengths.untyped_storage().resizable()

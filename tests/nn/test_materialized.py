@@ -37,6 +37,28 @@ def test_an_emptied_module_has_its_decays(device: str) -> None:
         assert not parameter.is_meta
 
 
+def test_new_modules_are_where_new_tensors_are() -> None:
+    with torch.device("meta"):
+        module = GatedLinearAttention(6, 8, 4, log_decay=TABLE, use_lrpe=True)
+    assert all(part.is_meta for part in module.parameters())
+    assert module.log_decay.tolist() == TABLE.tolist()  # in no file
+    whole = GatedLinearAttention(6, 8, 4, log_decay=TABLE, use_lrpe=True)
+    module.load_state_dict(whole.state_dict(), assign=True)
+    x = torch.ones(1, 3, 6)
+    assert torch.equal(module(x), whole(x))
+
+
+def test_angles_from_the_meta_device_are_reset() -> None:
+    with torch.device("meta"):
+        module = GatedLinearAttention(6, 8, 4, log_decay=TABLE, use_lrpe=True)
+    module.to_empty(device="cpu")
+    for part in module.modules():  # as FSDP does
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    assert torch.equal(module.lrpe.theta, GatedLinearAttention(6, 8, 4, use_lrpe=True).lrpe.theta)
+    assert module.log_decay.tolist() == TABLE.tolist()
+
+
 def test_there_and_back() -> None:
     module = made().to("meta")
     assert module.log_decay_bits.is_meta
