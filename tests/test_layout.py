@@ -161,6 +161,13 @@ def test_what_is_installed_is_what_is_pinned(pin):
     assert Version(version(pin.name)).public == specifier.version, "pyproject.toml changed: run `make format`"
 
 
+def test_the_oldest_torch_has_what_is_used():
+    (needed,) = PYPROJECT["project"]["optional-dependencies"]["torch"]
+    (floor,) = (part.version for part in Requirement(needed).specifier)
+    assert Version(floor) >= Version("2.9")  # torch.backends.mkldnn.matmul.fp32_precision
+    assert f"torch {floor} or later" in (ROOT / "README.md").read_text()
+
+
 def test_pins_stand_in_pyproject_only():
     for path in (ROOT / "Makefile", ROOT / ".pre-commit-config.yaml", ROOT / ".ci" / "run"):
         assert "==" not in path.read_text(), f"{path.name} names a version of its own"
