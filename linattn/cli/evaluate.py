@@ -16,7 +16,9 @@ def evaluate(
     checkpoint: Annotated[
         Path, typer.Option(help="A checkpoint folder, or a run's folder: then its newest checkpoint.")
     ],
-    text: Annotated[Path, typer.Option(help="A text file, or a folder of them.")],
+    text: Annotated[
+        Path, typer.Option(help="A text file, a folder of them, or a folder that `datasets` wrote.")
+    ],
     context: Annotated[
         int | None, typer.Option(help="Forget everything after so many tokens. [default: never]")
     ] = None,
