@@ -46,12 +46,15 @@ def device_name(x: Array) -> str:
     return str(x.device) if kind_of(x) == "torch" else f"cuda:{x.device.id}"
 
 
-def readable(x: Array) -> bool:
-    """Whether values lie on the host, and no compiler records what is done with values still to come."""
-    if device_name(x) != "cpu":
-        return False
+def traced() -> bool:
+    """Whether a compiler, torch.export or torch.jit.trace records this call for values still to come."""
     torch = sys.modules.get("torch")
-    return torch is None or not (torch.compiler.is_compiling() or torch._C._is_tracing())
+    return torch is not None and (torch.compiler.is_compiling() or torch._C._is_tracing())
+
+
+def readable(x: Array) -> bool:
+    """Whether values lie on the host, and are there already."""
+    return device_name(x) == "cpu" and not traced()
 
 
 def accumulate_dtype(dtype: str) -> str:

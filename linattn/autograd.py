@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from linattn import eager, registry, route
-from linattn.arrays import accumulate_dtype, dtype_name
+from linattn.arrays import accumulate_dtype, dtype_name, traced
 from linattn.checks import Call, problem_of, sequences_of
 from linattn.decode import of_one_token
 from linattn.errors import GradientError, OptionError
@@ -18,16 +18,7 @@ from linattn.problem import Problem
 from linattn.registry import BackendLike
 from linattn.reweight import LRPE, Cosine
 from linattn.state import State, check_recorded, reweight_name
-from linattn.surroundings import (
-    is_plain,
-    lowered,
-    lowers,
-    refuse_transforms,
-    signed,
-    traced,
-    wants_grad,
-    watched,
-)
+from linattn.surroundings import is_plain, lowered, lowers, refuse_transforms, signed, wants_grad, watched
 from linattn.values import check_values
 
 Tensor = torch.Tensor

@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from linattn.arrays import (
-    Array,
-    cast,
-    device_name,
-    dtype_name,
-    kind_of,
-    namespace,
-    readable,
-    zeros_like_kind,
-)
+from linattn.arrays import Array, cast, dtype_name, kind_of, namespace, readable, zeros_like_kind
 from linattn.state import State
 
 
@@ -29,7 +20,7 @@ class Slots:
         slots = cast(slots, "int64")
         self.real = slots >= 0  # [s]
         self.index = self.xp.clip(slots, 0, max(pool.kv.shape[0] - 1, 0))
-        self.on_host = device_name(slots) == "cpu" and readable(slots)
+        self.on_host = readable(slots)
         if not self.on_host:
             rows = self.xp.arange(pool.kv.shape[0], device=slots.device)
             match = (slots[None] == rows[:, None]) & self.real[None]  # [pool s]

@@ -20,11 +20,6 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 
 
-def traced() -> bool:
-    """Whether a compiler, torch.export or torch.jit.trace records this call for tensors still to come."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
-
-
 def wants_grad(call: Call) -> bool:
     """Whether autograd has to record this call."""
     if not torch.is_grad_enabled():
@@ -65,15 +60,21 @@ def signed(call: Call) -> Call:
     if not any(isinstance(x, Tensor) and x.is_neg() for x in given):
         return call
 
-    def real(x: Any) -> Any:
-        return x.resolve_neg() if isinstance(x, Tensor) else x
-
     if isinstance(state, State) and call.slots is None:  # a pool has to be the one that changes
-        state = replace(state, kv=real(state.kv), z=real(state.z))
+        state = signed_state(state)
     return replace(
-        call, q=real(call.q), k=real(call.k), v=real(call.v), log_decay=real(call.log_decay),
-        initial_state=state, reweight=LRPE(real(turned.theta)) if isinstance(turned, LRPE) else turned,
+        call, q=_real(call.q), k=_real(call.k), v=_real(call.v), log_decay=_real(call.log_decay),
+        initial_state=state, reweight=LRPE(_real(turned.theta)) if isinstance(turned, LRPE) else turned,
     )  # fmt: skip
+
+
+def signed_state(state: State) -> State:
+    """A state with every sign in memory."""
+    return replace(state, kv=_real(state.kv), z=_real(state.z))
+
+
+def _real(x: Any) -> Any:
+    return x.resolve_neg() if isinstance(x, Tensor) else x
 
 
 def refuse_transforms(call: Call) -> None:

@@ -64,11 +64,9 @@ def attention_vjp(
     def vjp(do: Array | None, dstate: State | None = None) -> dict[str, Any]:
         given = zeros_like_kind(o, tuple(o.shape), problem.dtype) if do is None else do
         _check_gradients(problem, o, given, dstate)
-        if problem.kind == "torch":  # as `surroundings.signed` for the call
+        if problem.kind == "torch":  # as the call's own arrays
             given = given.resolve_neg()
-            if dstate is not None:
-                z = None if dstate.z is None else dstate.z.resolve_neg()
-                dstate = replace(dstate, kv=dstate.kv.resolve_neg(), z=z)
+            dstate = None if dstate is None else surroundings.signed_state(dstate)
         with device_of(q):
             grads = route.backward(problem, chosen, saved, given, dstate)
         result = {"q": grads.q, "k": grads.k, "v": grads.v}

@@ -42,7 +42,7 @@ TEXTS += [
 ]
 NOTES = (
     r"(?<![\w.$)])/(home|root|work|Users)/",  # somebody's machine
-    r"\b(TODO|FIXME|XXX)\b",
+    r"\b(TO[D]O|FIX[M]E|X{3})\b",
     r"pypi\.org|pythonhosted|whl/cpu",  # where packages come from is pip's configuration
 )
 
@@ -93,7 +93,7 @@ def test_the_symlinks_are_relative():
     for folder in ("backends", "reference"):
         link = ROOT / "linattn" / folder
         if not link.is_symlink():
-            pytest.skip("an sdist carries the folders themselves")
+            pytest.skip("unpacked from an sdist, which carries the folders themselves")
         assert link.readlink() == Path("..", folder)
 
 

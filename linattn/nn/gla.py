@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import linattn
+from linattn.arrays import traced
 from linattn.errors import OptionError, ShapeError
 from linattn.nn.fused import gated, normed
 from linattn.nn.lrpe import Lrpe, device_of_new
 from linattn.nn.norm import SimpleRMSNorm
 from linattn.prepared import PLAIN
-from linattn.surroundings import traced
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -9,7 +9,7 @@ from linattn.bench import gpu_tuning
 from linattn.bench.gpu_cases import GpuCase
 from linattn.errors import LinattnError
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 CASE = GpuCase("forward", 1, 2, 4096, 128)
 
 

@@ -20,9 +20,11 @@ from tests.cupy.hosted import COMPILER, Host
 from tests.cupy.recorded import COSFORMER, Recorder
 from tests.triton.drawing import check, drawn, rows
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the kernels need g++ to run on a CPU")
+needs_compiler = pytest.mark.skipif(
+    COMPILER is None, reason="g++ is not installed, by which the kernels run on a CPU"
+)
 LENGTHS = (1, 31, 33, 70)
 TIMES = 3  # the third call is the first that does not plan
 

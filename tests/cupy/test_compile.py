@@ -13,8 +13,8 @@ import pytest
 from linattn.backends.cupy import sources
 from tests.cupy.recorded import COSFORMER, H200, Kernel, decays, kernels, lrpe
 
-pathfinder = pytest.importorskip("cuda.pathfinder", reason="NVRTC is part of the development tools on Linux")
-nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is part of the development tools on Linux")
+pathfinder = pytest.importorskip("cuda.pathfinder", reason="NVRTC is not installed")
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 BFLOAT16 = ml_dtypes.bfloat16

@@ -12,7 +12,9 @@ from linattn import State, testing
 from tests.cupy.hosted import COMPILER, hosted
 from tests.triton.drawing import check, drawn, rows
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the kernels need g++ to run on a CPU")
+pytestmark = pytest.mark.skipif(
+    COMPILER is None, reason="g++ is not installed, by which the kernels run on a CPU"
+)
 
 EXAMPLES = 4
 LENGTHS = (0, 1, 5, 31, 32, 33, 64, 70, 100)

@@ -39,7 +39,7 @@ def test_a_source_is_one_text(file: str) -> None:
     assert text.count("enum Feature") == 1
 
 
-@pytest.mark.skipif(COMPILER is None, reason="g++ says how large a struct is")
+@pytest.mark.skipif(COMPILER is None, reason="g++ is not installed, which says how large a struct is")
 def test_arguments_are_packed_as_the_kernel_reads_them() -> None:
     packed = sources.packed("product.cu", "Arguments", {"eps": 0.5, "x": 7})
     assert len(packed) == library("product.cu").arguments_size()
@@ -47,7 +47,9 @@ def test_arguments_are_packed_as_the_kernel_reads_them() -> None:
     assert np.frombuffer(packed[:8], np.int64) == 7
 
 
-@pytest.mark.skipif(COMPILER is None, reason="g++ evaluates the formula of the source")
+@pytest.mark.skipif(
+    COMPILER is None, reason="g++ is not installed, which evaluates the formula of the source"
+)
 def test_shared_memory_is_counted_as_the_kernel_counts_it() -> None:
     count = library("product.cu").shared_bytes_of
     count.restype = ctypes.c_int64
@@ -109,7 +111,7 @@ def test_a_launch_covers_every_head_and_column() -> None:
 
 
 def test_memory_is_described_for_arrays_of_any_library() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
     x = np.arange(24.0).reshape(2, 3, 4)[:, ::-1]
     assert memory.strides(x) == (12, -4, 1)
     assert memory.address(x) == x.ctypes.data
@@ -202,7 +204,7 @@ def test_what_bulk_copies_move() -> None:
 def test_hopper_is_given_the_shared_memory_that_it_counts(name: str) -> None:
     """`Places` of the source, evaluated by a compiler."""
     if NVCC is None:
-        pytest.skip("the CUDA toolkit's compiler evaluates the formula of the source")
+        pytest.skip("nvcc is not installed, which evaluates the formula of the source")
     found = kernels(BF16, architecture=90, **{"gradients": False, **HOPPER[name][0]})[0]
     options = found.name.partition("<")[2].removesuffix(">")
     text = sources.text("hopper.cu") + f'\nstatic_assert(Places<{options}>::BYTES == {found.shared}, "");\n'

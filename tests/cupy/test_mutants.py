@@ -14,7 +14,9 @@ from tests.cupy import hosted
 from tests.cupy.test_hosted import EXAMPLES, LENGTHS, Hosted, forgotten
 from tests.triton.drawing import check, drawn, rows
 
-pytestmark = pytest.mark.skipif(hosted.COMPILER is None, reason="the kernels need g++ to run on a CPU")
+pytestmark = pytest.mark.skipif(
+    hosted.COMPILER is None, reason="g++ is not installed, by which the kernels run on a CPU"
+)
 
 # what is wrong: the source, the right line, the wrong one, and properties of which one must notice
 MUTANTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {

@@ -17,7 +17,9 @@ from tests.cupy.test_warps import (
 )
 from tests.triton.drawing import check, drawn, rows
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the kernels need g++ to run on a CPU")
+pytestmark = pytest.mark.skipif(
+    COMPILER is None, reason="g++ is not installed, by which the kernels run on a CPU"
+)
 
 # what is wrong: the source, the right line, the wrong one, whose kernels, and the property that must notice
 MUTANTS: dict[str, tuple[str, str, str, str, str]] = {

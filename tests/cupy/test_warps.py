@@ -20,8 +20,10 @@ from linattn.testing.subject import natives
 from tests.cupy.hosted import COMPILER, Host, library
 from tests.triton.drawing import check, drawn, rows
 
-pytest.importorskip("torch", reason="NumPy has no bfloat16")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the kernels need g++ to run on a CPU")
+pytest.importorskip("torch", reason="torch is not installed, and NumPy has no bfloat16")
+pytestmark = pytest.mark.skipif(
+    COMPILER is None, reason="g++ is not installed, by which the kernels run on a CPU"
+)
 
 EXAMPLES = 1
 LENGTHS = (0, 1, 5, 63, 64, 65, 130)
@@ -129,7 +131,7 @@ def test_chunks_and_slices(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", SUBJECTS)
 def test_gradients_with_fixed_angles(kind: str) -> None:
     """Those of angles are formed in float64, with the others; where nobody asks for them, these are not."""
-    torch, of = pytest.importorskip("torch"), subject(kind)
+    torch, of = pytest.importorskip("torch", reason="torch is not installed"), subject(kind)
     x = wide_case(of, "angles").replace(normalize=False, decay="head").inputs()
     given, _ = natives(of, x)
     leaves = {name: given[name].requires_grad_() for name in ("q", "k", "v", "log_decay")}
@@ -157,7 +159,7 @@ def test_shared_memory_is_counted_as_the_kernel_counts_it(dtype: str) -> None:
 
 
 def test_a_decay_of_0_forgets_nan() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
     for kind in ("bfloat16", "tf32"):
         of = subject(kind)
         q = torch.ones((1, 3, 2, 4), dtype=getattr(torch, of.dtype))

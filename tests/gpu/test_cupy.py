@@ -13,8 +13,8 @@ from linattn import LRPE, Cosine, State, registry, tolerance
 from linattn.backends.cupy import tape
 from tests.gpu.calls import HEADS, both, captured, drawn, same
 
-torch = pytest.importorskip("torch")
-cupy = pytest.importorskip("cupy")
+torch = pytest.importorskip("torch", reason="torch is not installed")
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(registry.get("cupy").unavailable() is not None, reason="CuPy finds no CUDA device"),

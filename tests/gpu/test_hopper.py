@@ -15,8 +15,8 @@ from linattn.testing.properties.equality import compare_gradients, gradient_limi
 from linattn.testing.properties.plan import assert_parts, limits, truth
 from linattn.testing.subject import natives
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("cupy")
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(registry.get("cupy").unavailable() is not None, reason="CuPy finds no CUDA device"),

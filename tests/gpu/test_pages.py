@@ -25,6 +25,6 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text, names = page.read_text(), dict[str, Any]()
     for block in BLOCK.finditer(text):
         for package in IMPORT.findall(block[1]):
-            pytest.importorskip(package, reason=f"the page imports {package}, which is not installed")
+            pytest.importorskip(package, reason=f"{package} is not installed, which the page imports")
         line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * line + block[1], str(page), "exec"), names)  # a traceback points into the page

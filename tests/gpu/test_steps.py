@@ -180,7 +180,7 @@ def test_two_models_on_two_streams() -> None:
 
 @pytest.mark.parametrize("b", [1, 5])
 def test_the_released_model_steps_in_the_same_way(b: int, dtype: Any) -> None:
-    pytest.importorskip("transformers", reason="the released model needs transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     from linattn.models.transnormer import TransNormerConfig as Released
     from linattn.models.transnormer import TransNormerForCausalLM
 

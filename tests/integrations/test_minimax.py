@@ -13,7 +13,7 @@ import torch
 import linattn
 from linattn import errors
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import MiniMaxConfig, MiniMaxForCausalLM  # noqa: E402
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention  # noqa: E402

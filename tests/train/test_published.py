@@ -152,7 +152,7 @@ def test_with_a_tokenizer(sizes, text, tmp_path):
 
 
 def test_a_dataset(sizes, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="part of the development tools")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     rows = [f"text {i}: {LINE}" for i in range(40)]
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "data")
     tokenizer = words(tmp_path / "words")
@@ -197,7 +197,7 @@ def test_whole_texts_are_judged(tmp_path):
     parts = corpus.read_corpus(tmp_path / "two")
     for part in (parts.train, parts.held_out):
         bytes(part.astype(np.uint8)).decode()
-    datasets = pytest.importorskip("datasets", reason="part of the development tools")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "data")
     assert bytes(corpus.read_all(tmp_path / "data")[0].astype(np.uint8)) == b"onetwo"
     datasets.Dataset.from_dict({"text": ["one", None]}).save_to_disk(tmp_path / "none")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
-pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
+pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
 from torch import nn

@@ -7,8 +7,8 @@ import pytest
 from linattn import testing
 from tests.triton.programs import interpret
 
-pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
-pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
+pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
 
 # In groups of about equal time, each a process of its own: what interprets kernels cannot compile them.
 # With each, how much of it is left out: every second combination of options is tried, or every third.

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need Triton: pip install 'linattn[triton]'")
-pytest.importorskip("torch", reason="the kernels need torch: pip install 'linattn[triton]'")
+pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
 

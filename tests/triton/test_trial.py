@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from linattn.backends.triton import trial  # noqa: E402
 from linattn.backends.triton.search import Sample  # noqa: E402

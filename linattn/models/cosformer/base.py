@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from linattn.arrays import traced
 from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models.cosformer.block import CosformerBlock
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
-from linattn.models.huggingface.model import StateModel
+from linattn.models.huggingface.model import StateModel, refuse_attentions
 from linattn.models.huggingface.padding import Padding, padding_of
 from linattn.models.transnormer_lm import check_ids
-from linattn.surroundings import traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -164,9 +164,7 @@ def _to_front(x: Float[torch.Tensor, "b m e"], padding: Padding) -> Float[torch.
 
 def check_options(given: dict[str, Any], config: CosformerConfig) -> None:
     """Raise OptionError for keywords that ask for what these models do not have."""
-    weights = given.get("output_attentions")
-    if config.output_attentions if weights is None else weights:
-        raise OptionError("output_attentions: linear attention forms no matrix of weights to return")
+    refuse_attentions(given, config)
     for name in ("position_ids", "decoder_position_ids"):
         if given.get(name) is not None:
             raise OptionError(f"{name}: positions count a text's real tokens, the mask says which those are")

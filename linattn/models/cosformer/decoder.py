@@ -23,7 +23,7 @@ from linattn.models.cosformer.block import CosformerBlock, remember
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface.model import StateGeneration, named
-from linattn.models.huggingface.padding import foretold
+from linattn.models.huggingface.padding import IGNORED, foretold
 from linattn.nn.norm import unseen
 from linattn.state import State
 
@@ -200,7 +200,7 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
         logits = self.lm_head(found.last_hidden_state[:, columns])
         loss = None
         if labels is not None:
-            labels = foretold(labels, attention_mask, kwargs.get("ignore_index", -100))
+            labels = foretold(labels, attention_mask, None, kwargs.get("ignore_index", IGNORED))
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         answer = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states

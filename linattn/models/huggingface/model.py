@@ -12,7 +12,7 @@ from linattn.errors import OptionError, StateError
 from linattn.models.huggingface.cache import StateCache
 from linattn.models.huggingface.loading import load_whole
 
-__all__ = ["StateExpansion", "StateGeneration", "StateModel", "named"]
+__all__ = ["StateExpansion", "StateGeneration", "StateModel", "named", "refuse_attentions"]
 
 
 class StateModel(PreTrainedModel):
@@ -131,3 +131,10 @@ class StateGeneration(StateExpansion):
 def named(return_dict: bool | None, config: Any) -> bool:
     """Whether to answer with names rather than with a tuple."""
     return bool(config.return_dict if return_dict is None else return_dict)
+
+
+def refuse_attentions(given: dict[str, Any], config: Any) -> None:
+    """Raise OptionError where a call's keywords or the configuration ask for weights of pairs."""
+    weights = given.get("output_attentions")
+    if config.output_attentions if weights is None else weights:
+        raise OptionError("output_attentions: linear attention forms no matrix of weights to return")

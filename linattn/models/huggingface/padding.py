@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
+from linattn.arrays import traced
 from linattn.errors import ShapeError
-from linattn.surroundings import traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+
+IGNORED = -100  # a label that asks nothing
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,28 @@ class Padding:
 
 
 def foretold(
-    labels: Int[torch.Tensor, "b n"], attention_mask: torch.Tensor | None, ignored: int
+    labels: Int[torch.Tensor, "b n"],
+    attention_mask: torch.Tensor | None,
+    borders: Int[torch.Tensor, " s1"] | None,
+    ignored: int,
 ) -> Int[torch.Tensor, "b n"]:
-    """Return labels without those of real tokens that have only padding before them.
+    """Return labels without those of tokens that no token of their text foretells.
 
-    A column of padding has the output of the real token before it, or of the first one: that token's own
-    output would be asked for itself.
+    Those are real tokens that have only padding before them (a column of padding has the output of the real
+    token before it, or of the first one: that token's own output would be asked for itself), and where texts
+    lie back to back, in rows one after the other, the first token of each.
     """
     n = labels.shape[1]
-    if attention_mask is None:
-        return labels
-    real = attention_mask[:, attention_mask.shape[1] - n :].to(labels.device).bool()
-    return labels.masked_fill(real & (real.cumsum(1) == 1), ignored)
+    if attention_mask is not None:
+        real = _real(attention_mask, n).to(labels.device)
+        labels = labels.masked_fill(real & (real.cumsum(1) == 1), ignored)
+    if borders is not None:
+        count = labels.numel()
+        begins = borders[1:-1].long().clamp(max=count)  # that is where empty texts at the end begin
+        labels = (
+            functional.pad(labels.flatten(), (0, 1)).index_fill(0, begins, ignored)[:count].view(labels.shape)
+        )
+    return labels
 
 
 def padding_of(attention_mask: torch.Tensor | None, batch: int, n: int) -> Padding | None:
@@ -64,8 +78,13 @@ def padding_of(attention_mask: torch.Tensor | None, batch: int, n: int) -> Paddi
             f"attention_mask must have shape [{batch}, {n} or more], 1 for real tokens, 0 for padding, got "
             f"{tuple(attention_mask.shape)}; there is no matrix of pairs to mask"
         )
-    real = attention_mask[:, attention_mask.shape[1] - n :].bool()
+    real = _real(attention_mask, n)
     if not traced() and bool(real.all()):
         return None
     order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
     return Padding(order, real.sum(1), (real.cumsum(1) - 1).clamp(min=0))
+
+
+def _real(attention_mask: torch.Tensor, n: int) -> torch.Tensor:
+    """Which of the last n columns are tokens."""
+    return attention_mask[:, attention_mask.shape[1] - n :].bool()

@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from linattn.errors import OptionError, ShapeError
 from linattn.models import decoding
-from linattn.models.huggingface.model import StateGeneration, StateModel, named
-from linattn.models.huggingface.padding import foretold, padding_of
+from linattn.models.huggingface.model import StateGeneration, StateModel, named, refuse_attentions
+from linattn.models.huggingface.padding import IGNORED, foretold, padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 __all__ = ["TransNormerForCausalLM", "TransNormerModel", "TransNormerPreTrainedModel"]
-
-IGNORED = -100  # a label that asks nothing
 
 
 class TransNormerBlock(GradientCheckpointingLayer, TransNormerLayer):
@@ -105,14 +103,15 @@ class TransNormerModel(TransNormerPreTrainedModel):
         Raises ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError for
         output_attentions, which do not exist, and what `linattn.attention` raises.
         """
-        weights = kwargs.get("output_attentions")
-        if self.config.output_attentions if weights is None else weights:
-            raise OptionError("output_attentions: linear attention forms no matrix of weights to return")
+        refuse_attentions(kwargs, self.config)
         x = self._embedded(input_ids, inputs_embeds)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         batch, n = x.shape[:2]
-        borders = self._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
+        if "borders" in kwargs:  # a head has looked for them already
+            borders = kwargs["borders"]
+        else:
+            borders = self._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
         if use_cache is None and borders is not None:
             use_cache = False  # it would have a row for each text
         cache = self._cache(past_key_values, use_cache)
@@ -252,15 +251,10 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         borders = self.model._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_hidden_states, True, cu_seqlens, **kwargs,
+            output_hidden_states, True, cu_seqlens, borders=borders, **kwargs,
         )  # fmt: skip
         if labels is not None:
-            labels = foretold(labels, attention_mask, kwargs.get("ignore_index", IGNORED))
-        if labels is not None and borders is not None:  # no text foretells the next one's first token
-            shape, n, ignored = labels.shape, labels.numel(), kwargs.get("ignore_index", IGNORED)
-            begins = borders[1:-1].long().clamp(max=n)  # column n is where empty texts at the end begin
-            row = nn.functional.pad(labels.reshape(1, n), (0, 1))
-            labels = row.index_fill(1, begins, ignored)[:, :n].view(shape)
+            labels = foretold(labels, attention_mask, borders, kwargs.get("ignore_index", IGNORED))
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
         by_chunks = self.training and self.loss_chunk is not None and self.loss_function is ForCausalLMLoss
