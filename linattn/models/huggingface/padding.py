@@ -59,9 +59,8 @@ def foretold(
     if borders is not None:
         count = labels.numel()
         begins = borders[1:-1].long().clamp(max=count)  # that is where empty texts at the end begin
-        labels = (
-            functional.pad(labels.flatten(), (0, 1)).index_fill(0, begins, ignored)[:count].view(labels.shape)
-        )
+        marked = functional.pad(labels.flatten(), (0, 1)).index_fill(0, begins, ignored)
+        labels = marked[:count].view(labels.shape)
     return labels
 
 
