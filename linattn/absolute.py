@@ -130,7 +130,9 @@ class Sequence:
         weight, error = self.pair
         from_start = self.x @ start
         self.total = (weight * self.w) @ self.v + self.first[0][..., None] * from_start
-        self.error = (error * self.w) @ self.v + self.first[1][..., None] * from_start
+        # a numerator may be no normal number, and be divided by eps afterwards
+        lost = self.terms * self.rounding.wide_subnormal
+        self.error = (error * self.w) @ self.v + self.first[1][..., None] * from_start + lost
         self.denominator: Array | None = None
 
     def normalised(self, num: Array, den: Array, eps: float) -> None:

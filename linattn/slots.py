@@ -22,7 +22,7 @@ class Slots:
         self.index = self.xp.clip(slots, 0, max(pool.kv.shape[0] - 1, 0))
         self.on_host = readable(slots)
         if not self.on_host:
-            rows = self.xp.arange(pool.kv.shape[0], device=slots.device)
+            rows = self._count(pool.kv.shape[0], slots)
             match = (slots[None] == rows[:, None]) & self.real[None]  # [pool s]
             self.named = match.any(1)
             self.source = cast(match, "int64").argmax(1)
@@ -56,10 +56,13 @@ class Slots:
         """o with the outputs of padding sequences set to 0."""
         real = self.real
         if cu_seqlens is not None:
-            xp = self.xp
-            place = {} if kind_of(o) == "numpy" else {"device": o.device}
-            token = xp.arange(o.shape[1], **place)
-            sequence = xp.searchsorted(cast(cu_seqlens, "int64")[1:], token, side="right")
+            xp, token = self.xp, self._count(o.shape[1], o)
+            ends = cast(cu_seqlens, "int64")[1:] + 0  # searchsorted of torch warns of strides
+            sequence = xp.searchsorted(ends, token, side="right")
             real = real[xp.clip(sequence, 0, real.shape[0] - 1)]  # [n]
             return self.xp.where(real[None, :, None, None], o, 0)
         return self.xp.where(real.reshape(-1, *(1,) * (o.ndim - 1)), o, 0)
+
+    def _count(self, n: int, like: Array) -> Array:
+        """0 to n - 1, where another array is."""
+        return self.xp.arange(n, **({"device": like.device} if kind_of(like) == "torch" else {}))

@@ -215,7 +215,7 @@ def far(
 
     terms, updates = q.shape[1] + (2 if wide else 1) * d + e, q.shape[1] / rounding.update_every + 1
     o, kv = absolute(log_decay)
-    error = o * rounding.factor(terms, updates, 0.0, rounding.u_out)
+    error = o * rounding.factor(terms, updates, 0.0, rounding.u_out) + terms * rounding.wide_subnormal
     state = kv * rounding.factor(terms, updates, 0.0, rounding.u_acc) + rounding.wide_subnormal
     if log_decay is not None:
         slow_o, slow_kv = absolute(log_decay / 2)

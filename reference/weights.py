@@ -63,7 +63,7 @@ def log_lambda(head: Head) -> Float[Array, "n m"]:
         return np.where(lag == 0, 0.0, head.log_decay * np.maximum(lag, 1))  # never -inf * 0
     total = np.zeros(lag.shape)
     for j in range(len(head.k)):  # summed anew for each j: a difference of longer sums may be -inf - (-inf)
-        total[j + 1 :, j] = np.cumsum(head.log_decay[j + 1 :])
+        total[j + 1 :, j] = np.cumsum(head.log_decay[j + 1 :], dtype=np.longdouble)  # equal steps round alike
     return total
 
 

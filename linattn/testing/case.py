@@ -10,11 +10,16 @@ import numpy as np
 
 from linattn.arrays import Array
 
-RATES = (0.0, 1e-3, 0.1, 1.0, 20.0, 60.0, math.inf)
-"""Decays worth trying, as -ln λ: none, slow, fast, gone in a few tokens, a reset, a reset to the last bit."""
+RATES = (0.0, 1e-3, 0.1, 1.0, 20.0, 60.0, math.inf, 3e-5, 95.0)
+"""Decays worth trying, as -ln λ: none, slow, fast, gone in a few tokens, a reset, a reset to the last bit; as
+slow as tables of deep models have them, and one whose λ is no normal number in float32.
+"""
 
 HALF_RANGE = 3.0e4
 """Sums in float16 stay below this; its largest number is 65504."""
+
+LOWEST = -20.0
+"""Products of two φ(x) and a decay have all their bits down to here: no bound knows of φ's own underflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +198,8 @@ def _draw(case: Case) -> Inputs:
         )
     q = _values(rng, (batch, n, heads, d), largest, case.dtype)
     k = _values(rng, (batch, m, heads, d), largest, case.dtype)
+    if case.feature_map in ("silu", "elu+1"):  # below, φ is no normal number in float32
+        q, k = (np.where(x < LOWEST, -x, x) for x in (q, k))
     v = _values(rng, (batch, m, heads, e), largest, case.dtype)
     do = _values(rng, (batch, n, heads, e), largest, case.dtype)
     borders = lengths = mask = None
@@ -203,6 +210,8 @@ def _draw(case: Case) -> Inputs:
         lengths = np.concatenate([[n], rng.integers(0, n + 1, batch)])[rng.permutation(batch + 1)[:batch]]
     if case.key_mask:
         mask = rng.random((batch, m)) < 0.7
+        if case.seed % 2:  # rows padded on the left: blocks without any key
+            mask &= np.arange(m) >= rng.integers(0, m + 1, (batch, 1))
     count = case.sequences if case.packed else batch
     log_decay = None
     if case.decay is not None:

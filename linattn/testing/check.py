@@ -280,4 +280,6 @@ def _check_row(
 
 def strategy(plan: Property, row: dict[str, Any]) -> Any:
     """The cases that a property is tried on, with these options."""
-    return cases(row, longest=plan.longest, layouts=plan.layouts, sizes=plan.sizes, **plan.fixed)
+    return cases(
+        row, longest=plan.longest, layouts=plan.layouts, sizes=plan.sizes, wide=plan.wide, **plan.fixed
+    )

@@ -142,7 +142,9 @@ class Kernel(_Defaults, _Function):
         return next((f"it offers no {need}" for need in needs if not offers.get(need, True)), None)
 
     def adapt(self, case: Case) -> Case:
-        """The case with the kernel's own scale."""
+        """The case with the kernel's own scale and eps."""
+        if "eps" not in self.names:
+            case = case.replace(eps=1e-6)
         if "scale" in self.names:
             return case
         return case.replace(scale=self.scale(case.d) if callable(self.scale) else self.scale)

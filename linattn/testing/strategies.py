@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 EDGES = (0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 150, 200)
 """Lengths at which blocks of any usual size end, begin, or are cut."""
 
+EPS = (1e-6, 1.0, 1e-3)
+"""Clamps of a denominator: the usual one, one that many denominators meet, one between them."""
+
+WIDTHS = (16, 20, 33, 64, 65, 128)
+"""Features at which tiles of any usual size end, begin, or are cut."""
+
 
 def cases(
     options: dict[str, Any] | None = None,
@@ -20,11 +26,13 @@ def cases(
     longest: int = 200,
     layouts: tuple[str, ...] = ("plain",),
     sizes: tuple[int, ...] = (),
+    wide: bool = False,
     **fixed: Any,
 ) -> SearchStrategy[Case]:
     """Draw a Case with these options (a row of `combinations`; None: any row of the pairwise array).
 
-    `fixed` sets fields of the case; `longest` caps the lengths, or `sizes` lists them.
+    `fixed` sets fields of the case; `longest` caps the lengths, or `sizes` lists them. `wide` draws features
+    and heads as models have them.
     """
     from hypothesis import strategies as st
 
@@ -38,15 +46,18 @@ def cases(
             st.sampled_from(sizes) if sizes else st.one_of(st.sampled_from(edges), st.integers(0, longest))
         )
         far = n > longest
+        heads = draw(st.sampled_from([1, 2, 4, 5, 9] if wide else [1, 2] if far else [1, 2, 3]))
+        features = WIDTHS if wide and heads < 3 else [1, 3] if far else [1, 3, 4, 5, 8]
+        values = WIDTHS if wide and heads < 3 else [1, 2] if far else [1, 2, 3, 6, 8]
         picked: dict[str, Any] = {
             "n": n,
-            "batch": draw(st.integers(1, 2)),
-            "heads": draw(st.integers(1, 2 if far else 3)),
-            "d": draw(st.sampled_from([1, 3] if far else [1, 3, 4, 5, 8])),
-            "e": draw(st.sampled_from([1, 2] if far else [1, 2, 3, 6, 8])),
+            "batch": draw(st.integers(1, 3 if wide else 2)),
+            "heads": heads,
+            "d": draw(st.sampled_from(features)),
+            "e": draw(st.sampled_from(values)),
             "seed": draw(st.integers(0, 2**16)),
             "layout": draw(st.sampled_from(layouts)),
-            "values": draw(st.sampled_from([1.0, 8.0])),
+            "values": draw(st.sampled_from([1.0, 8.0, 300.0])),
         }
         if (
             not chosen.get("causal", True)
@@ -55,7 +66,10 @@ def cases(
         ):
             picked["m"] = draw(st.integers(0, longest))
         if chosen["packed"]:
-            picked["sequences"] = draw(st.integers(1, 5))
+            picked["sequences"] = draw(st.sampled_from((1, 2, 3, 4, 5, 9)))
+        if chosen.get("normalize"):  # the sums of a drawn state are in no proportion: float16 would overflow
+            half = chosen["state"] and chosen.get("dtype") == "float16"
+            picked["eps"] = 1.0 if half else draw(st.sampled_from(EPS))
         if chosen.get("decay") is not None:
             picked["rates"] = tuple(sorted(draw(st.sets(st.sampled_from(RATES), min_size=1, max_size=3))))
         return Case(**(chosen | picked | fixed))

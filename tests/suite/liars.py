@@ -96,6 +96,11 @@ def bumped(x: Any, where: Any) -> Any:
     return np.where(where & (x != 0), np.nextafter(x, np.asarray(np.inf, x.dtype)), x)
 
 
+def small(x: Inputs) -> bool:
+    """Whether it is no case of the properties of any width."""
+    return x.case.d < 16 and x.case.heads < 4
+
+
 def wide(x: Inputs) -> bool:
     """Whether one unit in the last place is well inside the bound."""
     return x.case.dtype in ("float32", "float64")

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from linattn.testing import Result
-from tests.suite.liars import HONEST, bumped, lie, wide
+from tests.suite.liars import FAR, HONEST, bumped, lie, small, wide
 
 _turn = itertools.count()
 
@@ -15,7 +15,7 @@ _turn = itertools.count()
 @lie("vjp", alone="gradients_match_the_reference")
 def gradient_of_theta_is_missing(honest, x, given, do, dstate):
     grads = honest(x, given, do, dstate)
-    if grads.get("theta") is not None:
+    if grads.get("theta") is not None and small(x) and x.case.n < FAR:
         grads["theta"] = grads["theta"] * 0
     return grads
 
@@ -56,9 +56,59 @@ def gradient_of_k_is_dead_at_the_last_token(honest, x, given, do, dstate):
 @lie("vjp", alone="gives_the_same_bits_twice")
 def gradient_depends_on_the_weather(honest, x, given, do, dstate):
     grads = honest(x, given, do, dstate)
-    if wide(x):
+    if wide(x) and x.case.n == 1:
         grads["v"] = bumped(grads["v"], next(_turn) % 2 == 0)
     return grads
+
+
+@lie("vjp", alone="gradients_follow_the_closed_form")
+def gradient_ends_at_the_block_of_128(honest, x, given, do, dstate):
+    grads = honest(x, given, do, dstate)
+    if x.case.n > FAR:
+        for name in "kv":
+            grads[name][:, : x.case.n - 128] = 0
+    return grads
+
+
+@lie("vjp")
+def gradient_adds_up_in_the_states(honest, x, given, do, dstate):
+    grads = honest(x, given, do, dstate)
+    if dstate is not None:
+        dstate[0][...] *= 2
+    return grads
+
+
+@lie("vjp")
+def gradient_without_a_states_is_dead_at_the_last_token(honest, x, given, do, dstate):
+    grads = honest(x, given, do, dstate)
+    if dstate is None:
+        grads["k"][:, -1:] = 0
+    return grads
+
+
+@lie("vjp")
+def gradient_multiplies_padding_by_zero(honest, x, given, do, dstate):
+    grads = honest(x, given, do, dstate)
+    if x.lengths is not None:
+        for b, length in enumerate(x.lengths):
+            grads["k"][b, length:] = 0 * given["k"][b, length:]
+    return grads
+
+
+@lie("decode")
+def decode_multiplies_padding_by_zero(honest, x, given, slots):
+    o = honest(x, given, slots)
+    if slots is not None:
+        o[slots < 0] = 0 * given["v"][slots < 0]
+    return o
+
+
+@lie("decode")
+def decode_takes_the_pool_for_contiguous(honest, x, given, slots):
+    pool = given["kv"]
+    if pool.flags.c_contiguous:
+        return honest(x, given, slots)
+    return honest(x, given | {"kv": pool.copy()}, slots)  # the new rows go to a copy
 
 
 @lie("decode", alone="decodes_as_the_whole")

@@ -117,6 +117,15 @@ def test_the_bound_sees_one_wrong_token() -> None:
     assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) < np.sqrt(1 / (2 * 3 * 200)) * 4
 
 
+def test_a_numerator_below_the_normal_numbers_may_be_divided_by_eps() -> None:
+    rates = (0.001, 20.0, float("inf"))
+    case = testing.Case(
+        feature_map="relu", normalize=True, decay="head", reweight="cosine", scale=-0.37, key_mask=True,
+        n=196, heads=2, d=1, e=6, rates=rates, values=1.0, seed=1294,
+    )  # fmt: skip
+    testing.properties.matches_the_reference("numpy", case)
+
+
 def test_every_pair_of_options_is_covered() -> None:
     rows = combinations()
     names = list(AXES)

@@ -2,7 +2,9 @@
 
 from linattn.testing.properties.equality import (
     follows_the_closed_form,
+    gradients_follow_the_closed_form,
     gradients_match_the_reference,
+    matches_at_any_width,
     matches_the_reference,
 )
 from linattn.testing.properties.independence import (
@@ -16,12 +18,14 @@ from linattn.testing.properties.memory import (
     leaves_its_inputs_alone,
     reads_any_strides,
     reads_only_its_inputs,
+    returns_memory_of_its_own,
     returns_the_right_kind,
     writes_every_output,
 )
 from linattn.testing.properties.plan import PROPERTIES, Property
 from linattn.testing.properties.selection import (
     cuts_at_lengths,
+    forgets_at_minus_infinity,
     packs_as_if_separate,
     takes_masked_keys_as_zero,
     takes_zero_decay_as_none,
@@ -42,18 +46,22 @@ __all__ = [
     "decodes_as_the_whole",
     "decodes_only_named_rows",
     "follows_the_closed_form",
+    "forgets_at_minus_infinity",
     "gives_the_same_bits_twice",
+    "gradients_follow_the_closed_form",
     "gradients_match_the_reference",
     "is_causal",
     "keeps_heads_apart",
     "keeps_nan_in_its_sequence",
     "keeps_rows_apart",
     "leaves_its_inputs_alone",
+    "matches_at_any_width",
     "matches_the_reference",
     "merges_into_the_whole",
     "packs_as_if_separate",
     "reads_any_strides",
     "reads_only_its_inputs",
+    "returns_memory_of_its_own",
     "returns_the_right_kind",
     "splits_anywhere",
     "takes_masked_keys_as_zero",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from linattn import absolute, reference, tolerance
 from linattn.arrays import Array
 from linattn.testing import arrays
 from linattn.testing.case import Case, Inputs
-from linattn.testing.compare import Mismatch, assert_within
+from linattn.testing.compare import Mismatch, assert_same, assert_within
 from linattn.testing.properties.plan import assert_parts, holds, limits, rng_of, truth
 from linattn.testing.subject import LETTERS, Subject, call, natives, require, rounding, subject
 
@@ -22,11 +23,28 @@ def matches_the_reference(target: Any, case: Case) -> None:
     """Outputs equal the definition's within the bound, with the final state (which does too) and without."""
     of = subject(target)
     case = require(of, case)
+    if not (case.causal or case.packed or case.lengths) and case.m is None:
+        for m in (case.n + 1 + case.seed % 9, case.n // 2):  # keys beyond the last query, and too few
+            matches_the_reference(target, case.replace(m=m))
     x = case.inputs()
     want, allowed = truth(x), limits(of, x)
     assert_parts(call(of, x), want, allowed, x)
     if case.causal and of.missing(case, "state") is None:
-        assert_parts(call(of, x, return_state=True), want, allowed, x, "with the final state, ")
+        got = call(of, x, return_state=True)
+        if absent := sorted(want.keys() - got.keys()):
+            raise Mismatch(f"with the final state, there is no {absent[0]}")
+        assert_parts(got, want, allowed, x, "with the final state, ")
+        if "length" in got:
+            assert_same("length of the final state", "s", got["length"], _tokens(x))
+
+
+def _tokens(x: Inputs) -> Array:
+    """How many tokens each sequence has seen: no padding, but what its state had seen before."""
+    if x.cu_seqlens is not None:
+        here = np.diff(x.cu_seqlens)
+    else:
+        here = np.full(len(x.q), x.case.n) if x.lengths is None else x.lengths
+    return here if x.state is None else here + x.state[2]
 
 
 @holds(longest=90)
@@ -35,8 +53,12 @@ def gradients_match_the_reference(target: Any, case: Case) -> None:
     of = subject(target)
     case = require(of, case, "gradients")
     x = case.inputs()
-    if not (case.causal and of.missing(case, "state") is None):
+    # most losses do not see the state, and some see nothing else
+    seen = rng_of(case).choice(["o", "state", "both"])
+    if seen == "o" or not (case.causal and of.missing(case, "state") is None):
         x = x.replace(dstate=None)
+    elif seen == "state" and x.do is not None:
+        x = x.replace(do=np.zeros_like(x.do))
     assert_gradients(of, x)
 
 
@@ -88,7 +110,11 @@ def gradients(of: Subject, x: Inputs, layout: str | None = None) -> dict[str, An
     last = None
     if x.dstate is not None:
         last = tuple(
-            None if g is None else arrays.place(g, of.kind, case.accumulate, of.device).array
+            None
+            if g is None
+            else arrays.place(
+                g, of.kind, case.accumulate, of.device, case.layout if layout is None else layout
+            ).array
             for g in x.dstate
         )
     found = of.vjp(x, given, do, last)  # type: ignore[arg-type]
@@ -100,13 +126,22 @@ def gradients(of: Subject, x: Inputs, layout: str | None = None) -> dict[str, An
     return read
 
 
+@holds(sizes=(3, 18), wide=True)
+def matches_at_any_width(target: Any, case: Case) -> None:
+    """Outputs, final states and gradients equal the definition's where heads and features are many."""
+    matches_the_reference(target, case)
+    of = subject(target)
+    if of.missing(case, "gradients") is None:
+        gradients_match_the_reference(target, case)
+
+
 # elu+1 is left out: its φ(0) = 1 would make the other keys count
 NO_OTHER_KEYS = {"feature_map": (None, "relu", "silu"), "key_mask": False, "borders": None, "state": False}
 
 
 @holds(NO_OTHER_KEYS, sizes=(300, 3000, 20000), fixed={"batch": 1, "d": 1})
 def follows_the_closed_form(target: Any, case: Case) -> None:
-    """One value at token 0 fades as scale · φ(1)² · λ^i · cos(θ i), at any distance.
+    """One value, at any token, fades as scale · φ(1)² · λ^i · cos(θ i), at any distance i.
 
     Angles count: a phase formed as theta * position in float32 is off by half a percent of a turn at token
     20 000.
@@ -117,22 +152,24 @@ def follows_the_closed_form(target: Any, case: Case) -> None:
     x = case.inputs()
     value = rng_of(case).integers(1, 9, (case.heads, case.e)).astype(np.float64)
     x = x.replace(q=np.ones_like(x.q), k=np.zeros_like(x.k), v=np.zeros_like(x.v))
-    x.k[:, 0], x.v[:, 0] = 1.0, value
+    at = 0 if case.seed % 2 else int(rng_of(case).integers(n))
+    x.k[:, at], x.v[:, at] = 1.0, value
     options = x.options()
-    i = np.arange(n)[:, None]  # [n h]
+    past = np.arange(n)[:, None] - at  # [n h]
+    i = abs(past)
     log_weight = np.zeros((n, case.heads))
     if case.decay == "head":
         log_weight = np.where(i > 0, np.where(i > 0, i, 1) * options["log_decay"], 0.0)
     elif case.decay == "token":
         g = options["log_decay"][0]  # few values: counting them is exact, adding them up is not
-        for rate in np.unique(g[1:]):
-            count = np.cumsum(g[1:] == rate, axis=0)
-            log_weight[1:] += np.where(count > 0, np.maximum(count, 1) * rate, 0.0)
+        for rate in np.unique(g[at + 1 :]):
+            count = np.cumsum(g[at + 1 :] == rate, axis=0)
+            log_weight[at + 1 :] += np.where(count > 0, np.maximum(count, 1) * rate, 0.0)
     size = float(absolute.feature(np.ones(1), case.feature_map)[0]) ** 2
     size *= abs(case.scale)
     cosine = 1.0 if options["theta"] is None else np.cos(options["theta"][:, 0] * i)
-    weight = size * np.exp(log_weight)
-    factor = _factor(of, case, i, log_weight)
+    weight = size * np.exp(log_weight) * (past >= 0 if case.causal else 1.0)
+    factor = _factor(of, case, i / rounding(of, case).update_every, log_weight)
     error = weight * factor + np.where(log_weight < 0, size * tolerance.NORMAL[case.accumulate], 0.0)
     signed = np.sign(case.scale) * weight * cosine
     want = signed[..., None] * value
@@ -144,9 +181,76 @@ def follows_the_closed_form(target: Any, case: Case) -> None:
     assert_within("o", "b n h e", call(of, x)["o"], want[None], allowed[None], case.dtype)
 
 
-def _factor(of: Subject, case: Case, i: Array, log_weight: Array) -> Array:
-    round_ = rounding(of, case)
+@holds(
+    NO_OTHER_KEYS | {"normalize": False},
+    sizes=(300, 3000),
+    fixed={"batch": 1, "d": 1, "rates": (1e-3, 0.1)},
+)
+def gradients_follow_the_closed_form(target: Any, case: Case) -> None:
+    """One key with a value, seen from the last token: every gradient of that pair, at any distance.
+
+    The definition's gradients end at 90 tokens; a backward pass in blocks of 128 is one block there.
+    """
+    of = subject(target)
+    n = min(case.n, of.reach)
+    case = require(of, case.replace(n=n, m=None), "gradients")
+    x = case.inputs().replace(dstate=None)
+    assert x.do is not None
+    rng = rng_of(case)
+    at = 0 if rng.random() < 0.5 else max(0, n - 1 - int(rng.integers(1, 290)))
+    value, do = rng.integers(1, 9, (2, case.heads, case.e)).astype(np.float64)
+    x = x.replace(q=np.ones_like(x.q), k=np.ones_like(x.k), v=np.zeros_like(x.v), do=np.zeros_like(x.do))
+    x.v[:, at], x.do[:, -1] = value, do  # type: ignore[index]
+    options = x.options()
+    lag = np.arange(n - 1, -1, -1)[:, None]  # from each key to the last token
+    log_weight = np.zeros((n, case.heads))
+    if case.decay == "head":
+        log_weight = lag * options["log_decay"]
+    elif case.decay == "token":
+        g = options["log_decay"][0]
+        after = np.concatenate([g[1:], 0.0 * g[:1]])  # those of the tokens behind a key
+        for rate in np.unique(after[after < 0]):
+            log_weight += np.cumsum((after == rate)[::-1], axis=0)[::-1] * rate
+    one = np.ones(1)
+    phi, slope = float(absolute.feature(one, case.feature_map)[0]), _slope(case.feature_map)
+    size = abs(case.scale) * np.exp(log_weight)  # [n h], without features and cosine
+    # a recurrence, as the definition's gradients are one, rounds at every token
+    error = size * _factor(of, case, lag, log_weight) + tolerance.NORMAL[case.accumulate] * abs(case.scale)
+    theta = np.zeros((case.heads, 1)) if options["theta"] is None else options["theta"]
+    cosine = np.sign(case.scale) * np.cos(theta[:, 0] * lag)
+    pair = (value * do).sum(-1)  # [h]
+    want: dict[str, Any] = {"q": np.zeros(x.q.shape), "k": np.zeros(x.k.shape)}
+    allowed: dict[str, Any] = {"q": np.zeros(x.q.shape), "k": np.zeros(x.k.shape)}
+    for name, token in (("q", n - 1), ("k", at)):
+        want[name][0, token, :, 0] = phi * slope * (size * cosine)[at] * pair
+        allowed[name][0, token, :, 0] = 2 * phi * slope * error[at] * pair
+    want["v"] = phi**2 * (size * cosine)[None, :, :, None] * do
+    allowed["v"] = phi**2 * error[None, :, :, None] * do
+    weight, limit = phi**2 * size[at] * pair, 4 * phi**2 * error[at] * pair  # [h]
+    spanned = lag[at, 0]
+    if case.decay == "head":
+        # sums over suffixes: what does not cancel to the last bit counts for each token before the pair, too
+        want["log_decay"], allowed["log_decay"] = spanned * weight * cosine[at], (n + at + 1) * limit
+    elif case.decay == "token":
+        inside = (np.arange(n) > at)[None, :, None]
+        want["log_decay"] = inside * weight * cosine[at]
+        allowed["log_decay"] = np.broadcast_to(limit, (1, n, case.heads))
+    if case.reweight == "lrpe":
+        sine = np.sign(case.scale) * np.sin(theta[:, 0] * spanned)
+        want["theta"] = -(spanned * weight * sine)[:, None]
+        allowed["theta"] = ((spanned + 64) * limit)[:, None]
+    allowed = {name: part + tolerance.SUBNORMAL[case.dtype] for name, part in allowed.items()}
+    compare_gradients(gradients(of, x), want, allowed, x)
+
+
+def _slope(feature_map: str | None) -> float:
+    """The derivative of a feature map at 1."""
+    gate = 1 / (1 + math.exp(-1))
+    return gate * (2 - gate) if feature_map == "silu" else 1.0
+
+
+def _factor(of: Subject, case: Case, updates: Array, log_weight: Array) -> Array:
     u_out = tolerance.UNIT[case.dtype]
     finite = np.where(np.isfinite(log_weight), -log_weight, 0.0)
-    factor: Array = round_.factor(case.n + case.d + case.e, i / round_.update_every + 1, finite, u_out)
+    factor: Array = rounding(of, case).factor(case.n + case.d + case.e, updates + 1, finite, u_out)
     return factor

@@ -9,6 +9,7 @@ import numpy as np
 from linattn.arrays import Array
 from linattn.testing.case import Case, Inputs
 from linattn.testing.compare import assert_same
+from linattn.testing.properties.equality import gradients
 from linattn.testing.properties.plan import LONG, Parts, assert_parts, holds, limits, rng_of, twice
 from linattn.testing.properties.selection import want_state
 from linattn.testing.subject import LETTERS, call, require, subject
@@ -100,7 +101,7 @@ def keeps_heads_apart(target: Any, case: Case) -> None:
 
 @holds(sizes=MIXED, fixed={"heads": 2})
 def keeps_nan_in_its_sequence(target: Any, case: Case) -> None:
-    """A NaN reaches no other sequence: no bit of their outputs and states changes."""
+    """A NaN reaches no other sequence: no bit of their outputs, states and gradients changes."""
     of = subject(target)
     case = case.replace(n=max(2, min(case.n, of.reach)), m=None, batch=2, sequences=max(2, case.sequences))
     case = require(of, case)
@@ -123,6 +124,14 @@ def keeps_nan_in_its_sequence(target: Any, case: Case) -> None:
     for name, own in reached.items():
         what = f"{name}, out of reach of a NaN in row {row} at token {t},"
         assert_same(what, LETTERS[name], np.where(own, want[name], got[name]), want[name])
+    if case.n > 64 or of.missing(case, "gradients") is not None:
+        return
+    sick, x = (y if state else y.replace(dstate=None) for y in (sick, x))
+    found, wanted = gradients(of, sick), gradients(of, x)
+    for name in "qkv":
+        what = f"gradient of {name}, out of reach of a NaN in row {row} at token {t},"
+        own = reached["o"]
+        assert_same(what, "b n h d", np.where(own, wanted[name], found[name]), wanted[name])
 
 
 def _reached(x: Inputs, row: int, t: int) -> Array:

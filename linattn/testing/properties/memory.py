@@ -65,15 +65,13 @@ def leaves_its_inputs_alone(target: Any, case: Case) -> None:
     if (backward := _with_gradients(of, x, state)) is None or backward.do is None:
         return
     do = arrays.place(backward.do, of.kind, case.dtype, of.device, "offset")
-    last = None
-    if backward.dstate is not None:
-        placed = [
-            g if g is None else arrays.place(g, of.kind, case.accumulate, of.device) for g in backward.dstate
-        ]
-        last = tuple(None if p is None else p.array for p in placed)
+    _, last = _upstream(of, backward)
     sent = arrays.back(do.buffer).copy()
-    of.vjp(backward, given, do.array, last)  # type: ignore[arg-type]
+    of.vjp(backward, given, do.array, last)
     assert_same("do, around it too,", "element", arrays.back(do.buffer), sent)
+    for name, g, part in zip(("kv", "z"), last or (), backward.dstate or (), strict=False):
+        if part is not None:
+            assert_same(f"gradient of the state's {name}", "element", arrays.back(g), part)
     for name, buffer in buffers.items():
         assert_same(f"{name} after the backward pass", "element", arrays.back(buffer), before[name])
 
@@ -120,6 +118,39 @@ def gives_the_same_bits_twice(target: Any, case: Case) -> None:
             for got, want in pairs:
                 if want is not None:
                     assert_same(f"gradient of {name}", "element", got, want)
+
+
+@holds(sizes=(0, 1, 17, 40), fixed={"heads": 2})
+def returns_memory_of_its_own(target: Any, case: Case) -> None:
+    """What a call returned stays as it is when another call runs, and shares nothing with its arguments."""
+    of = subject(target)
+    case = require(of, case)
+    x, other = case.inputs(), case.replace(seed=case.seed + 1).inputs()
+    state = want_state(of, case)
+    given, _ = natives(of, x)
+    first = of.run(x, given, return_state=state)
+    kept = {name: part.copy() for name, part in first.read().items()}
+    call(of, other, return_state=state)
+    for name in given:
+        given[name][...] = 0
+    for name, part in first.read().items():
+        assert_same(f"{name} after another call", LETTERS[name], part, kept[name])
+    if (backward := _with_gradients(of, x, state)) is not None and backward.do is not None:
+        grads = of.vjp(backward, natives(of, x)[0], *_upstream(of, backward))
+        found = {n: arrays.back(grads[n]).copy() for n in "qkv"}
+        gradients(of, _with_gradients(of, other, state) or backward)
+        for name, part in found.items():
+            assert_same(f"gradient of {name} after another", "element", arrays.back(grads[name]), part)
+
+
+def _upstream(of: Subject, x: Inputs, layout: str = "plain") -> tuple[Any, Any]:
+    """The gradients that a backward pass starts from, as the subject takes them."""
+    assert x.do is not None
+    do = arrays.place(x.do, of.kind, x.case.dtype, of.device, layout).array
+    if x.dstate is None:
+        return do, None
+    last = (None if g is None else arrays.place(g, of.kind, x.case.accumulate, of.device) for g in x.dstate)
+    return do, tuple(None if g is None else g.array for g in last)
 
 
 @holds(sizes=(0, 1, 5, 65), fixed={"heads": 2})

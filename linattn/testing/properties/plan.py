@@ -30,8 +30,7 @@ class Property:
     """A property and the cases that are worth trying on it.
 
     axes: the option combinations to which it applies. fixed: fields of the case. sizes: lengths to draw from
-    (empty:
-    the usual edges up to `longest`). small: few heads and features, for long calls.
+    (empty: the usual edges up to `longest`). wide: features and heads as models have them.
     """
 
     name: str
@@ -42,6 +41,7 @@ class Property:
     sizes: tuple[int, ...] = ()
     longest: int = 200
     layouts: tuple[str, ...] = ("plain",)
+    wide: bool = False
 
 
 PROPERTIES: dict[str, Property] = {}

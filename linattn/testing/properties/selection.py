@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from linattn.testing.case import Case, Inputs
-from linattn.testing.compare import assert_same
+from linattn.testing.compare import assert_same, assert_within
 from linattn.testing.properties.equality import compare_gradients, gradient_limits, gradients
-from linattn.testing.properties.plan import LONG, assert_parts, holds, limits, twice
+from linattn.testing.properties.plan import LONG, assert_parts, holds, limits, rng_of, twice
 from linattn.testing.subject import Subject, call, require, subject
 
 MIXED = (0, 1, 70, 150, *LONG)
@@ -24,7 +24,8 @@ def want_state(of: Subject, case: Case) -> bool:
 def packs_as_if_separate(target: Any, case: Case) -> None:
     """Sequences packed back to back give what each gives in a call of its own, zero-length ones included."""
     of = subject(target)
-    case = require(of, case.replace(n=min(case.n, of.reach), m=None, sequences=max(case.sequences, 2)))
+    count = max(case.sequences, 70 if case.seed % 3 == 0 else 2)
+    case = require(of, case.replace(n=min(case.n, of.reach), m=None, sequences=count))
     x = case.inputs()
     if case.seed % 2 and case.n:
         x.cu_seqlens[1] = 0  # type: ignore[index]  # often enough, one of no length
@@ -43,10 +44,10 @@ def packs_as_if_separate(target: Any, case: Case) -> None:
         assert_parts(got, want, limit, x, f"sequence {s}: ")
 
 
-@holds({"borders": "lengths"}, sizes=(1, 70, 150, *LONG), fixed={"heads": 1, "batch": 2})
+@holds({"borders": "lengths"}, sizes=(1, 33, 150, *LONG), fixed={"heads": 1, "batch": 2})
 def cuts_at_lengths(target: Any, case: Case) -> None:
     """Tokens at and after a row's length do not exist, whatever they hold: outputs 0, the state of the cut
-    row.
+    row, the same gradients.
     """
     of = subject(target)
     case = require(of, case.replace(n=min(case.n, of.reach), m=None))
@@ -54,9 +55,13 @@ def cuts_at_lengths(target: Any, case: Case) -> None:
     assert x.lengths is not None
     state = want_state(of, case)
     allowed = twice(limits(of, x))
+    whole = x.replace(**{name: getattr(x, name).copy() for name in ("q", "k", "v", "do")})
     for b, length in enumerate(x.lengths):
-        for part in (x.q, x.k, x.v):
-            part[b, length:] = np.nan
+        for part in (x.q, x.k, x.v, x.do):
+            part[b, length:] = np.nan  # type: ignore[index]
+    if case.n <= 40 and of.missing(case, "gradients") is None:
+        hidden, whole = (y if state else y.replace(dstate=None) for y in (x, whole))
+        compare_gradients(gradients(of, hidden), gradients(of, whole), gradient_limits(of, whole), x, 2.0)
     got = call(of, x, return_state=state)
     for b, length in enumerate(int(n) for n in x.lengths):
         padding = got["o"][b, length:]
@@ -76,6 +81,41 @@ def _cut(x: Inputs, b: int, length: int) -> Inputs:
     alone = x.sequence(b)
     alone = alone.replace(lengths=None, case=alone.case.replace(lengths=False))
     return alone.tokens(0, length)
+
+
+@holds({"causal": True, "decay": ("head", "token"), "borders": None}, sizes=(2, 17, 40, 150))
+def forgets_at_minus_infinity(target: Any, case: Case) -> None:
+    """From a log decay of -inf on, no token before it shows in outputs, states, gradients, and of the initial
+    state not even NaN.
+    """
+    of = subject(target)
+    case = require(of, case.replace(n=min(case.n, of.reach), m=None))
+    x, other = case.inputs(), case.replace(seed=case.seed + 1).inputs()
+    assert x.log_decay is not None
+    t = int(rng_of(case).integers(1, case.n))
+    x.log_decay[(slice(None), t) if x.log_decay.ndim == 3 else ...] = -np.inf
+    past = np.arange(case.n)[:, None, None] < t
+    sick = x.replace(**{name: np.where(past, getattr(other, name), getattr(x, name)) for name in "qkv"})
+    gone = sick
+    if x.state is not None and other.state is not None:
+        kv, z, length = x.state
+        sick = sick.replace(state=(*other.state[:2], length))
+        nothing = (np.full_like(kv, np.nan), None if z is None else np.full_like(z, np.nan))
+        gone = sick.replace(state=(*nothing, length))
+    state = want_state(of, case)
+    got, want = call(of, gone, return_state=state), call(of, x, return_state=state)
+    for parts in (got, want):
+        parts["o"] = parts["o"][:, t:]
+    allowed = twice(limits(of, x))
+    assert_parts(got, want, allowed | {"o": allowed["o"][:, t:]}, x, f"after a reset at token {t}: ")
+    if case.n <= 40 and of.missing(case, "gradients") is None:
+        sick, x = (y if state else y.replace(dstate=None) for y in (sick, x))
+        found, wanted, limit = gradients(of, sick), gradients(of, x), gradient_limits(of, x)
+        for name, letters in (("q", "b n h d"), ("k", "b n h d"), ("v", "b n h e")):
+            what = f"gradient of {name} after a reset at token {t}"
+            assert_within(
+                what, letters, found[name][:, t:], wanted[name][:, t:], 2 * limit[name][:, t:], case.dtype
+            )
 
 
 @holds(

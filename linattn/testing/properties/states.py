@@ -14,6 +14,8 @@ from linattn.testing.properties.plan import LONG, Parts, assert_parts, holds, li
 from linattn.testing.subject import LETTERS, Natives, Result, Subject, call, natives, require, subject
 
 WHOLE = {"causal": True, "borders": None}
+POOL, ROWS = 12, 9
+"""States of a pool, and rows of a step on some of them."""
 
 
 def state_of(parts: Parts, x: Inputs) -> tuple[Any, Any, Any]:
@@ -78,26 +80,36 @@ def step(of: Subject, x: Inputs, t: int, given: Natives) -> tuple[Inputs, Native
     return x, now
 
 
-@holds(WHOLE | {"key_mask": False, "state": True}, fixed={"n": 1, "batch": 2})
+@holds(
+    WHOLE | {"key_mask": False, "state": True},
+    layouts=arrays.LAYOUTS,
+    wide=True,
+    fixed={"n": 1, "batch": 2},
+)
 def decodes_only_named_rows(target: Any, case: Case) -> None:
     """A decode step with slots changes the named rows of the pool and no other bit; a padding row gives 0."""
     of = subject(target)
     case = require(of, case, "slots")
-    x = case.replace(batch=6).inputs()
+    x = case.replace(batch=POOL).inputs()
     assert x.state is not None
     rng = rng_of(case)
-    slots = rng.permutation(6)[:4].astype(np.int64)
-    slots[rng.integers(4)] = -1
-    rows = x.replace(q=x.q[:4], k=x.k[:4], v=x.v[:4], batch=4)
+    slots = rng.permutation(POOL)[:ROWS].astype(np.int64)
+    slots[rng.permutation(ROWS)[: rng.integers(4)]] = -1  # a batch is padded to any size
+    rows = x.replace(q=x.q[:ROWS], k=x.k[:ROWS], v=x.v[:ROWS], batch=ROWS)
     if x.log_decay is not None and x.log_decay.ndim == 3:
-        rows = rows.replace(log_decay=x.log_decay[:4])
-    given, _ = natives(of, rows)
-    before = _state_parts(given)
+        rows = rows.replace(log_decay=x.log_decay[:ROWS])
+    padded = (slots < 0)[:, None, None, None]  # may hold anything
+    sick = rows.replace(**{name: np.where(padded, np.nan, getattr(rows, name)) for name in "qkv"})
+    given, _ = natives(of, sick)
+    before, original = _state_parts(given), {name: arrays.back(a).copy() for name, a in given.items()}
     o = arrays.back(of.decode(*step(of, rows, 0, given), arrays.place(slots, of.kind, "", of.device).array))
+    for name in ("q", "k", "v", "log_decay", "theta"):
+        if name in given:
+            assert_same(f"{name} after the step", "element", arrays.back(given[name]), original[name])
     after = _state_parts(given)
     used = slots >= 0
     named = slots[used]
-    others = np.setdiff1d(np.arange(6), named)
+    others = np.setdiff1d(np.arange(POOL), named)
     for name, value in before.items():
         assert_same(f"{name} of rows that no slot names", LETTERS[name], after[name][others], value[others])
     assert_same("o of a padding row", "b h e", o[~used], np.zeros_like(o[~used]))
@@ -114,7 +126,7 @@ def _state_parts(given: Natives) -> Parts:
     return {name: arrays.back(given[name]).copy() for name in ("kv", "z", "length") if name in given}
 
 
-@holds({"causal": True, "state": True}, longest=80)
+@holds({"causal": True, "state": True}, longest=80, layouts=arrays.LAYOUTS)
 def continues_only_named_rows(target: Any, case: Case) -> None:
     """A call with slots continues the named rows of a pool, writes their new state there, and changes no
     other bit.
@@ -129,16 +141,23 @@ def continues_only_named_rows(target: Any, case: Case) -> None:
     pool = x.replace(
         state=tuple(None if part is None else _spread(part, slots, count + 3) for part in x.state)
     )
+    padding = rng.random(count) < 0.25  # these begin empty, give 0 and are written nowhere
+    named, slots = slots[~padding], np.where(padding, -1, slots)
     given, _ = natives(of, pool)
     before = _state_parts(given)
     got = of.run(pool, given, slots=arrays.place(slots, of.kind, "", of.device).array).read()
     after = _state_parts(given)
-    others = np.setdiff1d(np.arange(count + 3), slots)
+    others = np.setdiff1d(np.arange(count + 3), named)
     for name, value in before.items():
         assert_same(f"{name} of rows that no slot names", LETTERS[name], after[name][others], value[others])
-    got |= {name: value[slots] for name, value in after.items()}
-    want = call(of, x, return_state=True)
-    assert_parts(got, want, twice(limits(of, x)), x)
+    got |= {name: value[named] for name, value in after.items()}
+    want, allowed = call(of, x, return_state=True), twice(limits(of, x))
+    for s in np.flatnonzero(padding):
+        rows = (s, slice(None)) if x.cu_seqlens is None else (0, slice(*x.cu_seqlens[s : s + 2]))
+        want["o"][rows] = 0
+    for parts in (want, allowed):
+        parts |= {name: part[~padding] for name, part in parts.items() if name != "o"}
+    assert_parts(got, want, allowed, x)
     assert_same("length of named rows", "s", got["length"], want["length"])
 
 
@@ -162,15 +181,19 @@ def merges_into_the_whole(target: Any, case: Case) -> None:
         given, _ = natives(of, piece)
         result = of.run(piece, given, return_state=True)
         if result.length is None:
-            start = np.zeros(case.batch, np.int64) if piece.state is None else piece.state[2]
-            result.length = arrays.place(start + piece.case.n, of.kind, "", of.device).array
+            seen = np.zeros(case.batch, np.int64) if piece.state is None else piece.state[2]
+            result.length = arrays.place(seen + piece.case.n, of.kind, "", of.device).array
         results.append(result)
     total = None
     if case.decay == "token":
         assert right.log_decay is not None
         total = arrays.place(right.log_decay.sum(1), of.kind, "float64", of.device).array
+    before = [{name: part.copy() for name, part in result.read_state().items()} for result in results]
     got = of.merge(x, results[0], results[1], total)
     read = got.read_state()
+    for result, parts in zip(results, before, strict=True):
+        for name, part in result.read_state().items():
+            assert_same(f"{name} that was merged", LETTERS[name], part, parts[name])
     assert_parts(read, call(of, x, return_state=True), twice(limits(of, x)), x)
-    before = np.zeros(case.batch, np.int64) if x.state is None else x.state[2]
-    assert_equal("length", read["length"].tolist(), (before + case.n).tolist())
+    start = np.zeros(case.batch, np.int64) if x.state is None else x.state[2]
+    assert_equal("length", read["length"].tolist(), (start + case.n).tolist())
