@@ -108,3 +108,10 @@ def wide(x: Inputs) -> bool:
 
 def whole(x: Inputs) -> bool:
     return x.case.causal and x.lengths is None and x.cu_seqlens is None
+
+
+def decayed(given: dict[str, Any], change: Any) -> dict[str, Any]:
+    if "log_decay" not in given:
+        return given
+    g = given["log_decay"]
+    return given | {"log_decay": change(g).astype(g.dtype)}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from linattn.testing import Inputs
-from tests.suite.liars import FAR, bumped, lie, small, whole, wide
+from tests.suite.liars import FAR, bumped, decayed, lie, small, whole, wide
 
 
 @lie("run")
@@ -97,17 +94,17 @@ def adds_eps_instead_of_clamping(honest, x, given):
 
 @lie("run")
 def takes_log2_for_ln(honest, x, given):
-    return honest(x, _decay(given, lambda g: g * np.log(2)))
+    return honest(x, decayed(given, lambda g: g * np.log(2)))
 
 
 @lie("run")
 def takes_the_log_for_a_factor(honest, x, given):
-    return honest(x, _decay(given, lambda g: -np.exp(g)))
+    return honest(x, decayed(given, lambda g: -np.exp(g)))
 
 
 @lie("run")
 def flips_the_decays_sign_and_clamps(honest, x, given):
-    return honest(x, _decay(given, lambda g: np.minimum(-g, 0)))
+    return honest(x, decayed(given, lambda g: np.minimum(-g, 0)))
 
 
 @lie("run")
@@ -206,81 +203,6 @@ def drops_features_beyond_the_fourth(honest, x, given):
     return honest(x, given | {"q": q})
 
 
-@lie("run", alone="matches_at_any_width", pool=True)
-def drops_features_beyond_the_sixteenth(honest, x, given):
-    q = given["q"].copy()
-    q[..., 16:] = 0
-    return honest(x, given | {"q": q})
-
-
-@lie("run")
-def mixes_more_than_eight_heads(honest, x, given):
-    r = honest(x, given)
-    if x.case.heads > 8:
-        r.o = r.o[:, :, ::-1].copy()
-    return r
-
-
-@lie("run")
-def drops_keys_beyond_the_last_query(honest, x, given):
-    v = given["v"].copy()
-    v[:, x.case.n :] = 0
-    return honest(x, given | {"v": v})
-
-
-@lie("run")
-def knows_one_eps(honest, x, given):
-    return honest(x, given, eps=1e-6)
-
-
-@lie("run")
-def counts_the_padding(honest, x, given):
-    r = honest(x, given)
-    if r.kv is not None and x.lengths is not None:
-        r.length = r.length - given["lengths"] + x.case.n
-    return r
-
-
-@lie("run")
-def takes_a_slow_decay_for_none(honest, x, given):
-    return honest(x, _decay(given, lambda g: np.where(g > -1e-4, 0, g)))
-
-
-@lie("run")
-def a_block_without_keys_is_skipped_with_its_decay(honest, x, given):
-    if x.key_mask is None or x.case.decay != "token":
-        return honest(x, given)
-    g = given["log_decay"].copy()
-    for start in range(0, x.case.n - 15, 16):
-        g[~x.key_mask[:, start : start + 16].any(1), start : start + 16] = 0
-    return honest(x, given | {"log_decay": g})
-
-
-@lie("run")
-def leaks_into_the_tenth_sequence(honest, x, given):
-    r = honest(x, given)
-    if x.cu_seqlens is not None and len(x.cu_seqlens) > 10:
-        r.o[:, x.cu_seqlens[9] :] *= np.asarray(0.5, r.o.dtype)
-    return r
-
-
-@lie("run", alone="returns_memory_of_its_own")
-def writes_into_the_same_buffer_each_time(honest, x, given, buffers={}):  # noqa: B006
-    r = honest(x, given)
-    kept = buffers.setdefault((r.o.shape, r.o.dtype), np.empty_like(r.o))
-    kept[...] = r.o
-    r.o = kept
-    return r
-
-
-@lie("run", alone="forgets_at_minus_infinity")
-def multiplies_a_forgotten_state_by_zero(honest, x, given):
-    r = honest(x, given)
-    if x.state is not None and _resets(x):
-        r.o += 0 * given["kv"].sum(dtype=r.o.dtype)
-    return r
-
-
 @lie("run", alone="follows_the_closed_form")
 def phase_of_the_whole_position_in_float32(honest, x, given):
     if x.case.reweight == "lrpe" and x.case.n > 2000:
@@ -323,9 +245,9 @@ def multiplies_masked_keys_by_zero(honest, x, given):
 
 
 @lie("run", alone="takes_zero_decay_as_none")
-def minus_zero_is_another_decay(honest, x, given):
+def minus_zero_is_anotherdecayed(honest, x, given):
     if x.log_decay is not None and (np.signbit(x.log_decay) & (x.log_decay == 0)).any():
-        return honest(x, _decay(given, lambda g: g - 1))
+        return honest(x, decayed(given, lambda g: g - 1))
     return honest(x, given)
 
 
@@ -407,15 +329,3 @@ def long_continued_calls_lose_their_state(honest, x, given):
     if whole(x) and "kv" in given and x.case.n > 600 and x.case.heads == 2:
         given = given | {"kv": given["kv"] * 0}
     return honest(x, given)
-
-
-def _resets(x: Inputs) -> bool:
-    """Whether some log decay is -inf, as `forgets_at_minus_infinity` has it."""
-    return x.log_decay is not None and bool(np.isneginf(x.log_decay).any())
-
-
-def _decay(given: dict[str, Any], change: Any) -> dict[str, Any]:
-    if "log_decay" not in given:
-        return given
-    g = given["log_decay"]
-    return given | {"log_decay": change(g).astype(g.dtype)}

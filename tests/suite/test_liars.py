@@ -6,10 +6,10 @@ import pytest
 
 from linattn.testing import PROPERTIES
 from linattn.testing.check import check
-from tests.suite import lies_elsewhere, lies_forward
+from tests.suite import lies_elsewhere, lies_forward, lies_rare
 from tests.suite.liars import LIES, Liar
 
-assert lies_elsewhere and lies_forward  # importing them fills LIES
+assert lies_elsewhere and lies_forward and lies_rare  # importing them fills LIES
 
 ALONE = [name for name, lie in LIES.items() if lie.alone]
 

@@ -85,8 +85,8 @@ def _cut(x: Inputs, b: int, length: int) -> Inputs:
 
 @holds({"causal": True, "decay": ("head", "token"), "borders": None}, sizes=(2, 17, 40, 150))
 def forgets_at_minus_infinity(target: Any, case: Case) -> None:
-    """From a log decay of -inf on, no token before it shows in outputs, states, gradients, and of the initial
-    state not even NaN.
+    """From a log decay of -inf on, nothing before it shows in outputs, states and gradients; where pools are
+    served, whose rows hold what an earlier text left, not even a state of NaN.
     """
     of = subject(target)
     case = require(of, case.replace(n=min(case.n, of.reach), m=None))
@@ -101,7 +101,7 @@ def forgets_at_minus_infinity(target: Any, case: Case) -> None:
         kv, z, length = x.state
         sick = sick.replace(state=(*other.state[:2], length))
         nothing = (np.full_like(kv, np.nan), None if z is None else np.full_like(z, np.nan))
-        gone = sick.replace(state=(*nothing, length))
+        gone = sick if of.missing(case, "pool") else sick.replace(state=(*nothing, length))
     state = want_state(of, case)
     got, want = call(of, gone, return_state=state), call(of, x, return_state=state)
     for parts in (got, want):
