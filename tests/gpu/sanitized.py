@@ -95,13 +95,14 @@ def modelled(dtype: torch.dtype, width: int) -> int:
     return 9
 
 
-def calls(backend: str) -> list[Callable[[], int]]:
+def calls(backend: str, libraries: bool = True) -> list[Callable[[], int]]:
+    """libraries: models too, whose linear maps are cuBLAS's."""
     found: list[Callable[[], int]] = []
     if backend == "triton":
         for dtype, size in itertools.product((torch.bfloat16, torch.float32), SIZES):
             if dtype == torch.bfloat16 or size[1] == 64:
                 found += [partial(differentiated, kind, *size, dtype, backend) for kind in range(KINDS)]
-        for dtype, width in itertools.product((torch.bfloat16, torch.float32), (128, 136)):
+        for dtype, width in itertools.product((torch.bfloat16, torch.float32), (128, 136) * libraries):
             found.append(partial(modelled, dtype, width))
     else:
         kinds_of = {torch.bfloat16: range(KINDS), torch.float32: range(KINDS), torch.float64: (0, 2, 3)}
@@ -112,10 +113,10 @@ def calls(backend: str) -> list[Callable[[], int]]:
     return found + [partial(served, dtype, backend) for dtype in (torch.bfloat16, torch.float32)]
 
 
-def made(backend: str, part: int, of: int) -> int:
+def made(backend: str, part: int, of: int, libraries: bool = True) -> int:
     """Every `of`-th call, from the one numbered `part` on."""
     torch.manual_seed(part)
-    done = sum(call() for call in calls(backend)[part::of])
+    done = sum(call() for call in calls(backend, libraries)[part::of])
     torch.cuda.synchronize()
     return done
 
@@ -150,7 +151,8 @@ def main() -> None:
             of = itertools.repeat(options.backend), range(workers), itertools.repeat(workers)
             done = sum(pool.map(made, *of))
     else:
-        done = made(options.backend, options.part, options.of)
+        # cuBLAS writes by bulk copies, too
+        done = made(options.backend, options.part, options.of, libraries=not options.zeros)
     print(f"{done} calls")
 
 
