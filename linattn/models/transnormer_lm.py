@@ -113,7 +113,7 @@ class TransNormerLM(nn.Module):
 
     def embed(self, ids: Int[torch.Tensor, "*b"]) -> Float[torch.Tensor, "*b e"]:
         """Return x_0 = sqrt(embed_dim) * Emb[ids], or without the factor if the configuration says so."""
-        check_ids(ids, self.config.vocab_size)
+        check_ids(ids, self.embed_tokens, self.config.vocab_size)
         x: torch.Tensor = self.embed_tokens(ids)
         return x if self.config.no_scale_embedding else x * math.sqrt(self.config.embed_dim)
 
@@ -211,13 +211,16 @@ def steppers(layers: Iterable[nn.Module]) -> list[TransNormerLayer] | None:
     return found
 
 
-def check_ids(ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise DtypeError or ValueRangeError for what are no ids (values only where they lie on the host)."""
+def check_ids(ids: torch.Tensor, embedding: nn.Module, vocab_size: int) -> None:
+    """Raise DtypeError or ValueRangeError for what are no ids (values only where they lie on the host).
+
+    An embedding that was put in place of the model's own has its own number of rows.
+    """
     if ids.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"ids must be int64 or int32, got {str(ids.dtype).removeprefix('torch.')}")
     if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
         return  # on a device, reading the values would synchronise
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
+    low, high, rows = int(ids.min()), int(ids.max()), getattr(embedding, "num_embeddings", vocab_size)
+    if low < 0 or high >= rows:
         bad = low if low < 0 else high
-        raise ValueRangeError(f"ids must lie in 0 … {vocab_size - 1}, got {bad}")
+        raise ValueRangeError(f"ids must lie in 0 … {rows - 1}, got {bad}")

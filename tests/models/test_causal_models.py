@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from linattn.errors import OptionError, ShapeError
+from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models.cosformer import CosformerConfig, CosformerForCausalLM
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
 
@@ -80,6 +80,14 @@ def test_several_rows_of_packed_texts(model: Any, said: str, chunk: int | None) 
     torch.testing.assert_close(model.train()(IDS, labels=IDS, **options).loss, want)
     with pytest.raises(ShapeError, match="in one row, so b must be 1, got 2"):
         model(IDS, cu_seqlens=torch.tensor([0, 9, 18]))
+
+
+@pytest.mark.parametrize("rows", [40, 80])
+def test_an_embedding_put_in_place_has_ids_of_its_own(model: Any, rows: int) -> None:
+    model.set_input_embeddings(torch.nn.Embedding(rows, 32))
+    model(torch.tensor([[0, rows - 1]]))
+    with pytest.raises(ValueRangeError, match=f"0 … {rows - 1}, got {rows}"):
+        model(torch.tensor([[0, rows]]))
 
 
 def test_a_configuration_that_asks_for_attentions_is_refused(model: Any) -> None:

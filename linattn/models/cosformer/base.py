@@ -139,7 +139,7 @@ class CosformerStack(CosformerPreTrainedModel):
             raise OptionError("a decoder with a source takes inputs_embeds: the encoder embeds both texts")
         if ids.ndim != 2:
             raise ShapeError(f"input_ids must have shape [b, n], got {tuple(ids.shape)}")
-        check_ids(ids, self.config.vocab_size)
+        check_ids(ids, self.embed_tokens, self.config.vocab_size)
         embedded: torch.Tensor = self.embed_tokens(ids)
         return embedded
 

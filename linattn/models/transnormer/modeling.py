@@ -148,7 +148,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         elif ids.ndim != 2:
             raise ShapeError(f"input_ids must have shape [b, n], got {tuple(ids.shape)}")
         else:
-            check_ids(ids, self.config.vocab_size)
+            check_ids(ids, self.embed_tokens, self.config.vocab_size)
             x = self.embed_tokens(ids)
         assert x is not None
         return x if self.config.no_scale_embedding else x * math.sqrt(self.config.decoder_embed_dim)
