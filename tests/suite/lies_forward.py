@@ -245,7 +245,7 @@ def multiplies_masked_keys_by_zero(honest, x, given):
 
 
 @lie("run", alone="takes_zero_decay_as_none")
-def minus_zero_is_anotherdecayed(honest, x, given):
+def minus_zero_is_another_decay(honest, x, given):
     if x.log_decay is not None and (np.signbit(x.log_decay) & (x.log_decay == 0)).any():
         return honest(x, decayed(given, lambda g: g - 1))
     return honest(x, given)

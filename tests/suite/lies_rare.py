@@ -49,7 +49,7 @@ def takes_a_slow_decay_for_none(honest, x, given):
 
 
 @lie("run")
-def a_block_without_keys_is_skipped_with_itsdecayed(honest, x, given):
+def a_block_without_keys_is_skipped_with_its_decay(honest, x, given):
     if x.key_mask is None or x.case.decay != "token":
         return honest(x, given)
     g = given["log_decay"].copy()

@@ -46,6 +46,22 @@ class RefusesPacked(Delegate):
         return "does not pack" if problem.packed else None
 
 
+class RefusesCrossAndLies(Delegate):
+    """Takes as many keys as queries, and is wrong where it does not mask the future."""
+
+    def unsupported(self, problem: Any) -> str | None:
+        return "as many keys as queries" if problem.m != problem.n else None
+
+    def forward(self, problem: Any, *arguments: Any) -> Any:
+        o, state = super().forward(problem, *arguments)
+        return (o if problem.causal else o / 2), state
+
+
+def test_what_refuses_other_keys_is_compared_without() -> None:
+    report = testing.check_backend(RefusesCrossAndLies(), only=["matches_the_reference"], shrink=False)
+    assert report.failures and "allowed" in report.failures[0].message
+
+
 def test_an_honest_object_passes() -> None:
     report = testing.check_backend(Delegate(), quick=True)
     assert report.ok, str(report)
