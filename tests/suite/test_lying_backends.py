@@ -47,10 +47,10 @@ class RefusesPacked(Delegate):
 
 
 class RefusesCrossAndLies(Delegate):
-    """Takes as many keys as queries, and is wrong where it does not mask the future."""
+    """Takes as many keys as queries and no borders, and is wrong where it does not mask the future."""
 
     def unsupported(self, problem: Any) -> str | None:
-        return "as many keys as queries" if problem.m != problem.n else None
+        return "no" if problem.m != problem.n or problem.packed or problem.lengths else None
 
     def forward(self, problem: Any, *arguments: Any) -> Any:
         o, state = super().forward(problem, *arguments)
