@@ -63,16 +63,16 @@ class Kernel(_Defaults, _Function):
         or (kv, z) where the call is normalised: those of `linattn.State`.
     options: what `fn` computes: a value, or a tuple of values, on each of the axes causal, decay ("head",
         "token"), reweight, feature_map, normalize, dtype. What is left out: causal, no feature map, not
-        normalised, float32, one decay per head.
+        normalised, float32, one decay per head. What is normalised and does not take eps clamps at 1e-6.
     arguments: passed along with every call. arrays: "torch", "numpy" or "cupy". device: where they live.
     name: "module:object" under which this Kernel can be imported, so that a failing call can be pasted.
     block: tokens between two roundings of a carried state, 1 for a recurrence.
     reach: the longest call that is worth its time.
     gradients: True: torch's autograd; False: none; or `(q, k, v, do, dstate=None, **named) -> dict`.
     decode_step: `(q, k, v, state, slots=None, **options) -> o`, which updates `state`, a dict of kv, z and
-        length, in place. merge_states: `(left, right, total_log_decay=None, **options)` on two such dicts,
-        returns one. Both in linattn's layout and units; options are log_decay, theta, feature_map, normalize,
-        eps and scale.
+        length, in place; a pool may be strided, and rows without a slot (-1) hold NaN. merge_states:
+        `(left, right, total_log_decay=None, **options)` on two such dicts, returns one and changes neither.
+        Both in linattn's layout and units; options are log_decay, theta, feature_map, normalize, eps, scale.
 
     Raises OptionError for a description that means nothing.
     """

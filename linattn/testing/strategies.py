@@ -32,7 +32,7 @@ def cases(
     """Draw a Case with these options (a row of `combinations`; None: any row of the pairwise array).
 
     `fixed` sets fields of the case; `longest` caps the lengths, or `sizes` lists them. `wide` draws features
-    and heads as models have them.
+    or heads as models have them.
     """
     from hypothesis import strategies as st
 
@@ -47,8 +47,9 @@ def cases(
         )
         far = n > longest
         heads = draw(st.sampled_from([1, 2, 4, 5, 9] if wide else [1, 2] if far else [1, 2, 3]))
-        features = WIDTHS if wide and heads < 3 else [1, 3] if far else [1, 3, 4, 5, 8]
-        values = WIDTHS if wide and heads < 3 else [1, 2] if far else [1, 2, 3, 6, 8]
+        features, values = ([1, 3], [1, 2]) if far else ([1, 3, 4, 5, 8], [1, 2, 3, 6, 8])
+        if wide and heads < 3:
+            features = values = list(WIDTHS)
         picked: dict[str, Any] = {
             "n": n,
             "batch": draw(st.integers(1, 3 if wide else 2)),

@@ -64,12 +64,12 @@ class Subject(Protocol):
         """What it offers on each axis of `linattn.testing.variants.AXES`."""
 
     def missing(self, case: Case, *needs: str) -> str | None:
-        """Why it does not offer this case with these needs (state, gradients, decode, slots, merge), or
+        """Why it does not offer this case with these needs (state, gradients, decode, slots, pool, merge), or
         None.
         """
 
     def adapt(self, case: Case) -> Case:
-        """The case with what the subject decides for itself (a built-in scale)."""
+        """The case with what the subject decides for itself (a built-in scale, its only eps)."""
 
     def run(self, x: Inputs, given: Natives, *, return_state: bool = False, slots: Any = None) -> Result:
         """One call of attention; `slots` continues rows of a pool, which is given as the initial state."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from linattn.testing import Inputs
 from tests.suite.liars import decayed, lie
+
+BUFFERS: dict[tuple[tuple[int, ...], np.dtype], np.ndarray] = {}
 
 
 @lie("run", alone="matches_at_any_width", pool=True)
@@ -67,9 +68,9 @@ def leaks_into_the_tenth_sequence(honest, x, given):
 
 
 @lie("run", alone="returns_memory_of_its_own")
-def writes_into_the_same_buffer_each_time(honest, x, given, buffers={}):  # noqa: B006
+def writes_into_the_same_buffer_each_time(honest, x, given):
     r = honest(x, given)
-    kept = buffers.setdefault((r.o.shape, r.o.dtype), np.empty_like(r.o))
+    kept = BUFFERS.setdefault((r.o.shape, r.o.dtype), np.empty_like(r.o))
     kept[...] = r.o
     r.o = kept
     return r
@@ -78,11 +79,6 @@ def writes_into_the_same_buffer_each_time(honest, x, given, buffers={}):  # noqa
 @lie("run", alone="forgets_at_minus_infinity")
 def multiplies_a_forgotten_state_by_zero(honest, x, given):
     r = honest(x, given)
-    if x.state is not None and _resets(x):
+    if x.state is not None and x.log_decay is not None and np.isneginf(x.log_decay).any():
         r.o += 0 * given["kv"].sum(dtype=r.o.dtype)
     return r
-
-
-def _resets(x: Inputs) -> bool:
-    """Whether some log decay is -inf, as `forgets_at_minus_infinity` has it."""
-    return x.log_decay is not None and bool(np.isneginf(x.log_decay).any())

@@ -104,23 +104,22 @@ def compare_gradients(
         assert_within(f"gradient of {name}", letters, got[name], value, share * allowed[name], dtype)
 
 
+def upstream(of: Subject, x: Inputs, layout: str | None = None) -> tuple[Any, Any]:
+    """What a backward pass starts from, as the subject takes it: of the output, and of kv and z or None."""
+    case, layout = x.case, x.case.layout if layout is None else layout
+    do = arrays.place(x.do, of.kind, case.dtype, of.device, layout).array
+    if x.dstate is None:
+        return do, None
+    last = (
+        g if g is None else arrays.place(g, of.kind, case.accumulate, of.device, layout) for g in x.dstate
+    )
+    return do, tuple(g if g is None else g.array for g in last)
+
+
 def gradients(of: Subject, x: Inputs, layout: str | None = None) -> dict[str, Any]:
     """The subject's gradients, as NumPy."""
-    case = x.case
     given, _ = natives(of, x, layout)
-    assert x.do is not None
-    do = arrays.place(x.do, of.kind, case.dtype, of.device, case.layout if layout is None else layout).array
-    last = None
-    if x.dstate is not None:
-        last = tuple(
-            None
-            if g is None
-            else arrays.place(
-                g, of.kind, case.accumulate, of.device, case.layout if layout is None else layout
-            ).array
-            for g in x.dstate
-        )
-    found = of.vjp(x, given, do, last)  # type: ignore[arg-type]
+    found = of.vjp(x, given, *upstream(of, x, layout))
     read: dict[str, Any] = {
         name: arrays.back(g) for name, g in found.items() if name != "initial_state" and g is not None
     }
@@ -131,7 +130,7 @@ def gradients(of: Subject, x: Inputs, layout: str | None = None) -> dict[str, An
 
 @holds(sizes=(3, 18), wide=True)
 def matches_at_any_width(target: Any, case: Case) -> None:
-    """Outputs, final states and gradients equal the definition's where heads and features are many."""
+    """Outputs, final states and gradients equal the definition's where heads or features are many."""
     matches_the_reference(target, case)
     of = subject(target)
     if of.missing(case, "gradients") is None:
@@ -153,9 +152,10 @@ def follows_the_closed_form(target: Any, case: Case) -> None:
     n = min(case.n, of.reach)
     case = require(of, case.replace(n=n, m=None))
     x = case.inputs()
-    value = rng_of(case).integers(1, 9, (case.heads, case.e)).astype(np.float64)
+    rng = rng_of(case)
+    value = rng.integers(1, 9, (case.heads, case.e)).astype(np.float64)
     x = x.replace(q=np.ones_like(x.q), k=np.zeros_like(x.k), v=np.zeros_like(x.v))
-    at = 0 if case.seed % 2 else int(rng_of(case).integers(n))
+    at = 0 if rng.random() < 0.5 else int(rng.integers(n))
     x.k[:, at], x.v[:, at] = 1.0, value
     options = x.options()
     past = np.arange(n)[:, None] - at  # [n h]
@@ -164,10 +164,7 @@ def follows_the_closed_form(target: Any, case: Case) -> None:
     if case.decay == "head":
         log_weight = np.where(i > 0, np.where(i > 0, i, 1) * options["log_decay"], 0.0)
     elif case.decay == "token":
-        g = options["log_decay"][0]  # few values: counting them is exact, adding them up is not
-        for rate in np.unique(g[at + 1 :]):
-            count = np.cumsum(g[at + 1 :] == rate, axis=0)
-            log_weight[at + 1 :] += np.where(count > 0, np.maximum(count, 1) * rate, 0.0)
+        log_weight[at + 1 :] = _counted(options["log_decay"][0, at + 1 :])
     size = float(absolute.feature(np.ones(1), case.feature_map)[0]) ** 2
     size *= abs(case.scale)
     cosine = 1.0 if options["theta"] is None else np.cos(options["theta"][:, 0] * i)
@@ -211,9 +208,7 @@ def gradients_follow_the_closed_form(target: Any, case: Case) -> None:
         log_weight = lag * options["log_decay"]
     elif case.decay == "token":
         g = options["log_decay"][0]
-        after = np.concatenate([g[1:], 0.0 * g[:1]])  # those of the tokens behind a key
-        for rate in np.unique(after[after < 0]):
-            log_weight += np.cumsum((after == rate)[::-1], axis=0)[::-1] * rate
+        log_weight[:-1] = _counted(g[:0:-1])[::-1]  # those of the tokens behind a key
     one = np.ones(1)
     phi, slope = float(absolute.feature(one, case.feature_map)[0]), _slope(case.feature_map)
     size = abs(case.scale) * np.exp(log_weight)  # [n h], without features and cosine
@@ -244,6 +239,15 @@ def gradients_follow_the_closed_form(target: Any, case: Case) -> None:
         allowed["theta"] = ((spanned + 64) * limit)[:, None]
     allowed = {name: part + tolerance.SUBNORMAL[case.dtype] for name, part in allowed.items()}
     compare_gradients(gradients(of, x), want, allowed, x)
+
+
+def _counted(g: Array) -> Array:
+    """Cumulative sums of few different values [n h]: counting them is exact, adding them up is not."""
+    total = np.zeros(g.shape)
+    for rate in np.unique(g):
+        count = np.cumsum(g == rate, axis=0)
+        total += np.where(count > 0, np.maximum(count, 1) * rate, 0.0)
+    return total
 
 
 def _slope(feature_map: str | None) -> float:

@@ -30,7 +30,7 @@ class Property:
     """A property and the cases that are worth trying on it.
 
     axes: the option combinations to which it applies. fixed: fields of the case. sizes: lengths to draw from
-    (empty: the usual edges up to `longest`). wide: features and heads as models have them.
+    (empty: the usual edges up to `longest`). wide: features or heads as models have them.
     """
 
     name: str
