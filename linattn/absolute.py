@@ -6,6 +6,7 @@ float64.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,14 +47,83 @@ def absolute_slope(x: Array, name: str | None) -> Array:
     return np.where(x > 0, 1.0, np.exp(np.minimum(x, 0.0)))
 
 
+def _gate_error(x: Array, name: str | None, u: float) -> Array:
+    """What φ'(x) of silu is off by where 1 - σ is formed from a rounded σ: that is 1 from x = 16.6 on."""
+    return _sigmoid(x) * abs(x) * np.minimum(u, _sigmoid(-x)) if name == "silu" else np.zeros_like(x)
+
+
 def _sigmoid(x: Array) -> Array:
     e = np.exp(-abs(x))
     return np.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
+@dataclass
+class _Terms:
+    """Sums of terms without signs: what each term is made of, times what stands for its pair of tokens.
+
+    pair [h n m]: query and key; first [h n]: from the initial state; last [h m]: into the final state;
+    through [h]: from one to the other. x [h n d], y [h m d], v [h m e], start [h d e]: the factors.
+    """
+
+    pair: Array
+    first: Array
+    last: Array
+    through: Array
+    x: Array
+    y: Array
+    v: Array
+    start: Array
+    w: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.w = self.pair * (self.x @ self.y.swapaxes(1, 2))
+
+    def outputs(self) -> Array:
+        return self.w @ self.v + self.first[..., None] * (self.x @ self.start)
+
+    def backward(self, grad: Array, dend: Array) -> None:
+        """Take the gradient of the outputs [h n e] and of the final state [h d e]."""
+        self.grad, self.dend = grad, dend
+        self.t = self.pair * (grad @ self.v.swapaxes(1, 2))  # [h n m]
+        self.x_start = self.first[..., None] * (grad @ self.start.swapaxes(1, 2))
+        self.y_end = self.last[..., None] * (self.v @ dend.swapaxes(1, 2))
+        self.dx = self.t @ self.y + self.x_start
+        self.dy = self.t.swapaxes(1, 2) @ self.x + self.y_end
+
+    def dv(self) -> Array:
+        return self.w.swapaxes(1, 2) @ self.grad + self.last[..., None] * (self.y @ self.dend)
+
+    def dinitial(self) -> Array:
+        began = (self.x * self.first[..., None]).swapaxes(1, 2) @ self.grad
+        return began + self.through[:, None, None] * self.dend
+
+    def end(self) -> Array:
+        """|C_n| against |dC_n|, per head and feature."""
+        kv = (self.y * self.last[..., None]).swapaxes(1, 2) @ self.v
+        return ((kv + self.through[:, None, None] * self.start) * self.dend).sum(-1)
+
+    def rows(self) -> Array:
+        return (self.x * self.dx).sum(-1)  # [h n]
+
+    def columns(self) -> Array:
+        return (self.y * self.dy).sum(-1)  # [h m]
+
+    def dtheta(self, lag: Array) -> Array:
+        n, m = lag.shape
+        i, j = np.arange(n)[:, None], np.arange(m)[:, None]
+        reach = (self.t * (lag + ANGLE_BLOCK)) @ self.y
+        out = (self.x * (reach + (i + 1 + ANGLE_BLOCK) * self.x_start)).sum(1)
+        out = out + (self.y * self.y_end * (n + ANGLE_BLOCK - j)).sum(1)
+        return 2 * (out + (n + ANGLE_BLOCK) * self.end())
+
+
 class Sequence:
-    """The sums of one sequence, every factor absolute: [h n m] pair weights beside their allowed relative
-    errors.
+    """The sums of one sequence with every factor absolute, and their allowed errors.
+
+    An error is the sum of three: every term times its allowed relative error; in a backward pass every term
+    with the error of the gradient that it begins with; and underflow. A product of some of a term's factors
+    may be lost below the smallest normal number, and the term's other factors multiply what is lost: that is
+    at most this number times 1 + |factor| for each factor, and nothing where a factor is 0.
     """
 
     def __init__(
@@ -72,20 +142,20 @@ class Sequence:
         self.rounding, self.causal, self.scale = rounding, causal, abs(scale)
         n, m = len(q), len(k)
         self.n, self.m = n, m
-        self.terms = wide + v.shape[-1] + max(n, m)
+        self.count = wide + v.shape[-1] + max(n, m)
         keep = np.ones(m, bool) if mask is None else mask
         kept = keep[:, None, None]
+        self.kept = keep[:, None]
         safe_k = np.where(kept, k, 0.0)
         self.x = abs(feature(q, feature_map)).swapaxes(0, 1)  # [h n d]
         self.y = np.where(kept, abs(feature(safe_k, feature_map)), 0.0).swapaxes(0, 1)  # [h m d]
         self.v = np.where(kept, abs(v), 0.0).swapaxes(0, 1)  # [h m e]
-        self.q_slope = absolute_slope(q, feature_map)
-        self.k_slope = np.where(kept, absolute_slope(safe_k, feature_map), 0.0)
-        self.w = self.x @ self.y.swapaxes(1, 2)  # [h n m]
+        self.slopes = tuple(absolute_slope(x, feature_map).swapaxes(0, 1) for x in (q, safe_k))
+        self.gates = tuple(_gate_error(x, feature_map, rounding.once).swapaxes(0, 1) for x in (q, safe_k))
         i, j = np.arange(n), np.arange(m)
         lag = i[:, None] - j
         self.lag = abs(lag)
-        seen = lag >= 0 if causal else np.ones((n, m), bool)
+        self.seen = lag >= 0 if causal else np.ones((n, m), bool)
         heads = q.shape[1]
         g = np.zeros((n, heads)) if log_decay is None else np.broadcast_to(log_decay, (n, heads))
         if causal:
@@ -94,8 +164,7 @@ class Sequence:
             head = np.zeros(heads) if log_decay is None else log_decay
             total = np.where(self.lag > 0, _times(head[:, None, None], self.lag), 0.0)
             to = np.zeros((heads, n))
-        self.pair = self._weights(total, self.lag, self.scale, seen)
-        u_out = rounding.u_out
+        self.pair = self._weights(total, self.lag, self.scale, self.seen)
         self.first = self._weights(to, i + 1, self.scale, True)
         last = total[:, -1, :] if n and causal else np.zeros((heads, m))
         self.last = self._weights(last, n - 1 - j if causal else 0, 1.0, True)
@@ -103,36 +172,41 @@ class Sequence:
         over = to[:, -1] if n else np.zeros(heads)
         self.through = self._weights(over, n, 1.0, True)
         self.carry = self._weights(over, n, 1.0, True, rounding.u_acc)
-        self.base = rounding.factor(self.terms, 0.0, 0.0, u_out)
+        self.base = rounding.factor(self.count, 0.0, 0.0, rounding.u_out)
 
     def _weights(
         self, log_weight: Array, lag: Any, scale: float, seen: Any, u_out: float | None = None
     ) -> tuple[Array, Array]:
-        """Λ with its scale, and the same times the allowed relative error.
-
-        Λ may be flushed to zero below the smallest normal number, whatever it is multiplied with afterwards.
-        """
+        """Λ with its scale, and the same times the allowed relative error."""
         u_out = self.rounding.u_out if u_out is None else u_out
         weight = np.where(seen, scale * np.exp(log_weight), 0.0)
         finite = np.where(weight > 0, -log_weight, 0.0)
-        factor = self.rounding.factor(self.terms, lag / self.rounding.update_every + 1, finite, u_out)
-        flushed = np.where(seen & (log_weight < 0), scale * self.rounding.flushed, 0.0)
-        return weight, weight * factor + flushed
+        factor = self.rounding.factor(self.count, lag / self.rounding.update_every + 1, finite, u_out)
+        return weight, weight * factor
 
     def columns(self, normalize: bool, start: Array) -> None:
         """Append the normaliser's column of ones to the values; `start` [h d e(+1)] is the folded initial
         state.
         """
-        self.start, self.normalize = start, normalize
+        self.normalize, v = normalize, self.v
         if normalize:
-            ones = np.ones((*self.v.shape[:-1], 1))
-            self.v = np.concatenate([self.v, ones], axis=-1)
-        weight, error = self.pair
-        from_start = self.x @ start
-        self.total = (weight * self.w) @ self.v + self.first[0][..., None] * from_start
-        # a numerator may be no normal number, and be divided by eps afterwards
-        lost = self.terms * self.rounding.wide_subnormal
-        self.error = (error * self.w) @ self.v + self.first[1][..., None] * from_start + lost
+            v = np.concatenate([v, np.ones((*v.shape[:-1], 1))], axis=-1)
+        heads, rows = self.first[0].shape
+        start = np.broadcast_to(start, (heads, *start.shape[1:]))
+        factors = self.x, self.y, v, start
+        self.size = _Terms(self.pair[0], self.first[0], self.last[0], self.through[0], *factors)
+        self.relative = _Terms(self.pair[1], self.first[1], self.last[1], self.through[1], *factors)
+        least = self.rounding.flushed
+        scaled = max(1.0, self.scale) * least
+        self.lost = _Terms(
+            np.broadcast_to(np.where(self.seen, scaled, 0.0), self.pair[0].shape),
+            np.full((heads, rows), scaled),
+            np.full((heads, self.m), least),
+            np.full(heads, least),
+            *map(left_over, factors),
+        )
+        self.total = self.size.outputs()
+        self.error = self.relative.outputs() + self.lost.outputs()
         self.denominator: Array | None = None
 
     def normalised(self, num: Array, den: Array, eps: float) -> None:
@@ -150,15 +224,15 @@ class Sequence:
         return (error / self.denominator[..., None]).swapaxes(0, 1)
 
     def final_state(self) -> Array:
-        sub = self.rounding.wide_subnormal
-        kv = (self.y * self.keep[1][..., None]).swapaxes(1, 2) @ self.v
-        return kv + self.carry[1][:, None, None] * self.start + sub
+        size, lost = self.size, self.lost
+        kv = (size.y * self.keep[1][..., None]).swapaxes(1, 2) @ size.v
+        kv = kv + self.carry[1][:, None, None] * size.start
+        return kv + self.rounding.flushed * (lost.y.swapaxes(1, 2) @ lost.v + lost.start)
 
     def backward(self, do: Array, dstate: Array) -> None:
-        """The absolute gradient of the sum's columns and its allowed error, then the pairs' part in each
-        gradient.
+        """Form the absolute gradient of the sum's columns and its allowed error, then the terms' part in
+        each gradient.
         """
-        self.dend = dstate
         grad = abs(do).swapaxes(0, 1)  # [h n e]
         grad_error = np.zeros_like(grad)
         if self.denominator is not None:
@@ -173,54 +247,43 @@ class Sequence:
             error = np.where(clamped, 0.0, error + np.where(unsure, 2 * dden, 0.0))
             grad = np.concatenate([grad, np.where(clamped, 0.0, dden)], axis=-1)
             grad_error = np.concatenate([grad_error, error], axis=-1)
-        self.grad, self.grad_error = grad, grad_error
-        values = self.v.swapaxes(1, 2)
-        self.t = self.pair[1] * (grad @ values) + self.pair[0] * (grad_error @ values)  # [h n m]
-        start = self.start.swapaxes(1, 2)
-        self.x_start = self.first[1][..., None] * (grad @ start) + self.first[0][..., None] * (
-            grad_error @ start
-        )
-        self.y_end = self.last[1][..., None] * (self.v @ dstate.swapaxes(1, 2))
+        dstate = np.broadcast_to(dstate, self.size.start.shape)
+        self.size.backward(grad, dstate)
+        self.gate = self.size.dx * self.gates[0], self.size.dy * self.gates[1]
+        self.size.backward(grad_error, np.zeros_like(dstate))
+        self.relative.backward(grad, dstate)
+        self.lost.backward(left_over(grad), left_over(dstate))
+        self.parts = self.size, self.relative, self.lost
 
     def dq(self) -> Array:
-        return (self.t @ self.y + self.x_start).swapaxes(0, 1) * self.q_slope
+        return self._through_features(0, [part.dx for part in self.parts])
 
     def dk(self) -> Array:
-        return (self.t.swapaxes(1, 2) @ self.x + self.y_end).swapaxes(0, 1) * self.k_slope
+        found = self._through_features(1, [part.dy for part in self.parts])
+        return np.where(self.kept[..., None], found, 0.0)
+
+    def _through_features(self, which: int, parts: list[Array]) -> Array:
+        slope = self.slopes[which]
+        inexact, relative, lost = parts
+        return ((inexact + relative) * slope + lost * left_over(slope) + self.gate[which]).swapaxes(0, 1)
 
     def dv(self) -> Array:
-        down = (self.pair[1] * self.w).swapaxes(1, 2) @ self.grad
-        down = down + (self.pair[0] * self.w).swapaxes(1, 2) @ self.grad_error
-        down = down + self.last[1][..., None] * (self.y @ self.dend)
+        down = sum(part.dv() for part in self.parts)
         return down[..., : down.shape[-1] - self.normalize].swapaxes(0, 1)
 
     def dinitial(self) -> Array:
-        x = self.x.swapaxes(1, 2)
-        out = (x * self.first[1][:, None]) @ self.grad + (x * self.first[0][:, None]) @ self.grad_error
-        return out + self.through[1][:, None, None] * self.dend + self.rounding.wide_subnormal
-
-    def _end(self) -> Array:
-        """|C_n| against |dC_n|, per head and feature."""
-        kv = (self.y * self.last[1][..., None]).swapaxes(1, 2) @ self.v + self.through[1][
-            :, None, None
-        ] * self.start
-        return (kv * self.dend).sum(-1)
+        return sum(part.dinitial() for part in self.parts)
 
     def dlog_decay(self) -> Array:
-        pairs = self.t * self.w
-        rows = pairs.sum(2) + (self.x * self.x_start).sum(-1)
-        columns = pairs.sum(1) + (self.y * self.y_end).sum(-1)
+        rows = sum(part.rows() for part in self.parts)
         if not self.causal:
             return np.full((max(self.n, 1), 1), (self.n + self.m) / max(self.n, 1)) * rows.sum(1)
-        suffix = np.cumsum((rows + columns)[:, ::-1], axis=1)[:, ::-1] + self._end().sum(-1)[:, None]
-        return suffix.swapaxes(0, 1)
+        both = rows + sum(part.columns() for part in self.parts)
+        end = sum(part.end() for part in self.parts).sum(-1)[:, None]
+        return (np.cumsum(both[:, ::-1], axis=1)[:, ::-1] + end).swapaxes(0, 1)
 
     def dtheta(self) -> Array:
-        reach = self.t * (self.lag + ANGLE_BLOCK)
-        i, j = np.arange(self.n)[:, None], np.arange(self.m)[:, None]
-        out = (self.x * (reach @ self.y + (i + 1 + ANGLE_BLOCK) * self.x_start)).sum(1)
-        out = out + (self.y * self.y_end * (self.n + ANGLE_BLOCK - j)).sum(1)
-        return 2 * (out + (self.n + ANGLE_BLOCK) * self._end())
+        return sum(part.dtheta(self.lag) for part in self.parts)
 
 
 def _times(log_decay: Array, lag: Array) -> Array:
@@ -254,6 +317,11 @@ def fold(state: State | None, s: int, d: int, wide: bool, columns: int) -> Array
 def unfold(state: Array, wide: bool, normalize: bool) -> tuple[Array, Array | None]:
     full = np.concatenate([state, state], axis=2) if wide else state
     return (full[..., :-1], full[..., -1]) if normalize else (full, None)
+
+
+def left_over(x: Array) -> Array:
+    """What a factor may multiply a lost product by: itself, or 1 if it is a part of it; 0 if it is 0."""
+    return x + (x > 0)
 
 
 def with_ones(v: Array) -> Array:

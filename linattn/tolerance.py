@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from linattn import reference
-from linattn.absolute import Sequence, State, feature, fold, joined, unfold, with_ones
+from linattn.absolute import Sequence, State, feature, fold, joined, left_over, unfold, with_ones
 from linattn.arrays import Array
 
 if TYPE_CHECKING:
@@ -71,8 +71,13 @@ class Rounding:
 
     @property
     def flushed(self) -> float:
-        """Weights below this may become 0: a GPU, or a CPU that is told to, has no subnormal numbers."""
+        """Products below this may become 0: a GPU, or a CPU that is told to, has no subnormal numbers."""
         return NORMAL[self.accumulate]
+
+    @property
+    def once(self) -> float:
+        """What a single rounding in the accumulation dtype may cost."""
+        return SLACK * self.u_acc
 
     @property
     def u_in(self) -> float:
@@ -208,31 +213,30 @@ def far(
         folded = np.stack([fold(start, s, d, wide, e) for s in range(len(start[0]))])
     sizes = abs(feature(q, feature_map)), abs(feature(k, feature_map)), abs(values)
 
-    def absolute(g: Array | None) -> tuple[Array, Array]:
-        run = dict(options, scale=abs(scale), initial_state=None if folded is None else (folded, None))
-        o, (kv, _) = reference.blockwise(*sizes, block=128, log_decay=g, **run)
+    def absolute(g: Array | None, scale: float, lost: bool = False) -> tuple[Array, Array]:
+        x, y, size = map(left_over, sizes) if lost else sizes
+        began = None if folded is None else (left_over(folded) if lost else folded, None)
+        o, (kv, _) = reference.blockwise(
+            x, y, size, block=128, log_decay=g, scale=scale, initial_state=began, **options
+        )
         return o, kv
 
     terms, updates = q.shape[1] + (2 if wide else 1) * d + e, q.shape[1] / rounding.update_every + 1
-    o, kv = absolute(log_decay)
-    error = o * rounding.factor(terms, updates, 0.0, rounding.u_out) + terms * rounding.wide_subnormal
-    state = kv * rounding.factor(terms, updates, 0.0, rounding.u_acc) + rounding.wide_subnormal
+    o, kv = absolute(log_decay, abs(scale))
+    error = o * rounding.factor(terms, updates, 0.0, rounding.u_out)
+    state = kv * rounding.factor(terms, updates, 0.0, rounding.u_acc)
     if log_decay is not None:
-        slow_o, slow_kv = absolute(log_decay / 2)
-        loss = SLACK * rounding.u_acc
-        # the weight of a pair may have been flushed to zero, however large the rest of the pair is
-        error = error + loss * slow_o + rounding.flushed * absolute(0.0 * _finite(log_decay))[0]
-        state = state + loss * slow_kv
+        slow_o, slow_kv = absolute(log_decay / 2, abs(scale))
+        error, state = error + rounding.once * slow_o, state + rounding.once * slow_kv
+    # underflow: see `Sequence`
+    lost_o, lost_kv = absolute(None, max(1.0, abs(scale)), lost=True)
+    error, state = error + rounding.flushed * lost_o, state + rounding.flushed * lost_kv
     if normalize:
         signed = dict(options, feature_map=feature_map, theta=theta, log_decay=log_decay, scale=scale)
         both, _ = reference.blockwise(q, k, values, block=128, initial_state=joined(start), **signed)
         num, den, loss = both[..., :-1], both[..., -1:], error[..., -1:]
         error = (error[..., :-1] + abs(num) / np.maximum(den, eps) * loss) / np.maximum(den - loss, eps)
     return error + rounding.subnormal, unfold(state, wide, normalize)
-
-
-def _finite(log_decay: Array) -> Array:
-    return np.where(np.isfinite(log_decay), log_decay, 0.0)
 
 
 def _sequences(

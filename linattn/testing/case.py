@@ -19,9 +19,12 @@ HALF_RANGE = 3.0e4
 """Sums in float16 stay below this; its largest number is 65504."""
 
 LOWEST = -20.0
-"""silu and elu+1 are within 5e-8 of 0 here. Further down products of them, and of decays, are soon no normal
-numbers in float32, which no bound knows of.
+"""silu and elu+1 are within 5e-8 of 0 here. Further down an exponential that is right to the last bit of its
+argument has no relative accuracy left.
 """
+
+NOTHING = {"float32": -150.0, "float64": -1000.0}
+"""At and below this they are 0, and their exponentials 0 or infinite, in a call that accumulates so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +204,7 @@ def _draw(case: Case) -> Inputs:
     q = _values(rng, (batch, n, heads, d), largest, case.dtype)
     k = _values(rng, (batch, m, heads, d), largest, case.dtype)
     if case.feature_map in ("silu", "elu+1"):
-        q, k = (np.where(x < LOWEST, -x, x) for x in (q, k))
+        q, k = (np.where((x < LOWEST) & (x > NOTHING[case.accumulate]), -x, x) for x in (q, k))
     v = _values(rng, (batch, m, heads, e), largest, case.dtype)
     do = _values(rng, (batch, n, heads, e), largest, case.dtype)
     borders = lengths = mask = None

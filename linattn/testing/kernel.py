@@ -66,7 +66,8 @@ class Kernel(_Defaults, _Function):
         normalised, float32, one decay per head. What is normalised and does not take eps clamps at 1e-6.
     arguments: passed along with every call. arrays: "torch", "numpy" or "cupy". device: where they live.
     name: "module:object" under which this Kernel can be imported, so that a failing call can be pasted.
-    block: tokens between two roundings of a carried state, 1 for a recurrence.
+    block: tokens between two roundings of a carried state, 1 for a recurrence. Where decays are factors it
+        counts as 4 at most: λ itself is rounded, and each token loses that much.
     reach: the longest call that is worth its time.
     gradients: True: torch's autograd; False: none; or `(q, k, v, do, dstate=None, **named) -> dict`.
     decode_step: `(q, k, v, state, slots=None, **options) -> o`, which updates `state`, a dict of kv, z and
@@ -103,6 +104,11 @@ class Kernel(_Defaults, _Function):
     @property
     def kind(self) -> str:
         return self.arrays
+
+    @property
+    def update_every(self) -> int:
+        """Tokens between two roundings of a carried state, as `linattn.tolerance` counts them."""
+        return min(self.block, 4) if self.decay == "factor" else self.block
 
     def expression(self) -> tuple[str, str]:
         """Python that finds it again, if `name` is the "module:object" under which it can be imported."""

@@ -12,7 +12,7 @@ from linattn.errors import UnsupportedError
 from linattn.testing import arrays
 from linattn.testing.case import Case, Inputs
 from linattn.testing.compare import Mismatch, NotOffered, assert_equal
-from linattn.tolerance import Rounding
+from linattn.tolerance import UPDATE_EVERY, Rounding
 
 Natives = dict[str, Any]
 
@@ -138,7 +138,7 @@ def rounding(of: Subject, case: Case, *, decode: bool = False) -> Rounding:
     they do where a subject says that it is `narrow`.
     """
     half = case.dtype in ("float16", "bfloat16") and getattr(of, "narrow", of.device != "cpu")
-    every = 1 if decode else getattr(of, "block", 16)
+    every = 1 if decode else getattr(of, "update_every", UPDATE_EVERY)
     return Rounding(case.dtype, case.precision, case.dtype if half else None, every)
 
 

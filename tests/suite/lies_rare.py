@@ -67,6 +67,38 @@ def leaks_into_the_tenth_sequence(honest, x, given):
     return r
 
 
+@lie("decode")
+def decode_writes_beside_the_pool(honest, x, given, slots):
+    o = honest(x, given, slots)
+    if slots is not None and (base := given["kv"].base) is not None:
+        base.flat[0] = 1
+    return o
+
+
+@lie("pool")
+def writes_beside_the_pool(given, slots):
+    if (base := given["kv"].base) is not None:
+        base.flat[0] = 1
+
+
+@lie("vjp")
+def a_nan_reaches_the_other_sequence_through_its_decay(honest, x, given, do, dstate):
+    found = honest(x, given, do, dstate)
+    if x.case.decay == "token":
+        found["log_decay"] = found["log_decay"] + 0 * given["v"].sum(dtype=found["log_decay"].dtype)
+    return found
+
+
+@lie("vjp")
+def silu_slope_from_an_infinite_exponential(honest, x, given, do, dstate):
+    found = honest(x, given, do, dstate)
+    if x.case.feature_map == "silu":
+        with np.errstate(all="ignore"):
+            e = np.exp(-given["q"])
+            found["q"] = found["q"] + 0 * (e / (1 + e)).astype(found["q"].dtype)
+    return found
+
+
 @lie("run", alone="returns_memory_of_its_own")
 def writes_into_the_same_buffer_each_time(honest, x, given):
     r = honest(x, given)

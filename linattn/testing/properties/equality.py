@@ -84,7 +84,12 @@ def gradient_limits(of: Subject, x: Inputs) -> dict[str, Any]:
 
 
 def compare_gradients(
-    got: dict[str, Any], want: dict[str, Any], allowed: dict[str, Any], x: Inputs, share: float = 1.0
+    got: dict[str, Any],
+    want: dict[str, Any],
+    allowed: dict[str, Any],
+    x: Inputs,
+    share: float = 1.0,
+    label: str = "",
 ) -> None:
     """Assert that every wanted gradient is there, and within `share` times its bound."""
     case = x.case
@@ -92,16 +97,17 @@ def compare_gradients(
         if value is None:
             continue
         if name not in got:
-            raise Mismatch(f"there is no gradient of {name}")
+            raise Mismatch(f"{label}there is no gradient of {name}")
         if name == "initial_state":
             parts = zip(("kv", "z"), got[name], value, allowed[name], strict=True)
             for part, g, w, limit in (part for part in parts if part[2] is not None):
-                what = f"gradient of initial_state.{part}"
+                what = f"{label}gradient of initial_state.{part}"
                 assert_within(what, LETTERS[part], g, w, share * limit, case.accumulate)
             continue
         letters = GRADIENT_LETTERS.get(name, "h" if value.ndim == 1 else "b n h")
         dtype = case.dtype if name in ("q", "k", "v") else case.accumulate
-        assert_within(f"gradient of {name}", letters, got[name], value, share * allowed[name], dtype)
+        what = f"{label}gradient of {name}"
+        assert_within(what, letters, got[name], value, share * allowed[name], dtype)
 
 
 def upstream(of: Subject, x: Inputs, layout: str | None = None) -> tuple[Any, Any]:
@@ -126,6 +132,12 @@ def gradients(of: Subject, x: Inputs, layout: str | None = None) -> dict[str, An
     if found.get("initial_state") is not None:
         read["initial_state"] = tuple(None if g is None else arrays.back(g) for g in found["initial_state"])
     return read
+
+
+def pieces(grads: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Every array among gradients, that of a state's kv and of its z, too, beside the argument's name."""
+    parts = ((name, part if isinstance(part, tuple) else (part,)) for name, part in grads.items())
+    return [(name, piece) for name, pieces in parts for piece in pieces if piece is not None]
 
 
 @holds(sizes=(3, 18), wide=True)

@@ -9,7 +9,7 @@ import numpy as np
 from linattn.arrays import Array
 from linattn.testing.case import Case, Inputs
 from linattn.testing.compare import assert_same
-from linattn.testing.properties.equality import gradients
+from linattn.testing.properties.equality import gradients, pieces
 from linattn.testing.properties.plan import LONG, Parts, assert_parts, holds, limits, rng_of, twice
 from linattn.testing.properties.selection import want_state
 from linattn.testing.subject import LETTERS, call, require, subject
@@ -117,10 +117,10 @@ def keeps_nan_in_its_sequence(target: Any, case: Case) -> None:
     sequence = row
     if x.cu_seqlens is not None:
         sequence = int(np.searchsorted(x.cu_seqlens, t, side="right")) - 1
+    own_sequence = np.arange(len(x.q) if x.cu_seqlens is None else len(x.cu_seqlens) - 1) == sequence
     for name in ("kv", "z"):
         if name in want:
-            own = np.arange(len(want[name])) == sequence
-            reached[name] = own.reshape(-1, *(1,) * (want[name].ndim - 1))
+            reached[name] = own_sequence.reshape(-1, *(1,) * (want[name].ndim - 1))
     for name, own in reached.items():
         what = f"{name}, out of reach of a NaN in row {row} at token {t},"
         assert_same(what, LETTERS[name], np.where(own, want[name], got[name]), want[name])
@@ -128,10 +128,13 @@ def keeps_nan_in_its_sequence(target: Any, case: Case) -> None:
         return
     sick, x = (y if state else y.replace(dstate=None) for y in (sick, x))
     found, wanted = gradients(of, sick), gradients(of, x)
-    for name in "qkv":
+    for (name, g), (_, without) in zip(pieces(found), pieces(wanted), strict=True):
+        if g.ndim < 3:
+            continue  # of a table that all sequences share
+        own = own_sequence if name == "initial_state" else _reached(x, row, t)
+        own = own.reshape(*own.shape, *(1,) * (g.ndim - own.ndim))
         what = f"gradient of {name}, out of reach of a NaN in row {row} at token {t},"
-        own = reached["o"]
-        assert_same(what, "b n h d", np.where(own, wanted[name], found[name]), wanted[name])
+        assert_same(what, "element", np.where(own, without, g), without)
 
 
 def _reached(x: Inputs, row: int, t: int) -> Array:

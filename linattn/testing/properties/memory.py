@@ -7,7 +7,13 @@ from typing import Any
 from linattn.testing import arrays
 from linattn.testing.case import Case, Inputs
 from linattn.testing.compare import assert_equal, assert_finite, assert_same
-from linattn.testing.properties.equality import compare_gradients, gradient_limits, gradients, upstream
+from linattn.testing.properties.equality import (
+    compare_gradients,
+    gradient_limits,
+    gradients,
+    pieces,
+    upstream,
+)
 from linattn.testing.properties.plan import assert_parts, holds, limits, twice
 from linattn.testing.properties.selection import want_state
 from linattn.testing.subject import LETTERS, Subject, call, natives, require, subject
@@ -95,7 +101,7 @@ def writes_every_output(target: Any, case: Case) -> None:
         return
     for name, part in got.items():
         assert_finite(name, LETTERS[name], part)
-    for name, piece in _pieces(grads):
+    for name, piece in pieces(grads):
         if case.dtype != "float16":
             assert_finite(f"gradient of {name}", "element", piece)
 
@@ -112,7 +118,7 @@ def gives_the_same_bits_twice(target: Any, case: Case) -> None:
         assert_same(name, LETTERS[name], again[name], part)
     if (backward := _with_gradients(of, x, state)) is not None:
         once, more = gradients(of, backward), gradients(of, backward)
-        for (name, want), (_, got) in zip(_pieces(once), _pieces(more), strict=True):
+        for (name, want), (_, got) in zip(pieces(once), pieces(more), strict=True):
             assert_same(f"gradient of {name}", "element", got, want)
 
 
@@ -138,16 +144,10 @@ def returns_memory_of_its_own(target: Any, case: Case) -> None:
         assert_same(f"{name} after another call", LETTERS[name], part, kept[name])
     if (backward := _with_gradients(of, x, state)) is not None and backward.do is not None:
         grads = of.vjp(backward, natives(of, x)[0], *upstream(of, backward))
-        found = [arrays.back(piece).copy() for _, piece in _pieces(grads)]
+        found = [arrays.back(piece).copy() for _, piece in pieces(grads)]
         gradients(of, other if state else other.replace(dstate=None))
-        for (name, piece), part in zip(_pieces(grads), found, strict=True):
+        for (name, piece), part in zip(pieces(grads), found, strict=True):
             assert_same(f"gradient of {name} after another", "element", arrays.back(piece), part)
-
-
-def _pieces(grads: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Every array among gradients, that of a state's kv and of its z, too, beside the argument's name."""
-    parts = ((name, part if isinstance(part, tuple) else (part,)) for name, part in grads.items())
-    return [(name, piece) for name, pieces in parts for piece in pieces if piece is not None]
 
 
 @holds(sizes=(0, 1, 5, 65), fixed={"heads": 2})

@@ -100,13 +100,11 @@ def decodes_only_named_rows(target: Any, case: Case) -> None:
         rows = rows.replace(log_decay=x.log_decay[:ROWS])
     padded = (slots < 0)[:, None, None, None]  # may hold anything
     sick = rows.replace(**{name: np.where(padded, np.nan, getattr(rows, name)) for name in "qkv"})
-    given, _ = natives(of, sick)
-    before, original = _state_parts(given), {name: arrays.back(a).copy() for name, a in given.items()}
+    given, buffers = natives(of, sick)
+    before = _state_parts(given)
     o = arrays.back(of.decode(*step(of, rows, 0, given), arrays.place(slots, of.kind, "", of.device).array))
-    for name in ("q", "k", "v", "log_decay", "theta"):
-        if name in given:
-            assert_same(f"{name} after the step", "element", arrays.back(given[name]), original[name])
     after = _state_parts(given)
+    _assert_alone(of, sick, given, buffers)
     used = slots >= 0
     named = slots[used]
     others = np.setdiff1d(np.arange(POOL), named)
@@ -120,6 +118,17 @@ def decodes_only_named_rows(target: Any, case: Case) -> None:
     got = {"o": o[used][:, None], **{name: value[named] for name, value in after.items()}}
     assert_parts(got, truth(taken), limits(of, taken, decode=True), taken)
     assert_same("length of named rows", "s", got["length"], before["length"][named] + 1)
+
+
+def _assert_alone(of: Subject, x: Inputs, given: Natives, buffers: dict[str, Any]) -> None:
+    """Assert that a call changed its pool at most: no other argument, nothing between or around states."""
+    same, original = natives(of, x)
+    for name in ("kv", "z", "length"):
+        if name in given:
+            given[name][...] = same[name]
+    for name, buffer in buffers.items():
+        what = f"{name}, around it too,"
+        assert_same(what, "element", arrays.back(buffer), arrays.back(original[name]))
 
 
 def _state_parts(given: Natives) -> Parts:
@@ -143,10 +152,11 @@ def continues_only_named_rows(target: Any, case: Case) -> None:
     )
     padding = rng.random(count) < 0.25  # these begin empty, give 0 and are written nowhere
     named, slots = slots[~padding], np.where(padding, -1, slots)
-    given, _ = natives(of, pool)
+    given, buffers = natives(of, pool)
     before = _state_parts(given)
     got = of.run(pool, given, slots=arrays.place(slots, of.kind, "", of.device).array).read()
     after = _state_parts(given)
+    _assert_alone(of, pool, given, buffers)
     others = np.setdiff1d(np.arange(count + 3), named)
     for name, value in before.items():
         assert_same(f"{name} of rows that no slot names", LETTERS[name], after[name][others], value[others])
