@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import shutil
 import sys
@@ -61,18 +62,24 @@ def demo(
 def _told(out: Path, seconds: float, seed: int, verified: bool) -> dict[str, object]:
     """Do it, and tell about it; return what came out."""
     began = time.monotonic()
-    _heading("1. What can run here (linattn backends)")
+    number = itertools.count(1)
+
+    def heading(text: str) -> None:
+        text = f"{next(number)}. {text}"
+        console().print(f"\n{text}\n{'─' * len(text)}", style="bold", markup=False, highlight=False)
+
+    heading("What can run here (linattn backends)")
     from linattn.cli.backends import backends
 
     backends()
     if verified:
-        _heading("2. Are the backends right? (linattn verify --quick)")
+        heading("Are the backends right? (linattn verify --quick)")
         _verify()
-    _heading(f"3. A language model learns the standard library, for {seconds:g} seconds")
+    heading(f"A language model learns the standard library, for {seconds:g} seconds")
     model, text, learned = _train(out, seconds, seed)
-    _heading("4. The model writes (linattn generate)")
+    heading("The model writes (linattn generate)")
     sample, per_byte = _write_sample(model, out, seed)
-    _heading("5. What the first layer looks at")
+    heading("What the first layer looks at")
     from linattn.models.picture import draw
 
     picture = out / "pair-weights.png"
@@ -82,10 +89,6 @@ def _told(out: Path, seconds: float, seed: int, verified: bool) -> dict[str, obj
     typer.echo(f"\nDone in {time.monotonic() - began:.0f} s; everything is in {out}")
     told = {"verified": verified, **learned, "sample": sample, "ms_per_byte": per_byte}
     return {**told, "picture": str(picture), "seconds": time.monotonic() - began}
-
-
-def _heading(text: str) -> None:
-    console().print(f"\n{text}\n{'─' * len(text)}", style="bold", markup=False, highlight=False)
 
 
 def _verify() -> None:

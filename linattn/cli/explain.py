@@ -156,6 +156,12 @@ def explain(
         decision = explain_problem(problem, backend or "auto")
         steps, card = plan(problem, decision)
         said = tuned.in_use(device) if steps and card is None else None
+    homeless = array == "torch" and cuda_is_missing(device)
+    if homeless:
+        absent = "would run, but no CUDA device is here"
+        decision = replace(
+            decision, chosen=None, reasons={name: why or absent for name, why in decision.reasons.items()}
+        )
     if as_json:
         answer: dict[str, Any] = {
             "call": str(problem),
@@ -166,7 +172,7 @@ def explain(
         print_json(answer | {"tuned": said, "assumed": card, "plan": steps})
         return
     typer.echo(str(decision))
-    if array == "torch" and cuda_is_missing(device):
+    if homeless:
         so = "" if card is None else f"; on one {card}, triton would run a forward pass like this:"
         typer.echo(f"no CUDA device is here{so}")
     elif steps is not None:

@@ -65,6 +65,18 @@ def test_as_json_with_named_backends_in_their_order():
     ]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:99"])
+def test_nobody_runs_on_a_device_that_is_not_here(device, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    answer = json.loads(invoke("--device", device, "--json").stdout)
+    assert answer["chosen"] is None
+    assert answer["backends"]["torch"] == "would run, but no CUDA device is here"
+    assert re.search(r"^ *torch +would run, but", invoke("--device", device).stdout, re.M)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

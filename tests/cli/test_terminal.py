@@ -176,7 +176,7 @@ def test_demo_as_json_is_one_object_and_tells_the_rest_elsewhere(tmp_path, monke
     assert found["sample"] == (tmp_path / "demo-output" / "sample.txt").read_text().removesuffix("\n")
     assert found["steps"] > 0 and 0 < found["bits_per_byte"] < 8 + 1
     assert Path(found["picture"]).is_file()
-    for heading in ("1. What can run here", "3. A language model", "5. What the first layer looks at"):
+    for heading in ("1. What can run here", "2. A language model", "4. What the first layer looks at"):
         assert heading in result.stderr and heading not in result.stdout
 
 
