@@ -219,6 +219,27 @@ def test_a_mask_must_agree_with_what_the_states_hold():
         model.generate(ids, past_key_values=cache, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_encoder_decoder_continues_a_text_from_its_cache(masked):
+    model, source = build(CosformerForConditionalGeneration), text(2, 6)
+    options = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    whole = model.generate(source, **options)
+    begun = model.generate(source, **{**options, "max_new_tokens": 3})
+    known = {"decoder_input_ids": begun.sequences, "past_key_values": begun.past_key_values}
+    if masked:
+        known["decoder_attention_mask"] = torch.ones_like(begun.sequences)
+    more = model.generate(source, **known, **{**options, "max_new_tokens": 2})
+    assert torch.equal(more.sequences, whole.sequences)
+    torch.testing.assert_close(more.scores, whole.scores[3:])
+    with pytest.raises(StateError, match="all of the prompt"):
+        model.generate(source, **known, **options)
+
+
 def test_logits_of_the_last_columns_alone():
     model, ids = build(CosformerForCausalLM), text(2, 6)
     whole = model(ids).logits

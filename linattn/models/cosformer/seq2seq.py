@@ -15,7 +15,7 @@ from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.cosformer.decoder import CosformerDecoder
 from linattn.models.cosformer.modeling import CosformerModel
-from linattn.models.huggingface.model import StateExpansion, named
+from linattn.models.huggingface.model import StateExpansion, check_unseen, named
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -131,7 +131,15 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], 1)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """What transformers prepares; after the first call no decoder mask, as all that is new is real."""
+        """What transformers prepares; after the first call no decoder mask, as all that is new is real.
+
+        Of a text that a cache has seen the beginning of, what is new: transformers sees to that only where
+        there is a decoder mask. Raises StateError where nothing is new.
+        """
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("decoder_attention_mask")
+        if kwargs.get("is_first_iteration") and cache is not None and mask is None:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        check_unseen(cache, kwargs.get("next_sequence_length"))
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
             inputs["decoder_attention_mask"] = None

@@ -98,12 +98,8 @@ class StateGeneration(StateExpansion):
 
         Raises StateError for a prompt of which the cache has seen every token.
         """
-        cache, wanted = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
-        if cache is not None and wanted is not None and wanted < 1:
-            raise StateError(
-                f"the cache has seen {cache.get_seq_length()} columns, all of the prompt: keep one of its "
-                "beginning, without the last token"
-            )
+        wanted = kwargs.get("next_sequence_length")
+        check_unseen(kwargs.get("past_key_values"), wanted)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -126,6 +122,15 @@ class StateGeneration(StateExpansion):
             model_kwargs["past_key_values"] = self.cache_class()
         elif cache is not None and cache.get_seq_length() and generation_config.prefill_chunk_size:
             raise OptionError("prefill_chunk_size reads a prompt from its beginning: not with a cache of it")
+
+
+def check_unseen(cache: StateCache | None, columns: int | None) -> None:
+    """Raise StateError where so many columns are left of a prompt that none is new to its cache."""
+    if cache is not None and columns is not None and columns < 1:
+        raise StateError(
+            f"the cache has seen {cache.get_seq_length()} columns, all of the prompt: keep one of its "
+            "beginning, without the last token"
+        )
 
 
 def named(return_dict: bool | None, config: Any) -> bool:
