@@ -267,6 +267,9 @@ def test_hidden_states_and_tuples(model):
     assert torch.equal(model.lm_head(found.hidden_states[-1]), found.logits)
     logits, cache, hidden = model(ids, output_hidden_states=True, use_cache=True, return_dict=False)
     assert torch.equal(logits, found.logits) and len(hidden) == 4 and len(cache) == 3
+    found.hidden_states[0].retain_grad()  # what the first layer took, not a view of it
+    found.logits[0, 0, 0].backward()
+    assert found.hidden_states[0].grad.count_nonzero()
     last = model(ids, logits_to_keep=2).logits
     same(last, found.logits[:, -2:])
 

@@ -130,9 +130,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
         for row in self._layers(x, cache, lengths, borders):
             seen = [*seen, row] if output_hidden_states else [row]
         seen[-1] = self.norm(seen[-1])
-        rows = tuple(
-            one.reshape(batch, n, one.shape[2]) if padding is None else padding.back(one) for one in seen
-        )
+        # as they are wherever possible: a gradient that somebody retains is that of what a layer took
+        if padding is not None:
+            seen = [padding.back(row) for row in seen]
+        elif len(x) != batch:
+            seen = [row.reshape(batch, n, row.shape[2]) for row in seen]
+        rows = tuple(seen)
         found = BaseModelOutputWithPast(
             last_hidden_state=rows[-1],
             past_key_values=cache,
