@@ -9,7 +9,7 @@ from linattn.bench.gpu_cases import WORDS
 from linattn.bench.gpu_machine import FACTS
 from linattn.bench.gpu_measure import STEPS
 from linattn.bench.gpu_results import MICROSECONDS, Cost, Entry, GpuResults, GpuRow, Timing
-from linattn.bench.report import section_of, size, table
+from linattn.bench.report import folded, section_of, size, table
 
 BEGIN, END = (
     "<!-- gpu bench: `linattn bench --gpu --out` writes from here -->",
@@ -171,9 +171,14 @@ def markdown(results: GpuResults) -> str:
         parts.append(table(COLUMNS, [cells(row) for row in results.rows]))
     if results.costs:
         parts += ["### Time on the host, memory", table(COST_COLUMNS, [cost_cells(c) for c in results.costs])]
-    parts += ["### Every measurement", table(PEER_COLUMNS, entries(all_rows(results)))]
+    every = entries(all_rows(results))
+    made = [found for found in every if found[2] != NOTHING]
+    parts += ["### Every measurement", folded(f"{len(made)} measurements", table(PEER_COLUMNS, made))]
     if missing := reasons(results):
-        parts += ["### Not measured", "\n".join(f"- {reason}" for reason in missing)]
+        absent = (
+            f"{len(every) - len(made)} of {len(every)} measurements were not made, and have no row above."
+        )
+        parts += ["### Not measured", absent, "\n".join(f"- {reason}" for reason in missing)]
     return "\n\n".join(parts)
 
 

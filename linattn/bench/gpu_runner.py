@@ -124,7 +124,7 @@ class Bench:
 
     def _peer(self, peer: Peer, case: GpuCase, given: Inputs, right: Outputs) -> Entry:
         if not self._begins():
-            why = f"not begun: the peers had taken {self.spent:.0f} s of {self.peer_seconds:g}"
+            why = f"not begun: the peers' {self.peer_seconds:g} s were spent ({self.spent:.0f} s)"
             return Entry(peer.name, why=why, same=peer.same)
         start = time.perf_counter()
         try:

@@ -93,6 +93,21 @@ def both(path: Path, title: str, count: int, paint: Callable[[Theme, Sequence[An
         save(canvas, to)
 
 
+def one(path: Path, size: tuple[float, float], paint: Callable[[Theme, Any], None]) -> None:
+    """Write a picture of one panel and so many inches, light and dark; `paint` fills the panel.
+
+    Raises LinattnError when a file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    for theme, to in ((LIGHT, path), (DARK, dark(path))):
+        canvas = Canvas(figsize=size, layout="constrained", facecolor=theme.page)
+        FigureCanvasAgg(canvas)
+        paint(theme, canvas.subplots())
+        save(canvas, to)
+
+
 def line(axis: Any, theme: Theme, index: int, name: str, points: list[tuple[int, float]]) -> None:
     """One computation's points against N; nothing where there are none."""
     if points:
@@ -106,10 +121,13 @@ def legend(axis: Any, theme: Theme) -> None:
         axis.legend(frameon=False, labelcolor=theme.ink)
 
 
-def length_axes(axis: Any, theme: Theme, title: str, *, share: bool = False, linear: bool = False) -> None:
+def length_axes(
+    axis: Any, theme: Theme, title: str, *, share: bool = False, linear: bool = False, upright: bool = False
+) -> None:
     """Logarithmic axes, the number of tokens across.
 
-    share: percent upwards, from 0 to 100 at least. linear: numbers upwards from 0.
+    share: percent upwards, from 0 to 100 at least. linear: numbers upwards from 0. upright: numbers of tokens
+    are not slanted.
     """
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
@@ -126,7 +144,7 @@ def length_axes(axis: Any, theme: Theme, title: str, *, share: bool = False, lin
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.tick_params(axis="both", which="both", colors=theme.ink)
-    axis.tick_params(axis="x", labelrotation=45)
+    axis.tick_params(axis="x", labelrotation=0 if upright else 45)
     axis.set_xlabel("tokens N", color=theme.ink)
     axis.set_title(title, loc="left", color=theme.ink)
     axis.grid(True, which="major", color=theme.grid, linewidth=0.7)

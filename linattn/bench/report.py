@@ -96,9 +96,15 @@ def markdown(results: Results) -> str:
     facts.append(f"- timed calls per figure: {results.runs}, the fastest counts")
     comparisons = table(COMPARISON_COLUMNS, [comparison_cells(row) for row in results.rows()])
     figures = table(FIGURE_COLUMNS, [figure_cells(results, figure) for figure in results.measured])
+    every = folded(f"{len(results.measured)} figures", figures)
     return "\n\n".join(
-        ["\n".join(facts), verdict(results), "### Compared", comparisons, "### Every figure", figures]
+        ["\n".join(facts), verdict(results), "### Compared", comparisons, "### Every figure", every]
     )
+
+
+def folded(summary: str, text: str) -> str:
+    """Markdown that a page shows when its summary is clicked: blank lines around it let it be Markdown."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

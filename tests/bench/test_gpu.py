@@ -165,7 +165,7 @@ def test_a_peer_that_fails_is_a_sentence(uncompiled, monkeypatch):
 def test_peers_are_left_out_or_stop_when_their_time_is_spent(fla):
     assert bench(peer_seconds=0).row(SMALL[0], 1000.0).peers == ()
     late = bench(spent=151.0).row(SMALL[0], 1000.0)
-    assert {peer.why for peer in late.peers} == {"not begun: the peers had taken 151 s of 150"}
+    assert {peer.why for peer in late.peers} == {"not begun: the peers' 150 s were spent (151 s)"}
 
 
 def test_softmax_is_not_waited_for(monkeypatch):

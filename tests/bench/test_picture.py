@@ -82,6 +82,63 @@ def test_times_and_shares_are_those_of_the_rows(drawn, tmp_path):
         assert "A Device" in canvas.get_suptitle() and "9.0" not in canvas.get_suptitle()
 
 
+def with_cupy(results):
+    """The same with CuPy's calls of the same shape, and one of another."""
+    cases = (
+        (GpuCase("forward", 4, 32, 2048, 128, backend="cupy"), 0.22),
+        (GpuCase("forward", 4, 32, 1024, 128, backend="cupy"), 0.12),
+        (GpuCase("forward", 8, 16, 4096, 64, backend="cupy"), 9.0),
+    )
+    rows = tuple(GpuRow(case, 0.1 * case.n / 1024, Entry("linattn cupy", Timing(ms))) for case, ms in cases)
+    return replace(results, rows=rows)
+
+
+def test_cupy_is_drawn_at_the_lengths_that_it_has(drawn, tmp_path):
+    gpu_picture.draw(with_cupy(RESULTS), tmp_path / "a.png")
+    forward, both, share = drawn["a.png"].axes
+    assert dict(lines(forward))["linattn cupy"] == [[1024, 0.12], [2048, 0.22]]
+    assert "linattn cupy" not in dict(lines(both))
+    shares = [[(n, round(y)) for n, y in points] for _, points in lines(share)]
+    assert [(1024, 83), (2048, 91)] in shares
+    (legend,) = drawn["a.png"].legends
+    names = [OURS, "fla chunk", "softmax", "linattn cupy", gpu_picture.FLOOR]
+    assert [text.get_text() for text in legend.get_texts()] == names
+
+
+def test_a_lone_mark_says_that_it_is_one(drawn, tmp_path):
+    gpu_picture.draw(RESULTS, tmp_path / "a.png")
+    forward, both, _ = drawn["a.png"].axes
+    assert [text.get_text() for text in forward.texts] == ["fla chunk, one length timed"]
+    assert {text.get_text() for text in both.texts} == {
+        f"{name}, one length timed" for name in (OURS, "softmax")
+    }
+
+
+def test_one_panel_names_its_lines_at_their_ends(drawn, tmp_path):
+    gpu_picture.draw_forward(with_cupy(RESULTS), tmp_path / "a.png")
+    assert set(drawn) == {"a.png", "a-dark.png"}
+    for canvas in drawn.values():
+        (axis,) = canvas.axes
+        assert dict(lines(axis)) == {
+            OURS: [[1024, 0.2], [2048, 0.25]],
+            "linattn cupy": [[1024, 0.12], [2048, 0.22]],
+            "fla chunk": [[1024, 0.4]],
+            gpu_picture.FLOOR: [[1024, 0.1], [2048, 0.2]],
+        }
+        assert axis.get_yscale() == axis.get_xscale() == "log"
+        assert axis.get_legend() is None and not canvas.legends
+        assert {text.get_text() for text in axis.texts} == set(gpu_picture.LABELS.values())
+        colors = {line.get_label(): line.get_color() for line in axis.get_lines()}
+        names = {words: name for name, words in gpu_picture.LABELS.items()}
+        assert all(text.get_color() == colors[names[text.get_text()]] for text in axis.texts)
+        canvas.canvas.draw()
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert not any(a.overlaps(b) for at, a in enumerate(boxes) for b in boxes[:at])
+        whole = canvas.bbox
+        assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1 for box in boxes)
+    gpu_picture.draw_forward(GpuResults({}, 1.0, True, ()), tmp_path / "nothing.png")
+
+
 def test_memory_is_drawn_where_it_was_recorded(drawn, tmp_path):
     def recorded(kind, n, *extras):
         one = row(kind, n, 0.1, 0.2, 0.4)
@@ -180,9 +237,11 @@ def contrast(one, other):
 
 
 def test_letters_and_lines_stand_out_from_the_page(drawn, tmp_path):
-    gpu_picture.draw(replace(RESULTS, curves=tuple(map(with_memory, RESULTS.curves))), tmp_path / "a.png")
+    results = with_cupy(replace(RESULTS, curves=tuple(map(with_memory, RESULTS.curves))))
+    gpu_picture.draw(results, tmp_path / "a.png")
+    gpu_picture.draw_forward(results, tmp_path / "b.png")
+    assert [len(canvas.axes) for canvas in drawn.values()] == [4, 4, 1, 1]
     for canvas in drawn.values():
-        assert len(canvas.axes) == 4
         page = canvas.get_facecolor()
         texts = [text for text in canvas.findobj(Text) if text.get_text()]
         assert all(text.get_fontsize() >= SMALLEST for text in texts)

@@ -136,6 +136,10 @@ def test_the_section_of_a_page_is_replaced_and_nothing_else(tmp_path):
         assert text.startswith(f"# Title\n\nBefore.\n\n{BEGIN}\n")
         assert text.endswith(f"{END}\n\nAfter.\n")
         assert markdown(results()) in text
+        assert (
+            f"### Every figure\n\n<details>\n<summary>{len(results().measured)} figures</summary>\n\n| figure"
+            in text
+        )
         assert "old figures" not in text
     bare = tmp_path / "bare.md"
     bare.write_text("# Nothing\n")
