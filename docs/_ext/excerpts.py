@@ -1,4 +1,7 @@
-"""Pieces of sources that pages show, found by their first and last words, as literalinclude finds them."""
+"""Pieces of sources that pages show, found by their first and last words, as literalinclude finds them.
+
+A notebook of a page comes without the repository: it has these pieces, and the records that its cells read.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,11 @@ from textwrap import dedent
 
 FENCE = re.compile(r"^```\{literalinclude\} (\S+)\n((?::[\w-]+:.*\n)*)```$", re.M)
 OPTION = re.compile(r"^:([\w-]+): *(.*)$", re.M)
+RECORDS = re.compile(r'^recorded = .*"docs/(benchmarks\.md)".*$', re.M)
+SECTION = re.compile(r"^## On a GPU\n.*?(?=^## |\Z)", re.M | re.S)
+FACT = re.compile(r"^- [\w -]+: .*$")
+TABLES = ("| case | floor ms |", "| case | who |")
+PEER = re.compile(r"^\| [^|]+ \| (?!linattn)[A-Za-z]")  # a row of a time that is not ours
 
 
 def excerpt(match: re.Match[str], page: Path) -> tuple[str, str]:
@@ -37,11 +45,37 @@ def excerpts(page: Path) -> Iterator[tuple[str, str]]:
         yield excerpt(match, page)
 
 
+def records(text: str) -> str:
+    """Return facts and tables of the section of `docs/benchmarks.md` on GPUs, without rows of peers.
+
+    Raises ValueError if one of the tables is not there.
+    """
+    section = SECTION.search(text)
+    lines, absent, shown = section[0].splitlines() if section else [], set(TABLES), False
+    kept = lines[:1]
+    for line in lines[1:]:
+        if begins := [table for table in TABLES if line.startswith(table)]:
+            absent -= set(begins)
+            kept.append("")  # a table ends where none of its lines follows
+        shown = bool(begins) or (shown and line.startswith("|"))
+        if FACT.match(line) or begins or (shown and not PEER.match(line)):
+            kept.append(line)
+    if absent:
+        raise ValueError(f"no GPU section with tables that begin {', '.join(sorted(absent))}")
+    return "\n".join(kept) + "\n"
+
+
 def inlined(text: str, page: Path) -> str:
-    """Return a page's text with the sources themselves instead of fences that name them."""
+    """Return a page's text with the sources and records themselves instead of what names them."""
 
     def code(match: re.Match[str]) -> str:
         language, lines = excerpt(match, page)
         return f"```{language}\n{lines}```"
 
-    return FENCE.sub(code, text)
+    def literal(match: re.Match[str]) -> str:
+        found = records((page.parent.parent / match[1]).read_text(encoding="utf-8"))
+        if '"""' in found or "\\" in found:
+            raise ValueError(f"{match[1]} has a quote or a backslash that would end a literal")
+        return f'recorded = """\\\n{found}"""'
+
+    return RECORDS.sub(literal, FENCE.sub(code, text))
