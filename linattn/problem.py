@@ -10,10 +10,19 @@ from linattn.arrays import accumulate_dtype
 
 @dataclass(frozen=True)
 class Problem:
-    """The facts of one call, checked once (`linattn.checks`) and never recomputed.
+    """The facts of one call, checked once (`linattn.checks`) and never recomputed; none of its data.
 
-    Sizes: batch B, n query positions N, m key positions M, heads H, d key features D, e value features E;
-    sequences is the number of states: B, or the number of packed sequences.
+    q is [B, N, H, D], k [B, M, H, D], v [B, M, H, E], o [B, N, H, E]. `str(problem)` is one line.
+
+    kind: "numpy", "torch" or "cupy". device: "cpu", or "cuda:0" and so on. dtype: of q, k, v and o, by name.
+    batch: B. n: query positions N. m: key positions M; N if causal. heads: H. d: key features D. e: value
+    features E. sequences: S, the number of states: B, or that of the packed sequences.
+    decay: None, "head" (log_decay [H]) or "token" ([B, N, H]). reweight: None, "cosine" or "lrpe".
+    max_len: of "cosine", M in theta = pi / (2 M); None otherwise. feature_map: None, "relu", "silu" or
+    "elu+1". normalize, eps, causal, scale, precision, batch_invariant: as `linattn.attention` takes them.
+    key_mask, lengths, initial_state, slots: whether the call has them. packed: whether it has cu_seqlens;
+    then B = 1, and N holds S sequences. return_state: whether the final state is asked for. needs_grad:
+    whether gradients may be. strides: of q, k and v, in elements.
     """
 
     kind: str  # "numpy" | "torch" | "cupy"
@@ -47,7 +56,7 @@ class Problem:
 
     @property
     def accumulate(self) -> str:
-        """The dtype of sums and states."""
+        """The dtype of sums and states, by name: "float64" for float64 calls, else "float32"."""
         return accumulate_dtype(self.dtype)
 
     @property

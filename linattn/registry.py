@@ -30,7 +30,7 @@ _objects: dict[
 @functools.cache
 def known() -> dict[str, Backend]:
     """Every backend by name: built-in ones in order of preference, then installed `linattn.backends` entry
-    points.
+    points. One that cannot be loaded is among them, and says so as `unavailable`.
     """
     from linattn.backends import BUILTIN
 

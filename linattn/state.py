@@ -48,6 +48,9 @@ class State:
     z: [S, H, F], the same sums with 1 in place of v; None unless the call normalizes.
     length: [S] int64, tokens seen so far (masked ones count).
     feature_map, reweight ("cosine" | "lrpe"), d: the problem it belongs to; d is None when built by hand.
+
+    Source: kv is $[kv]_t$ of TransNormerLLM's robust inference, arXiv:2307.14995; z and the two parts of
+    reweighted states are derived in `linattn.reference.recurrent`.
     """
 
     kv: Array
@@ -278,6 +281,8 @@ def merge_states(
     Raises StateError for states of two problems, OptionError if both decays are given, ValueRangeError for a
     decay above 0 on the host or a total length above Cosine's max_len; ArgumentTypeError, DtypeError and
     DeviceError for arrays that do not go with the states.
+    Source: TransNormerLLM's robust inference, arXiv:2307.14995, over all of right's tokens at once; with
+    angles left is also turned, as in `linattn.reference.recurrent`.
     """
     check_parts(left, "left")
     check_parts(right, "right")

@@ -49,6 +49,8 @@ def attention_vjp(
     State of kv and z) where the call has them, in the accumulation dtype.
 
     Keywords and errors are `attention`'s, without slots.
+    Source: `linattn.reference.gradients`, derived there; without angles and normaliser it is Lightning
+    Attention-2's backward pass, algorithm 2, arXiv:2401.04658.
     """
     call, check, backend = _call(q, k, v, keywords)
     if kind_of(q) == "torch":
@@ -109,7 +111,12 @@ def _check_gradients(problem: Problem, o: Array, do: Array, dstate: State | None
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would run a call, and why each other candidate would not; prints as a table."""
+    """Which backend would run a call, and why each other candidate would not; prints as a table.
+
+    problem: the call. chosen: the backend's name; None if no candidate takes the call. reasons: by name, the
+    sentence with which a backend refuses the call, or None. kernels: by name, which of its kernels a backend
+    would take, where it says so.
+    """
 
     problem: Problem
     chosen: str | None

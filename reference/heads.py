@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 
 class Options(TypedDict, total=False):
-    """The keywords that every function of this package shares. All are optional."""
+    """The keywords that every function of this package shares. All are optional.
+
+    log_decay: [H] or [B, N, H], natural logarithms, at most 0; -inf forgets all. theta: [H, D], radians per
+    position; cosFormer has pi / (2 max_len) everywhere. feature_map: None, "relu", "silu" or "elu+1".
+    normalize: divide by the sum of the weights, or by eps where that is larger; False. eps: 1e-6. causal:
+    True. scale: 1, as neither paper scales. key_mask: [B, M], False where key and value count as zero;
+    position and decay stay. lengths: [B], tokens from there on do not exist. cu_seqlens: [S + 1] with B =
+    1, sequence s is from cu_seqlens[s] to cu_seqlens[s + 1]. initial_state: one for each sequence.
+    """
 
     log_decay: Float[Array, " h"] | Float[Array, "b n h"] | None  # natural log, <= 0; -inf: forget all
     theta: Float[Array, "h d"] | None  # radians per position; cosFormer: pi / (2 max_len) everywhere

@@ -12,6 +12,7 @@ from linattn.problem import Problem
 class Blocks:
     """One configuration of `product`: C tokens a block, a slice of value features, and how it is compiled.
 
+    c: tokens of a block. block_e: value features that a program takes. warps, stages: as Triton compiles it.
     across: the state is kept transposed, which pays where it is wide.
     """
 

@@ -31,7 +31,12 @@ TOKENS, SLICES, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2
 
 @dataclass(frozen=True)
 class Family:
-    """The calls that share one configuration: padded sizes, one state or two, values or gradients."""
+    """The calls that share one configuration: padded sizes, one state or two, values or gradients.
+
+    operand: what matrix products take, "bfloat16", or "float32" for float16 and float32 calls. d, e:
+    contracted and value features, powers of two from 16 on. two: with angles. gradient: of the gradients
+    of q and k.
+    """
 
     operand: str  # "bfloat16" | "float32": what matrix products take
     d: int
@@ -153,16 +158,21 @@ def key_of(device: str = "cuda") -> str:
 
 
 def key(name: str, capability: tuple[int, int], triton: str) -> str:
-    """The text of a key: "NVIDIA H100, capability 9.0, triton 3.6.0, format 1"."""
+    """The text of a key: "NVIDIA H100, capability 9.0, triton 3.6.0, format 2"."""
     return f"{name}, capability {capability[0]}.{capability[1]}, triton {triton}, format {FORMAT}"
 
 
 def save(path: str | os.PathLike[str], gpu: str, found: Mapping[Family, Mapping[str, object] | None]) -> None:
     """Put entries of one key into a file, beside what it holds; None takes an entry out.
 
-    The file is replaced in one step, and several processes wait for each other.
+    The file is replaced in one step, and several processes wait for each other. A file that would hold
+    nothing is not made.
 
-    Raises LinattnError where the file cannot be written, or holds something else; it is untouched then.
+    path: the file. gpu: a `key`. found: by family, {"c", "block_e", "warps", "stages"} and, unless it is
+    True, "across", as `Blocks` has them; numbers of other names are for people.
+
+    Raises LinattnError for a configuration that is not among those tried, and where the file cannot be
+    written or holds something else; it is untouched then.
     """
     from linattn.safetensors_io import write_whole
 

@@ -5,10 +5,13 @@ Docstrings are Markdown: indented lines are code, $$ is a formula, a line `name:
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
 from collections.abc import Container
+from functools import cache
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -59,7 +62,8 @@ def annotation(value: Any) -> str:
 
 def signature(thing: Any) -> str:
     """Return `(arguments) -> result` as the source has it; empty for what takes none of its own."""
-    if inspect.isclass(thing) and (issubclass(thing, BaseException) or getattr(thing, "_is_protocol", False)):
+    bare = inspect.isclass(thing) and (issubclass(thing, BaseException) or issubclass(thing, dict))
+    if bare or getattr(thing, "_is_protocol", False):
         return ""
     found = inspect.signature(thing)
     parameters = [
@@ -92,6 +96,53 @@ def place(thing: Any) -> str:
     return f"[source](source:{path.relative_to(ROOT)}#line-{inspect.getsourcelines(thing)[1]})"
 
 
+@cache
+def bindings(module: str) -> dict[str, ast.stmt]:
+    """Return the statement that binds each name of a module. Read, not run: TYPE_CHECKING's imports count."""
+    spec = find_spec(module)
+    if spec is None or not (spec.origin or "").endswith(".py"):
+        return {}
+    found: dict[str, ast.stmt] = {}
+    statements = list(ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")).body)
+    for node in statements:  # grows: what stands under `if` is the module's, too
+        if isinstance(node, ast.If):
+            statements += [*node.body, *node.orelse]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found.update({_bound(one): node for one in node.names})
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign):
+            found.update({target.id: node for target in node.targets if isinstance(target, ast.Name)})
+    return found
+
+
+def _bound(one: ast.alias) -> str:
+    return one.asname or one.name.partition(".")[0]
+
+
+def home(module: str, name: str) -> tuple[str, str]:
+    """Return the module that defines a name of a module, and the name there; "" if it names a module."""
+    node = bindings(module).get(name)
+    if isinstance(node, ast.Import):
+        return next(one.name if one.asname else name for one in node.names if _bound(one) == name), ""
+    if not isinstance(node, ast.ImportFrom):
+        return module, name
+    spec = find_spec(module)
+    origin = resolve_name("." * node.level + (node.module or ""), spec.parent if spec else None)
+    there = next(one.name for one in node.names if _bound(one) == name)
+    if not origin.startswith("linattn"):
+        return origin, there
+    known = (origin, there) != (module, name) and there in bindings(origin)
+    return home(origin, there) if known else (f"{origin}.{there}", "")
+
+
+def alias(module: str, name: str) -> str | None:
+    """Return what a name of a module abbreviates in annotations, as the source has it; None if nothing."""
+    node = bindings(module).get(name)
+    shown = isinstance(node, ast.Assign) and name[:1].isupper() and not name.isupper()
+    return ast.unparse(node.value) if isinstance(node, ast.Assign) and shown else None
+
+
 def own_members(cls: type) -> list[tuple[str, str, Any]]:
     """Return (directive, name, object) of what a class itself defines and documents."""
     members: list[tuple[str, str, Any]] = []
@@ -108,6 +159,8 @@ def own_members(cls: type) -> list[tuple[str, str, Any]]:
 
 def entry(module: str, name: str, remark: str) -> str:
     """Return the Markdown of one name."""
+    if (meant := alias(module, name)) is not None:
+        return f"::::{{py:type}} {name}\n:canonical: {meant}\n\n{remark}\n::::\n"
     thing = getattr(importlib.import_module(module), name)
     if inspect.ismodule(thing):
         return f"::::{{py:data}} {name}\n:type: module\n\n{remark}\n::::\n"

@@ -36,6 +36,7 @@ class TransNormerConfig:
 
     Raises ValueRangeError or OptionError for sizes below 1 and choices that do not exist or do not fit
     together.
+    Source: fields of the released TransNormerLLM code, arXiv:2307.14995, under names of this library.
     """
 
     vocab_size: int = 256

@@ -55,6 +55,7 @@ def linear_cross_entropy(
     Raises ShapeError, DtypeError and DeviceError for tensors that do not go together, OptionError for a
     chunk below 1, ValueRangeError for a label out of range on the CPU, and GradientError when the gradients
     are differentiated again.
+    Source: `torch.nn.functional.cross_entropy` with reduction="sum", and its gradients.
     """
     dtype = _checked(x, weight, labels, chunk)
     labels = labels.long()

@@ -1,5 +1,6 @@
 """What the site is made with does what it says, without building it: links, the check of pages, pins."""
 
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from docs._ext import links
+import linattn
+from docs._ext import links, notebooks
 from docs._ext.built import problems
-from docs._ext.entries import markdown
+from docs._ext.entries import alias, entry, markdown
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = "<html><body>{}</body></html>"
@@ -95,6 +97,118 @@ def test_every_argument_of_a_docstring_has_a_line():
     assert markdown("Source: arXiv:2401.04658.").startswith("Source: [arXiv:2401.04658](https://arxiv.org/")
 
 
+def test_an_abbreviation_says_what_it_means():
+    assert alias("linattn.state", "Reweight") == "Cosine | LRPE | None"
+    assert alias("linattn.reference.heads", "Array") == "NDArray[np.float64]", (
+        "though for type checkers alone"
+    )
+    assert alias("linattn.state", "State") is alias("linattn.testing", "AXES") is None
+    assert entry("linattn.state", "Reweight", "How.") == (
+        "::::{py:type} Reweight\n:canonical: Cosine | LRPE | None\n\nHow.\n::::\n"
+    )
+
+
+LESSONS = [page for page in sorted((ROOT / "docs" / "learn").glob("*.md")) if page.name != "index.md"]
+PINNED = {
+    re.match(r"[\w-]+", pin)[0].lower().replace("_", "-")
+    for pin in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+}
+CALLED = {"fla": "fla-core", "cuda": "cuda-bindings"}  # modules of pinned packages that have another name
+
+
+def test_a_notebook_installs_what_its_page_imports():
+    page = """import absent
+```{code-cell} python
+import os, torch
+from importlib.util import find_spec
+import numpy as np, linattn  # as people
+from linattn import decay, testing
+import matplotlib.pyplot as plt
+print(find_spec("fla"))
+linattn.train.read_text
+program = \'\'\'
+    import ml_dtypes
+    from linattn.backends.triton import (
+        TritonBackend,
+    )
+\'\'\'
+```
+""".replace("\\'", "'")
+    assert notebooks.needed(page) == {
+        "fla": "fla-core",
+        "hypothesis": "hypothesis>=6.120",
+        "matplotlib": "matplotlib>=3.9",
+        "ml_dtypes": "ml_dtypes",
+        "safetensors": "safetensors>=0.5",
+        "torch": "torch>=2.9",
+        "triton": "triton>=3.4; sys_platform == 'linux'",
+    }
+    words, code = notebooks.install(page, None)
+    assert "File > Upload notebook" in words and "linattn-*.whl" in code and '"fla": "fla-core"' in code
+    words, code = notebooks.install(page, "https://github.com/o/n")
+    assert "Upload" not in words and '"git+https://github.com/o/n"' in code and ".whl" not in code
+    assert len({notebooks.install(page.read_text(), None)[1] for page in LESSONS}) > 4, (
+        "each page has its own"
+    )
+
+
+@pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
+def test_a_page_needs_no_more_than_its_notebook_installs(page):
+    """What it imports of linattn, with every other package that is installed for tests hidden."""
+    text = page.read_text()
+    needs = notebooks.needed(text)
+    assert {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in needs.values()} <= PINNED, (
+        "a wrong name"
+    )
+    hidden = ({pin.replace("-", "_") for pin in PINNED} | {*CALLED}) - {*needs, "numpy", "typer", "rich"}
+    modules = sorted(
+        name for name in notebooks.imported(text) if name.startswith("linattn") and is_module(name)
+    )
+    script = f"import sys, importlib; sys.modules.update(dict.fromkeys({sorted(hidden)})); " + "; ".join(
+        f"importlib.import_module({module!r})" for module in modules
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def is_module(path: str) -> bool:
+    try:
+        return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("urls", "address"),
+    [
+        ({}, None),
+        ({"Documentation": "https://github.com/o/n"}, None),
+        ({"Repository": "https://example.org/o/n"}, None),
+        ({"Repository": "https://github.com/o"}, None),
+        ({"Repository": "https://github.com/o/n"}, "https://github.com/o/n"),
+        (
+            {"Homepage": "https://example.org", "source": "https://github.com/o/n.m.git/"},
+            "https://github.com/o/n.m",
+        ),
+    ],
+)
+def test_a_page_opens_in_colab_where_the_project_has_a_repository(urls, address):
+    assert notebooks.repository(urls) == address
+    line = notebooks.offered("learn/decay", address)
+    assert '<a href="decay.ipynb" download>' in line
+    there = "https://colab.research.google.com/github/{}/blob/gh-pages/learn/decay.ipynb"
+    if address is None:
+        assert "colab.research" not in line and "File &gt; Upload notebook" in line
+    else:
+        assert there.format(address.removeprefix("https://github.com/")) in line and "Upload" not in line
+
+
+def test_the_project_has_the_button_or_says_how_without():
+    urls = notebooks.project().get("urls", {})
+    assert notebooks.repository() == notebooks.repository(urls)
+    if notebooks.repository() is None:
+        assert "File > Upload notebook" in (ROOT / "docs" / "learn" / "index.md").read_text()
+
+
 def test_what_builds_the_site_is_pinned():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["docs"]
@@ -102,15 +216,24 @@ def test_what_builds_the_site_is_pinned():
 
 
 def test_tests_of_the_site_need_none_of_its_tools():
-    named = r"^from docs\._ext(?:\.(\w+)| import (\w+)$)"
+    named = r"^from docs\._ext(?:\.(\w+)| import ([\w, ]+)$)"
     tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
-    modules = sorted({a or b for text in tests for a, b in re.findall(named, text, re.M)})
-    assert "entries" in modules and "api" not in modules
+    modules = sorted(
+        {a or b for text in tests for a, names in re.findall(named, text, re.M) for b in names.split(", ")}
+    )
+    assert {"entries", "notebooks"} <= {*modules} and "api" not in modules
     absent = ["docutils", "jupytext", "myst_nb", "nbformat", "pygments", "sphinx"]
     script = f"import sys; sys.modules.update(dict.fromkeys({absent})); " + "; ".join(
         f"import docs._ext.{module}" for module in modules
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_the_citation_names_the_version_and_its_date():
+    citation, changes = ((ROOT / name).read_text() for name in ("CITATION.cff", "CHANGELOG.md"))
+    assert re.findall(r"^version: (\S+)$", citation, re.M) == [linattn.__version__]
+    released = rf"^## {re.escape(linattn.__version__)}\b.*?(\d{{4}}-\d\d-\d\d)"
+    assert re.findall(r"^date-released: (\S+)$", citation, re.M) == re.findall(released, changes, re.M)
 
 
 def test_the_citation_names_the_papers_that_the_notation_names():

@@ -39,6 +39,7 @@ class CosformerDecoder(CosformerStack):
     Blocks as `CosformerModel`'s, causal; of an encoder-decoder (num_decoder_layers above 0) each also attends
     to all of the source, with the cosine of both positions' difference, counted from each text's beginning,
     and the text comes as inputs_embeds, as the encoder's embedding is for both.
+    Source: Qin et al. 2022, cosFormer, https://arxiv.org/abs/2202.08791.
     """
 
     base_model_prefix = "decoder"

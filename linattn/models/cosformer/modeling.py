@@ -67,7 +67,10 @@ class CosformerModel(CosformerStack):
 
 
 class CosformerForMaskedLM(CosformerPreTrainedModel):
-    """A CosformerModel and a head without bias: logits of the tokens that are hidden."""
+    """A CosformerModel and a head without bias: logits of the tokens that are hidden.
+
+    Source: Qin et al. 2022, cosFormer, https://arxiv.org/abs/2202.08791.
+    """
 
     base_model_prefix = "encoder"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "encoder.embed_tokens.weight"}
@@ -116,6 +119,7 @@ class CosformerForSequenceClassification(CosformerPreTrainedModel):
 
     The loss is by config.problem_type: regression, one class of several, or several at once.
     Raises ValueRangeError unless num_labels is at least 1.
+    Source: Qin et al. 2022, cosFormer, https://arxiv.org/abs/2202.08791.
     """
 
     base_model_prefix = "encoder"

@@ -119,6 +119,8 @@ def preset(name: str, **fields: Any) -> TransNormerConfig:
     """Return the configuration of a published size ("385m", …), with `fields` in place of its own.
 
     Raises OptionError for a name that is not in `PRESETS`.
+    Source: layers, widths and heads are those of TransNormerLLM, arXiv:2307.14995; of "15b", those of the
+    released TransNormerLLM3.
     """
     if name.lower() not in PRESETS:
         raise OptionError(f"no preset named {name!r}; known: {', '.join(PRESETS)}")
