@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import linattn
 from linattn import reference, testing, tolerance
 from linattn.testing import compare
 from linattn.testing.check import check
@@ -148,3 +149,36 @@ def test_inputs_are_numbers_of_their_dtype(dtype: str) -> None:
 def test_a_case_prints_as_the_call_that_makes_it() -> None:
     case = testing.Case(decay="head", n=0, rates=(0.0, float("inf")), seed=4)
     assert eval(repr(case), {"Case": testing.Case}) == case
+
+
+def test_a_lost_product_is_allowed_for_with_what_multiplies_it() -> None:
+    """Decay times query may be no normal number in float32, and become 0 before it meets a large value."""
+    q, k, v = np.full((1, 2, 1, 1), 1e-3), np.ones((1, 2, 1, 1)), np.full((1, 2, 1, 1), 300.0)
+    k[:, 1] = 0.0
+    g = np.array([-86.0])
+    lost = 1e-3 * np.exp(-86.0) * 300.0
+    assert 1e-3 * np.exp(-86.0) < tolerance.NORMAL["float32"]
+    for bound in (tolerance.bound, tolerance.far):
+        found = bound(q, k, v, rounding=tolerance.Rounding("float32"), log_decay=g)
+        o = found[0] if isinstance(found, tuple) else found.o
+        assert o[0, 1, 0, 0] >= lost
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_the_slope_of_silu_may_lose_what_is_left_of_a_rounded_gate(name: str) -> None:
+    """Behind 16.6 the gate is 1 in float32: one of the numbers drawn here lies there."""
+    case = testing.Case(feature_map="silu", batch=2, n=3, heads=3, d=1, e=1, values=300.0, seed=71)
+    testing.properties.gradients_match_the_reference(name, case)
+
+
+def test_a_rounded_factor_is_nobody_s_error() -> None:
+    """A decay of 3e-5 as a factor is off by up to half a unit in the last place, 20 000 times over."""
+
+    def right(q, k, v, factors):
+        return linattn.attention(q, k, v, log_decay=np.log(factors))
+
+    names, case = {"log_decay": "factors"}, testing.Case(decay="head", n=20000, d=1, rates=(3e-5,), seed=7)
+    kernel = testing.Kernel(right, decay="factor", names=names, arrays="numpy", gradients=False)
+    testing.properties.follows_the_closed_form(kernel, case)
+    kernel = testing.Kernel(right, decay="factor", names=names, arrays="numpy", gradients=False, block=1)
+    assert kernel.update_every == 1
