@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from linattn.testing.kernel import Kernel
 from linattn.testing.properties import PROPERTIES, Property
 from linattn.testing.strategies import cases
 from linattn.testing.subject import BackendSubject, Subject
-from linattn.testing.variants import AXES, VARIANTS, Options, allowed, combinations
+from linattn.testing.variants import AXES, VARIANTS, Options, allowed, combinations, fields_of
 
 PASSED, FAILED, NOT_OFFERED = "pass", "fail", "not offered"
 
@@ -134,15 +135,19 @@ def check(
     if offered is None:
         asked = " and ".join(filter(None, [variant and f"variant {variant}", dtype]))
         raise OptionError(f"{of.name} offers nothing of {asked}: {_missing(of, wanted)}")
-    findings = []
+    alone, findings = _alone(of, offered), []
     for number, plan in enumerate(PROPERTIES.values()):
         if only is not None and plan.name not in only:
             continue
-        axes = intersection(offered, plan.axes)
-        rows = [] if axes is None else combinations(full, **axes)
+        rows = _rows(intersection(alone, plan.axes), full)
+        every = _rows(intersection(offered, plan.axes), full)
+        more = [row for row in every if row not in rows]
         if quick and not full:
-            rows = rows[number % 3 :: 3] or rows[:1]
-        found = _check_property(of, plan, rows, 1 if quick else examples, seed, shrink)
+            some = rows[number % 3 :: 3] or rows[:1]
+            rows, more = some, [row for row in rows if row not in some] + more
+        else:
+            rows, more = rows + more, []
+        found = _check_property(of, plan, rows, more, 1 if quick else examples, seed, shrink)
         findings.append(found)
         if progress is not None:
             progress(found)
@@ -163,6 +168,29 @@ def intersection(*constraints: Mapping[str, Any]) -> dict[str, tuple[Any, ...]] 
             if not out[axis]:
                 return None
     return out if any(allowed(row) for row in combinations(False, **out)) else None
+
+
+def _rows(axes: Mapping[str, Any] | None, full: bool) -> list[Options]:
+    return [] if axes is None else combinations(full, **axes)
+
+
+def _alone(of: Subject, offered: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """The values of each axis that a subject takes beside the first ones of the other axes.
+
+    A backend says only of whole calls whether it takes them. Pairs of what it refuses anyway would leave
+    properties untried that it has.
+    """
+    base = {axis: values[0] for axis, values in offered.items()}
+
+    def takes(options: Options) -> bool:
+        return not allowed(options) or of.missing(Case(**fields_of(options))) is None
+
+    if not allowed(base) or not takes(base):
+        return dict(offered)
+    return {
+        axis: tuple(value for value in values if takes(base | {axis: value}))
+        for axis, values in offered.items()
+    }
 
 
 def _missing(of: Subject, wanted: Mapping[str, Any]) -> str:
@@ -202,13 +230,22 @@ class _Outcome:
 
 
 def _check_property(
-    of: Subject, plan: Property, rows: Iterable[dict[str, Any]], examples: int, seed: int, shrink: bool
+    of: Subject,
+    plan: Property,
+    rows: Sequence[Options],
+    more: Sequence[Options],
+    examples: int,
+    seed: int,
+    shrink: bool,
 ) -> Finding:
+    """Try rows, and as long as the subject has offered none of them, more."""
     began = time.perf_counter()
     tried = offered = 0
     refused: dict[str, None] = {}
     with recording() as worst:
-        for number, row in enumerate(rows):
+        for number, row in enumerate(itertools.chain(rows, more)):
+            if number >= len(rows) and tried:
+                break
             own = zlib.crc32(f"{seed} {plan.name} {number}".encode())  # no two combinations share their sizes
             done, reasons, failure = _check_row(of, plan, row, examples, own, shrink)
             tried += done

@@ -62,6 +62,23 @@ def test_what_refuses_other_keys_is_compared_without() -> None:
     assert report.failures and "allowed" in report.failures[0].message
 
 
+class TakesLittle(Delegate):
+    """Most pairs of options have one that it refuses."""
+
+    def unsupported(self, problem: Any) -> str | None:
+        options = "reweight", "feature_map", "normalize", "key_mask", "lengths", "packed"
+        return next((f"it has no {name}" for name in options if getattr(problem, name)), None)
+
+
+def test_all_is_tried_that_is_offered_beside_what_is_refused() -> None:
+    report = testing.check_backend(TakesLittle(), variant="gla", quick=True)
+    assert report.ok
+    untried = {finding.property for finding in report.findings if finding.status != "pass"}
+    assert untried == {"packs_as_if_separate", "cuts_at_lengths", "takes_masked_keys_as_zero"}
+    tried = {finding.property: finding.variants for finding in testing.check_backend(TakesLittle()).findings}
+    assert tried["matches_the_reference"] > 5
+
+
 def test_an_honest_object_passes() -> None:
     report = testing.check_backend(Delegate(), quick=True)
     assert report.ok, str(report)
