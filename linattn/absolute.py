@@ -188,9 +188,7 @@ class Sequence:
         """Append the normaliser's column of ones to the values; `start` [h d e(+1)] is the folded initial
         state.
         """
-        self.normalize, v = normalize, self.v
-        if normalize:
-            v = np.concatenate([v, np.ones((*v.shape[:-1], 1))], axis=-1)
+        self.normalize, v = normalize, with_ones(self.v) if normalize else self.v
         heads, rows = self.first[0].shape
         start = np.broadcast_to(start, (heads, *start.shape[1:]))
         factors = self.x, self.y, v, start

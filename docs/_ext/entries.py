@@ -96,6 +96,14 @@ def place(thing: Any) -> str:
     return f"[source](source:{path.relative_to(ROOT)}#line-{inspect.getsourcelines(thing)[1]})"
 
 
+def is_module(path: str) -> bool:
+    """Whether a dotted path names a module that is there."""
+    try:
+        return find_spec(path) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 @cache
 def bindings(module: str) -> dict[str, ast.stmt]:
     """Return the statement that binds each name of a module. Read, not run: TYPE_CHECKING's imports count."""

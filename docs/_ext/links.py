@@ -1,4 +1,4 @@
-"""Relative links, as GitHub wants them, turned into links of the site; no Sphinx needed.
+"""What the text of a page has: blocks of code, and relative links, turned into links of the site; no Sphinx.
 
 A page links to other pages and to files of the repository by relative paths. Where the site has a page of the
 file, the link goes there; else it becomes `source:path`, which `pages` makes a listing of. A page that
@@ -17,6 +17,9 @@ LINK = re.compile(r"\[([^]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"!\[([^]]*)\]\((?!\w+:)([^)\s]+)\)")
 DARK = re.compile(r"<picture>|</picture>|<source [^>]*>\s*")  # GitHub's way to a second image
 INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.M)
+BLOCK = re.compile(  # its kind, and its code
+    r"^```(python|python gpu|sh|\{code-cell\} python)\n(?::tags: [^\n]+\n\n)?(.*?)^```", re.M | re.S
+)
 FENCE = re.compile(r"^(?P<mark>`{3,}|~{3,}).*?^(?P=mark)", re.M | re.S)
 
 
@@ -27,6 +30,11 @@ def homes() -> dict[Path, Path]:
         (page.parent / name).resolve(): page for page in pages for name in INCLUDE.findall(page.read_text())
     }
     return {**found, DOCS / "README.md": DOCS / "index.md"}  # GitHub's index of the folder, and the site's
+
+
+def cells(text: str) -> list[str]:
+    """Return the code of a page's cells, which its notebook has."""
+    return [code for kind, code in BLOCK.findall(text) if kind == "{code-cell} python"]
 
 
 def prose(text: str) -> list[tuple[bool, str]]:

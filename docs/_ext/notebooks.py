@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .excerpts import inlined
-from .links import LINK, ROOT, prose
+from .links import LINK, ROOT, cells, prose
 
 if TYPE_CHECKING:
     from docutils import nodes
@@ -27,7 +27,6 @@ FOLDER = "learn"
 BRANCH = "gh-pages"  # of the repository: where the built site is published, and with it the notebooks
 URLS = ("repository", "source", "source code", "github", "homepage")  # names of it in [project.urls]
 
-CELL = re.compile(r"^```\{code-cell\} python\n(.*?)^```", re.M | re.S)
 IMPORT = re.compile(r"^[ \t]*(?:from ([\w.]+) import (.+)|import (.+))$", re.M)  # also of programs in strings
 SOUGHT = re.compile(r"find_spec\(['\"](\w+)['\"]\)")
 REACHED = re.compile(r"\blinattn(?:\.\w+)+")
@@ -101,7 +100,7 @@ def imported(text: str) -> set[str]:
     """Return every module that a page's code imports, also in programs that it runs; with what it reaches in
     linattn, `linattn.nn.SGLU`.
     """
-    code = "\n".join(CELL.findall(text))
+    code = "\n".join(cells(text))
     found = {*SOUGHT.findall(code), *REACHED.findall(code)}
     for module, names, modules in IMPORT.findall(code):
         parts = (names or modules).partition("#")[0].strip("() ").split(",")

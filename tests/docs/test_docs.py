@@ -17,13 +17,11 @@ from matplotlib.text import Text
 from typer.testing import CliRunner
 
 import linattn.cli
-from docs._ext.links import prose
+from docs._ext.links import BLOCK, prose
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-TAGS = r"(?::tags: [^\n]+\n\n)?"
-BLOCK = re.compile(rf"^```(python|python gpu|sh|\{{code-cell\}} python)\n{TAGS}(.*?)^```", re.S | re.M)
 SMALLEST = 9  # points, of any text in a picture
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 

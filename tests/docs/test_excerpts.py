@@ -12,12 +12,12 @@ import pytest
 
 import linattn
 from docs._ext import excerpts
+from docs._ext.links import cells
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "{literalinclude}" in page.read_text()]
 LONGEST = 32  # lines: more is a listing, not an excerpt
 KERNEL = ROOT / "docs" / "learn" / "kernel.md"
-CELL = re.compile(r"^```\{code-cell\} python\n(?::tags: [^\n]*\n\n)?(.*?)^```$", re.M | re.S)
 RECORDED = """# Benchmarks
 
 ## On a processor
@@ -89,7 +89,7 @@ def test_where_an_excerpt_ends(tmp_path):
     assert of(tmp_path, "at: begin") == ("cpp", "begin {\n"), "one line"
 
 
-@pytest.mark.parametrize(
+ASTRAY = pytest.mark.parametrize(
     ("source", "problem"),
     [
         ("begin\nbegin\nend\n", "2 lines of some.cu have 'begin', not one"),
@@ -97,6 +97,9 @@ def test_where_an_excerpt_ends(tmp_path):
         ("end\nbegin\n", "some.cu has no 'end' after 'begin'"),
     ],
 )
+
+
+@ASTRAY
 def test_words_that_do_not_lead_there(tmp_path, source, problem):
     (tmp_path / "some.cu").write_text(source)
     with pytest.raises(ValueError, match=re.escape(problem)):
@@ -105,7 +108,7 @@ def test_words_that_do_not_lead_there(tmp_path, source, problem):
 
 def cell(text: str, words: str) -> str:
     """The one cell of a page with these words."""
-    (found,) = (match[1] for match in CELL.finditer(text) if words in match[1])
+    (found,) = (code for code in cells(text) if words in code)
     return found
 
 
@@ -130,23 +133,16 @@ def test_a_table_has_the_lines_of_its_sources(tmp_path):
     assert [plain(head) for head in re.findall("<th .*?</th>", shown)] == ["A", "What it does"]
 
 
-@pytest.mark.parametrize(
-    ("source", "problem"),
-    [
-        ("begin\nbegin\nend\n", "2 lines of a.cu have 'begin', not one"),
-        ("end\n", "0 lines of a.cu have 'begin', not one"),
-        ("end\nbegin\n", "a.cu has no 'end' after 'begin'"),
-    ],
-)
+@ASTRAY
 def test_a_table_without_its_lines_fails(tmp_path, source, problem):
-    (tmp_path / "a.cu").write_text(source)
+    (tmp_path / "some.cu").write_text(source)
     with pytest.raises(ValueError, match=re.escape(problem)):
-        beside(tmp_path)["beside"]({"A": "a.cu"}, ("begin ... end", ""))
+        beside(tmp_path)["beside"]({"A": "some.cu"}, ("begin ... end", ""))
 
 
 def test_tables_of_the_page_are_found_in_what_is_installed():
     names = beside(files("linattn"))
-    tables = [match[1] for match in CELL.finditer(KERNEL.read_text()) if match[1].startswith("beside(")]
+    tables = [code for code in cells(KERNEL.read_text()) if code.startswith("beside(")]
     assert len(tables) > 2
     for table in tables:
         exec(table, dict(names))

@@ -7,12 +7,12 @@ import inspect
 import re
 import textwrap
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from docs._ext.entries import alias, bindings, home, own_members, signature
+from docs._ext.entries import alias, bindings, home, is_module, own_members, signature
+from docs._ext.links import BLOCK
 from linattn import errors
 from linattn.backends import Backend, Decoding, Differentiable, Keeping, Pooling
 from linattn.testing import Subject
@@ -21,9 +21,6 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = ROOT / "docs" / "reference"
 TEXTS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts]
 TEXTS += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-CODE = re.compile(
-    r"^```(python|python gpu|sh|\{code-cell\} python)\n(?::tags: [^\n]+\n\n)?(.*?)^```", re.M | re.S
-)
 MODULES = (
     "linattn",
     "linattn.backends",
@@ -183,13 +180,6 @@ def used(source: str, scope: dict[str, str]) -> set[tuple[str, str]]:
     return found
 
 
-def is_module(path: str) -> bool:
-    try:
-        return find_spec(path) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def reached(path: str, scope: dict[str, str]) -> set[tuple[str, str]]:
     """The first name in `linattn.a.b` that is no module, with the module that has it; none if all are."""
     first, *rest = path.split(".")
@@ -207,7 +197,7 @@ def reached(path: str, scope: dict[str, str]) -> set[tuple[str, str]]:
 def named(text: str) -> set[tuple[str, str]]:
     """The names of linattn in a page's code, and in its sentences by their path, as `linattn.decay.fla`."""
     scope, found = {"linattn": "linattn"}, set()
-    for kind, code in CODE.findall(text):
+    for kind, code in BLOCK.findall(text):
         if kind != "sh":
             shell = code.lstrip().startswith(">>>")
             examples = doctest.DocTestParser().get_examples(code) if shell else []

@@ -1,6 +1,5 @@
 """What the site is made with does what it says, without building it: links, the check of pages, pins."""
 
-import importlib.util
 import inspect
 import re
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import linattn
 from docs._ext import links, notebooks
 from docs._ext.built import problems
-from docs._ext.entries import alias, entry, markdown
+from docs._ext.entries import alias, entry, is_module, markdown
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = "<html><body>{}</body></html>"
@@ -168,13 +167,6 @@ def test_a_page_needs_no_more_than_its_notebook_installs(page):
         f"importlib.import_module({module!r})" for module in modules
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
-
-
-def is_module(path: str) -> bool:
-    try:
-        return importlib.util.find_spec(path) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(
