@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from linattn.backends.triton import norm
+from linattn.backends.triton import norm, rows_shape
 from linattn.backends.triton.launcher import Launcher, chained
 from linattn.prepared import PLAIN
 
@@ -75,8 +74,8 @@ def few(
     ROWS: tl.constexpr,  # of the weights, in a program
     PIECES: tl.constexpr,  # of a row
     HALF: tl.constexpr,
-    GATED: tl.constexpr,
     NORM: tl.constexpr,
+    GATED: tl.constexpr,
     PRODUCT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -127,80 +126,158 @@ def few(
         tl.store(y_ptr + b * N + n, o.to(y_ptr.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def of_rows(ptr, step, b, k, B, K, WHOLE: tl.constexpr):
+    """Numbers k of rows b: [b k]. 0 outside, which no k is if WHOLE."""
+    inside = (b < B)[:, None]
+    if not WHOLE:
+        inside = inside & (k < K)[None, :]
+    return tl.load(ptr + (b * step)[:, None] + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def of_weights(ptr, n, k, N, K, WHOLE: tl.constexpr):
+    """Numbers k of the weights' rows n, which have as many bits as offsets: [k n]. 0 outside."""
+    inside = (n < N)[None, :]
+    if not WHOLE:
+        inside = inside & (k < K)[:, None]
+    return tl.load(ptr + (n * K)[None, :] + k[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def with_block(y, other, total, x, g, w, v, NORM: tl.constexpr, GATED: tl.constexpr, PRODUCT: tl.constexpr):
+    """The sums x W^T and x V^T [b n] and those of squares [b], a block of K later."""
+    if NORM:
+        wide = x.to(tl.float32)
+        total += tl.sum(wide * wide, 1)
+    if GATED:
+        x *= g
+    y = tl.dot(x, w, y, input_precision="ieee")
+    if PRODUCT:
+        other = tl.dot(x, v, other, input_precision="ieee")
+    return y, other, total
+
+
 @triton.jit(do_not_specialize=["B", "N"])
 def many(
     x_ptr, x_b,  # [B K]; rows x_b numbers apart
+    g_ptr, g_b,  # [B K], the gate; read only if GATED
     w_ptr, v_ptr,  # [N K], without gaps; v is read only if PRODUCT
     r_ptr, r_b,  # [B N], the residual; read only if RESIDUAL
     y_ptr,  # [B N], without gaps
+    sum_ptr,  # float32, what parts of K add up to: y, other, total, of each part of a tile; unless PARTS is 1
+    done_ptr,  # [tiles], int32, how many of a tile's parts are there: 0 before and after
     B, N, K, eps,
     BATCH: tl.constexpr,  # a power of two from B on
-    ROWS: tl.constexpr,  # of the weights, in a program
+    ROWS: tl.constexpr,  # of the weights, in a tile
     BLOCK: tl.constexpr,  # of K
+    BLOCKS: tl.constexpr,  # in a part of K, all under way at once; 0: one part, whose blocks are so in STAGES
+    PARTS: tl.constexpr,  # of K, each of which is a program's
     STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,  # K fills all blocks
     NORM: tl.constexpr,
+    GATED: tl.constexpr,
     PRODUCT: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    CHAINED: tl.constexpr,  # only with BLOCKS
 ):  # fmt: skip
-    """The same by matrix products, without a gate."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    to_w = n.to(tl.int64) * K  # [n]
-    b, k = tl.arange(0, BATCH), tl.arange(0, BLOCK)
-    to_x = (b * x_b)[:, None]
+    """The same by matrix products. A tile's part that is there last adds all of them up, in one order."""
+    tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    n = tile * ROWS + tl.arange(0, ROWS)
+    b, k = tl.arange(0, BATCH), part * (BLOCKS * BLOCK) + tl.arange(0, BLOCK)
     y = tl.zeros([BATCH, ROWS], tl.float32)
-    y_other, total = y, tl.zeros([BATCH], tl.float32)
-    for first in tl.range(0, K, BLOCK, num_stages=STAGES):
-        at = first + k
-        x = tl.load(x_ptr + to_x + at[None, :], mask=(b < B)[:, None] & (at < K)[None, :], other=0.0)  # [b k]
-        inside = (n < N)[None, :] & (at < K)[:, None]
-        w = tl.load(w_ptr + to_w[None, :] + at[:, None], mask=inside, other=0.0)  # [k n]
-        y = tl.dot(x, w, y, input_precision="ieee")
+    other, total = y, tl.zeros([BATCH], tl.float32)
+    if BLOCKS:
+        weights, others = (), ()
+        for p in tl.static_range(BLOCKS):
+            w = of_weights(w_ptr, n, k + p * BLOCK, N, K, WHOLE)
+            weights = weights + (w,)  # type: ignore[assignment]  # noqa: RUF005
+            if PRODUCT:
+                w = of_weights(v_ptr, n, k + p * BLOCK, N, K, WHOLE)
+            others = others + (w,)  # type: ignore[assignment]  # noqa: RUF005
+        if CHAINED:
+            gdc_launch_dependents()
+            gdc_wait()
+        numbers, gates = (), ()
+        for p in tl.static_range(BLOCKS):
+            x = of_rows(x_ptr, x_b, b, k + p * BLOCK, B, K, WHOLE)
+            numbers = numbers + (x,)  # type: ignore[assignment]  # noqa: RUF005
+            if GATED:
+                x = of_rows(g_ptr, g_b, b, k + p * BLOCK, B, K, WHOLE)
+            gates = gates + (x,)  # type: ignore[assignment]  # noqa: RUF005
+        for p in tl.static_range(BLOCKS):
+            y, other, total = with_block(
+                y, other, total, numbers[p], gates[p], weights[p], others[p], NORM, GATED, PRODUCT
+            )
+    else:
+        wide = n.to(tl.int64)
+        for first in tl.range(0, K, BLOCK, num_stages=STAGES):
+            x = of_rows(x_ptr, x_b, b, first + k, B, K, WHOLE)
+            g = x
+            if GATED:
+                g = of_rows(g_ptr, g_b, b, first + k, B, K, WHOLE)
+            w = of_weights(w_ptr, wide, first + k, N, K, WHOLE)
+            v = w
+            if PRODUCT:
+                v = of_weights(v_ptr, wide, first + k, N, K, WHOLE)
+            y, other, total = with_block(y, other, total, x, g, w, v, NORM, GATED, PRODUCT)
+    last = True
+    if PARTS > 1:
+        SIZE: tl.constexpr = BATCH * ROWS
+        ALL: tl.constexpr = SIZE * (2 if PRODUCT else 1) + BATCH
+        to_sum = sum_ptr + (tile * PARTS + part) * ALL
+        inner = b[:, None] * ROWS + tl.arange(0, ROWS)[None, :]  # [b n]
+        tl.store(to_sum + inner, y)
         if PRODUCT:
-            v = tl.load(v_ptr + to_w[None, :] + at[:, None], mask=inside, other=0.0)
-            y_other = tl.dot(x, v, y_other, input_precision="ieee")
+            tl.store(to_sum + SIZE + inner, other)
         if NORM:
-            wide = x.to(tl.float32)
-            total += tl.sum(wide * wide, 1)
-    if NORM:
-        r = tl.rsqrt(total / K + eps)[:, None]
-        y *= r
+            tl.store(to_sum + ALL - BATCH + b, total)
+        tl.debug_barrier()  # one thread counts, for all of them
+        last = tl.atomic_add(done_ptr + tile, 1) == PARTS - 1
+    if last:
+        if PARTS > 1:
+            y = tl.zeros([BATCH, ROWS], tl.float32)
+            other, total = y, tl.zeros([BATCH], tl.float32)
+            for p in tl.static_range(PARTS):
+                to_sum = sum_ptr + (tile * PARTS + p) * ALL
+                y += tl.load(to_sum + inner, cache_modifier=".cg")
+                if PRODUCT:
+                    other += tl.load(to_sum + SIZE + inner, cache_modifier=".cg")
+                if NORM:
+                    total += tl.load(to_sum + ALL - BATCH + b, cache_modifier=".cg")
+            tl.store(done_ptr + tile, 0)
+        if NORM:
+            r = tl.rsqrt(total / K + eps)[:, None]
+            y *= r
+            if PRODUCT:
+                other *= r
         if PRODUCT:
-            y_other *= r
-    if PRODUCT:
-        y *= y_other
-    kept = (b < B)[:, None] & (n < N)[None, :]
-    if RESIDUAL:
-        y += tl.load(r_ptr + (b * r_b)[:, None] + n[None, :], mask=kept, other=0.0).to(tl.float32)
-    tl.store(y_ptr + (b * N)[:, None] + n[None, :], y.to(y_ptr.dtype.element_ty), mask=kept)
+            y *= other
+        kept = (b < B)[:, None] & (n < N)[None, :]
+        if RESIDUAL:
+            y += tl.load(r_ptr + (b * r_b)[:, None] + n[None, :], mask=kept, other=0.0).to(tl.float32)
+        tl.store(y_ptr + (b * N)[:, None] + n[None, :], y.to(y_ptr.dtype.element_ty), mask=kept)
 
 
-FEW = 4  # rows that are added up one after the other; more go through matrix products
-MANY = 128  # rows beyond which a matrix product is no longer bound by its weights
-WIDEST = 8192  # numbers of weights that a warp can hold in registers; wider rows are products as well
-WIDE = 5120  # the same for more than one row
+FEW, MANY = rows_shape.FEW, rows_shape.MANY  # rows from which others take over
 APART = 1 << 24  # numbers between rows, MANY times which fits into 32 bits
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a launch looks like: `rows` rows of the weights in a program; block and stages are of `many`."""
-
-    rows: int
-    warps: int
-    block: int = 0
-    stages: int = 1
-
-
-@functools.lru_cache(maxsize=256)
-def shape(b: int, n: int, k: int, two: bool) -> Shape:
-    """The launch for b rows of k numbers and n outputs from one matrix, or two."""
-    numbers = k * (2 if two else 1)
-    if b <= FEW and numbers <= (WIDEST if b == 1 else WIDE):
-        return Shape(16 if numbers <= 2048 else 8, 8)  # two rows in a warp, or one
-    return Shape(32 if two or n >= 2048 else 16, 4, 128, 5 if k > 2048 else 3)
-
+GATED = (torch.bfloat16,)  # dtypes in which a number times a gate is as finite as their normed product
 
 start_few, start_many = Launcher(few), Launcher(many)
+
+
+def counters(x: Tensor) -> Tensor:
+    """What `products` counts in, for all calls behind one another on x's device and stream."""
+    return torch.zeros(rows_shape.PROGRAMS, dtype=torch.int32, device=x.device)
+
+
+@functools.cache
+def room(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have."""
+    if device.type != "cuda":
+        return rows_shape.ROOM
+    found: Any = torch.cuda.get_device_properties(device)
+    return int(found.shared_memory_per_block_optin)
 
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
@@ -224,40 +301,53 @@ def products(
     eps: float | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    done: Tensor | None = None,
 ) -> Tensor:
     """norm(x) W^T for x [B, K] and W [N, K]; for two matrices the product of both, number by number.
 
     eps: of the norm x / sqrt(mean(x^2) + eps); None for none. gate [B, K]: the normed row is multiplied by
-    it. residual [B, N]: added at the end. All have one dtype; x, gate and residual any strides. Sums in
-    float32, rounded once, to that dtype; where matrix products form them, a gated row is rounded before as
-    well. Starts one kernel, then two, on the device of x, which must be the current one, and its current
-    stream.
+    it. residual [B, N]: added at the end. All have one dtype; x, gate and residual any strides. done:
+    `counters(x)`, to be used again; None for new ones. Sums in float32, rounded once, to that dtype; where
+    matrix products form them, a gated row is rounded before as well. Starts one kernel (two for a gate in
+    float16) on the device of x, which must be the current one, and its current stream.
     """
     w, other = weights[0], weights[-1]
     (b, k), n = x.shape, w.shape[0]
     y = torch.empty(b, n, dtype=x.dtype, device=x.device)
-    how, early = shape(b, n, k, len(weights) > 1), chained()
-    if gate is not None and how.block:
+    how = rows_shape.shape(b, n, k, len(weights) > 1, gate is not None, room(x.device))
+    early = chained() and how.chains
+    if gate is not None and how.block and x.dtype not in GATED:
         x, gate, eps = (x * gate if eps is None else norm.forward(x, gate, eps)), None, None
     x, gate = rows_of(x), None if gate is None else rows_of(gate)
     g, r = x if gate is None else gate, y if residual is None else rows_of(residual)
-    flags = eps is not None, len(weights) > 1, residual is not None
+    flags = eps is not None, gate is not None, len(weights) > 1, residual is not None
     kind = (x.dtype, x.device, k, x.stride(0), g.stride(0), r.stride(0), how.warps)
-    tail = y, n, 0.0 if eps is None else eps
-    programs, options = triton.cdiv(n, how.rows), {"num_warps": how.warps, "num_stages": 1}
+    tiles, options = triton.cdiv(n, how.rows), {"num_warps": how.warps, "num_stages": 1}
+    if early:
+        options["launch_pdl"] = True
+    eps = 0.0 if eps is None else eps
+    constants: tuple[Any, ...]
+    arguments: tuple[Any, ...]
     if not how.block:
         i, half = torch.int32, x.dtype == torch.float16
-        held = x.view(i), x.stride(0) // 2, g.view(i), g.stride(0) // 2, w.view(i), other.view(i)
-        constants: tuple[Any, ...] = (
-            k // 2, b, how.rows, triton.cdiv(k, 256), half, gate is not None, *flags, early,
+        constants = k // 2, b, how.rows, triton.cdiv(k, 256), half, *flags, early
+        arguments = (
+            x.view(i), x.stride(0) // 2, g.view(i), g.stride(0) // 2, w.view(i), other.view(i),
+            r, r.stride(0), y, n, eps,
         )  # fmt: skip
-        if early:
-            options["launch_pdl"] = True
-        start_few(programs, (kind, constants), (*held, r, r.stride(0), *tail), constants, **options)
-    else:
-        constants = max(16, triton.next_power_of_2(b)), how.rows, how.block, how.stages, *flags
-        arguments = x, x.stride(0), w, other, r, r.stride(0), y, b, n, k, tail[-1]
-        start_many(programs, (kind, constants), arguments, constants, **options)
+        start_few(tiles, (kind, constants), arguments, constants, **options)
+        return y
+    height, sums = max(16, triton.next_power_of_2(b)), y
+    if how.parts > 1:
+        done = counters(x) if done is None else done
+        size = height * (how.rows * len(weights) + 1)
+        sums = torch.empty(tiles * how.parts * size, dtype=torch.float32, device=x.device)
+    constants = height, how.rows, how.block, how.blocks, how.parts, how.stages, how.whole, *flags, early
+    arguments = (
+        x, x.stride(0), g, g.stride(0), w, other, r, r.stride(0), y, sums, y if done is None else done,
+        b, n, k, eps,
+    )  # fmt: skip
+    start_many(tiles * how.parts, (kind, constants), arguments, constants, **options)
     return y
 
 

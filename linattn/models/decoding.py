@@ -7,7 +7,6 @@ theirs, and each product asks for its weights before the row exists (`linattn.ba
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 PROGRAMMATIC = (9, 0)  # compute capability from which kernels may start before those in front have ended
+SMALL = 1 << 24  # bytes of states; larger ones, read early, are in the way of the product in front
 
 
 def steps(layers: Iterable[TransNormerLayer], states: Sequence[State], x: Tensor) -> Iterator[Tensor]:
@@ -37,10 +37,13 @@ def steps(layers: Iterable[TransNormerLayer], states: Sequence[State], x: Tensor
     Where the kernels run, sums are formed in float32 and rounded to x's dtype once a product; the layers' own
     steps round the norm, the gate and the product of the channel mixer, too.
     """
-    first, seen = True, set()
+    first, seen, done = True, set(), None
     for layer, state in zip(layers, states, strict=True):
         if runs(layer, x):
-            x = fused(layer, state, x, first or id(state.kv) in seen)
+            of = kernels("rows")
+            if done is None and len(x) > of.FEW:
+                done = of.counters(x)
+            x = fused(layer, state, x, done, first or id(state.kv) in seen)
             first = False
             seen.add(id(state.kv))
         else:
@@ -95,24 +98,30 @@ def lowered(x: Tensor) -> bool:
     return lowers(where) and torch.get_autocast_dtype(where) != x.dtype
 
 
-def fused(layer: TransNormerLayer, state: State, x: Tensor, first: bool) -> Tensor:
-    """A layer's step in five kernels; the first one of all starts when everything before has ended."""
-    rows, launcher = kernels("rows"), kernels("launcher")
+def fused(layer: TransNormerLayer, state: State, x: Tensor, done: Tensor | None, first: bool) -> Tensor:
+    """A layer's step in five kernels; the first one of all starts when everything before has ended.
+
+    done: the products' counters, if they need any.
+    """
+    chain = kernels("launcher").chain
+    products = functools.partial(kernels("rows").products, done=done)
     mixer, channels, eps = layer.token_mixer, layer.channel_mixer, float(layer.norm.eps)
-    early = x.shape[0] <= rows.FEW and _capability(x.device) >= PROGRAMMATIC
+    early = _capability(x.device) >= PROGRAMMATIC
     with kernels("norm").on(x.device):
         # A chained step of attention reads the state before its wait. What wrote it has ended, as a kernel
         # that starts in the usual way lies between: the first one here.
-        with launcher.chain(early and not first):
-            qkvu = rows.products(x, (mixer.qkvu_proj.weight,), eps=eps)
-        with launcher.chain(early):
+        with chain(early and not first):
+            qkvu = products(x, (mixer.qkvu_proj.weight,), eps=eps)
+        with chain(early):
             q, k, v, u = mixer.split(qkvu)
             options = mixer.options(x.dtype)
-            with contextlib.nullcontext() if keeps(mixer, options, x) else launcher.chain(False):
+            ahead = early and state.kv.nbytes <= SMALL and keeps(mixer, options, x)
+            with chain(ahead):
                 o = linattn.decode_step(q, k, v, state, **options, backend="auto").flatten(1)
-            x = rows.products(o, (mixer.out_proj.weight,), eps=float(mixer.norm.eps), gate=u, residual=x)
-            p = rows.products(x, (channels.l1.weight, channels.l2.weight), eps=eps)
-            return rows.products(p, (channels.l3.weight,), residual=x)  # type: ignore[no-any-return]
+            x = products(o, (mixer.out_proj.weight,), eps=float(mixer.norm.eps), gate=u, residual=x)
+            p = products(x, (channels.l1.weight, channels.l2.weight), eps=eps)
+            y: Tensor = products(p, (channels.l3.weight,), residual=x)
+            return y
 
 
 def keeps(mixer: GatedLinearAttention, options: dict[str, Any], x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from linattn import tolerance
-from linattn.backends.triton import rows
+from linattn.backends.triton import rows, rows_shape
 from linattn.models import TransNormerConfig, TransNormerLM, decoding
 from linattn.nn import SimpleRMSNorm
 from tests.gpu.calls import captured, drawn, same
@@ -52,7 +52,9 @@ def check(dtype: Any, b: int, n: int, k: int, **options: Any) -> None:
         unit = tolerance.UNIT[str(dtype).removeprefix("torch.")]
         # a sum of k terms adds at most log2(k) + k / 128 times in a row; the norm and products round as often
         room = (k / 128 + 32) * tolerance.UNIT["float32"] * size + unit * abs(want)
-        if g is not None and rows.shape(b, n, k, two).block:  # the gated row is rounded before the product
+        if (
+            g is not None and rows_shape.shape(b, n, k, two, True).block
+        ):  # the gated row is rounded before the product
             room += unit * size
         over = (abs(got.double() - want) - room - tolerance.SUBNORMAL["float16"]).max()
         assert got.dtype == dtype and float(over) <= 0, (eps, g is not None, two, r is not None, float(over))

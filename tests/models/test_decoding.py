@@ -48,9 +48,21 @@ class Kernels:
     def __init__(self) -> None:
         self.early, self.said = False, []
 
+    def counters(self, x: Any) -> Any:
+        self.done = torch.zeros(1)
+        return self.done
+
     def products(
-        self, x: Any, weights: Any, *, eps: Any = None, gate: Any = None, residual: Any = None
+        self,
+        x: Any,
+        weights: Any,
+        *,
+        eps: Any = None,
+        gate: Any = None,
+        residual: Any = None,
+        done: Any = None,
     ) -> Any:
+        assert done is (self.done if len(x) > self.FEW else None)  # one memory for all products of a step
         self.said.append(self.early)
         y = x if eps is None else SimpleRMSNorm(eps)(x)
         y = y if gate is None else y * gate
@@ -127,7 +139,18 @@ def test_the_first_kernel_waits_for_everything(model: TransNormerLM, kernels: Ke
         said, kernels.said = kernels.said, []
         list(decoding.steps(model._layers()[1:2] * 2, [states[1]] * 2, x))  # a state that was just written
         assert kernels.said == ([False] + [True] * 4) * 2
-        assert not any(said)  # many rows: kernels take the bandwidth from each other
+        assert said == [False] + [True] * 14
+
+
+def test_large_states_are_not_read_early(
+    model: TransNormerLM, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would take the bandwidth that the product in front needs."""
+    with torch.no_grad():
+        states, x = model.initial_states(5), torch.randn(5, 32, dtype=torch.float64)
+        monkeypatch.setattr(decoding, "SMALL", 0)
+        list(decoding.steps(model._layers()[:2], states[:2], x))
+        assert kernels.said == [False, False] + [True] * 4 + [False] + [True] * 3
 
 
 def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kernels) -> None:

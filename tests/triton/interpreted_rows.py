@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 
 from linattn import tolerance
-from linattn.backends.triton import rows
+from linattn.backends.triton import rows, rows_shape
 from tests.triton.mapped import exact
 from tests.triton.normed import EPS
 from tests.triton.programs import main, notices
@@ -28,25 +30,47 @@ def holds(of: Any, batches: tuple[int, ...] = (1, 4, 5, 17), shapes: Any = SHAPE
     for b, (n, k) in itertools.product(batches, shapes):
         x, gate = drawn(b, 4 * k)[:, :k], drawn(b, 4 * k, seed=1)[:, 3 * k :]
         weights = [(w.float() / k**0.5).to(DTYPE) for w in (drawn(n, k, seed=2), drawn(n, k, seed=3))]
-        added = drawn(b, n, seed=4)
+        added, done = drawn(b, n, seed=4), of.counters(x)
         for eps, gated, two, residual in itertools.product((None, EPS), (False, True), (1, 2), (None, added)):
             given, g = tuple(weights[:two]), gate if gated else None
-            got = of.products(x, given, eps=eps, gate=g, residual=residual)
+            got = of.products(x, given, eps=eps, gate=g, residual=residual, done=done)
             want, size = exact(x, given, eps, g, residual)
-            rounded = gated and of.shape(b, n, k, two > 1).block  # once for each factor
+            rounded = gated and of.rows_shape.shape(b, n, k, two > 1, gated).block  # once for each factor
             room = (k + 32) * fine * two * size + unit * (abs(want) + size * (two if rounded else 0))
             over = float((abs(got.double() - want) - room - tolerance.SUBNORMAL["float16"]).max())
             assert over <= 0, (b, n, k, eps, gated, two, residual is not None, over)
+            assert not done.any()
+
+
+@contextlib.contextmanager
+def chosen(**values: Any) -> Iterator[None]:
+    """Other limits for what is chosen."""
+    with mock.patch.multiple(rows_shape, **values):
+        rows_shape.shape.cache_clear()
+        yield
+    rows_shape.shape.cache_clear()
 
 
 def formula() -> None:
     """By the kernel that is chosen, and by products of matrices for few rows too."""
     holds(rows)
-    with mock.patch.object(rows, "FEW", 0):
-        rows.shape.cache_clear()
-        assert rows.shape(1, 100, 48, False).block
+    with chosen(FEW=0):
+        assert rows_shape.shape(1, 100, 48, False, False).block
         holds(rows, (1, 4))
-    rows.shape.cache_clear()
+
+
+def parts() -> None:
+    """At once and in stages; K in one part and in several, with a rest and without; gates in the kernel."""
+    seen, shapes = set(), ((7, 144), (70, 256))
+    for most, room in ((4, rows_shape.ROOM), (1, rows_shape.ROOM), (4, 0)):
+        with chosen(MOST=most, ROOM=room), mock.patch.object(rows, "GATED", (DTYPE,)):
+            rows.room.cache_clear()
+            for n, k in shapes:
+                found = rows_shape.shape(17, n, k, False, True, room)
+                seen.add((found.blocks > 0, found.parts > 1, found.whole))
+            holds(rows, (17,), shapes)
+    rows.room.cache_clear()
+    assert len(seen) == 6, seen
 
 
 def not_finite() -> None:
@@ -95,12 +119,14 @@ SQUARES = """            if NORM:
 GATE = """            if GATED:
                 first, second = first * low(g[p], HALF), second * high(g[p], HALF)
 """
-TO_W = "w_ptr + to_w[None, :] + "
+OTHER = "                other *= {}\n            o"
+SUMS = "    if NORM:\n        wide = x"
+ADDED = "tl.load(to_sum + inner, cache"
 WRONG = {
     "the mean is over pairs": ("/ (2 * K) + eps", "/ K + eps"),
     "the second of a pair is left out": (" + high(w[p], HALF) * second", ""),
     "the norm is that of gated numbers": (SQUARES + GATE, GATE + SQUARES),
-    "only one factor is normed": ("                other *= r\n", "                other *= 1\n"),
+    "only one factor is normed": (OTHER.format("r"), OTHER.format(1)),
     "one factor alone": ("            o *= other\n", "            o *= 1\n"),
     "no residual": ("            o += residual\n", "            o += 0\n"),
     "the residual of the first row": ("r_ptr + b * r_b + n", "r_ptr + n"),
@@ -109,16 +135,29 @@ WRONG = {
     "columns beyond the row": ("mask=there & (k < K)", "mask=there & (k < K + 8)"),
     "many: no norm": ("        y *= r\n", "        y *= 1\n"),
     "many: squares of the last block": ("total += tl.sum(wide", "total = tl.sum(wide"),
-    "many: weights of the first block": (TO_W + "at[:, None]", TO_W + "k[:, None]"),
+    "many: weights of the first block": ("of_weights(w_ptr, n, k + p * BLOCK", "of_weights(w_ptr, n, k"),
+    "many: the first part for all": ("part * (BLOCKS * BLOCK)", "0"),
+    "many: rows of the first tile": ("n = tile * ROWS", "n = 0 * ROWS"),
     "many: no residual": ("        y += tl.load(r_ptr", "        y += 0 * tl.load(r_ptr"),
-    "many: no gate": ("x * gate if eps is None", "x if eps is None"),
-    "many: another eps": ("norm.forward(x, gate, eps)", "norm.forward(x, gate, 0.5)"),
-}
+    "many: no gate": ("        x *= g\n", "        x *= 1\n"),
+    "many: the gate of the first block": ("of_rows(g_ptr, g_b, b, k + p * BLOCK", "of_rows(g_ptr, g_b, b, k"),
+    "many: gated numbers are normed": (SUMS, "    if GATED:\n        x *= g\n" + SUMS),
+    "many: the last part alone": ("y += " + ADDED, "y = " + ADDED),
+    "many: the last part's squares alone": ("total += tl.load(to_sum", "total = tl.load(to_sum"),
+    "many: parts of the first tile": ("sum_ptr + (tile * PARTS + p)", "sum_ptr + p"),
+    "many: nothing is counted back": ("tl.store(done_ptr + tile, 0)", "tl.store(done_ptr + tile, 1)"),
+    "many: the last part is not waited for": ("== PARTS - 1", "== PARTS - 2"),
+}  # fmt: skip
 
 
 def mutants() -> None:
     """Kernels with one thing wrong each are noticed, where the right ones pass."""
-    notices(lambda of: holds(of, (3, 5), ((7, 272),)), rows, WRONG)
+
+    def seen(of: Any) -> None:
+        with mock.patch.object(of, "GATED", (DTYPE,)):
+            holds(of, (3, 5), ((39, 528),))
+
+    notices(seen, rows, WRONG)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
 
-from linattn.backends.triton import launcher, rows
+from linattn.backends.triton import launcher, rows, rows_shape
 from tests.triton.launches import compiled, recorded, spilled
 from tests.triton.programs import interpret
 
@@ -21,7 +22,9 @@ WAIT = "griddepcontrol.wait"
 SIZES = ((1024, 2816), (2048, 5632), (2560, 6912), (4096, 11008), (5120, 13824), (12288, 32768))
 
 
-@pytest.mark.parametrize("checks", [("formula", "not_finite", "layouts"), ("mutants",)], ids="-".join)
+@pytest.mark.parametrize(
+    "checks", [("formula", "parts", "not_finite", "layouts"), ("mutants",)], ids="-".join
+)
 def test_interpreted(checks: tuple[str, ...]) -> None:
     interpret("interpreted_rows.py", *checks)
 
@@ -38,13 +41,13 @@ def launched(b: int, n: int, k: int, two: bool, gated: bool, chained: bool, dtyp
             gate=empty(b, k) if gated else None, residual=None if two else empty(b, n),
         )  # fmt: skip
     found = list(seen)[-1]
-    if chained and found.kernel.__name__ == "few":
+    if found.flags["CHAINED"]:
         found = dataclasses.replace(found, options=(*found.options, ("launch_pdl", True)))
     return found
 
 
 @pytest.mark.parametrize("width, inner", SIZES)
-@pytest.mark.parametrize("b", [1, 4, 64])
+@pytest.mark.parametrize("b", [1, 4, 16, 64, 128])
 def test_compiles_without_spills(width: int, inner: int, b: int) -> None:
     for n, k, two, gated in (
         (4 * width, width, False, False),
@@ -54,7 +57,11 @@ def test_compiles_without_spills(width: int, inner: int, b: int) -> None:
     ):
         found = launched(b, n, k, two, gated, True, torch.bfloat16)
         binary = compiled(found, 90)
-        assert spilled(binary) == 0, found
+        assert spilled(binary) == 0 and binary.metadata.shared <= rows_shape.ROOM, found
+        if found.flags.get("BLOCKS"):
+            before, after = binary.asm["ptx"].split(WAIT)
+            asked = found.flags["BLOCKS"] * (2 if two else 1)
+            assert before.count("ld.global.v4") >= asked and "wgmma" not in before and "mma" in after
         if found.kernel.__name__ == "few":
             before, after = binary.asm["ptx"].split(WAIT)
             # all weights are asked for before the wait, and nothing is done with them there
@@ -62,6 +69,20 @@ def test_compiles_without_spills(width: int, inner: int, b: int) -> None:
             assert before.count("ld.global.v4") >= asked and "shl.b32" not in before.split("ld.global")[-1]
             assert "ld.global.v4" in after and "ld.global" in after
             assert "launch_dependents" in before.split("ld.global")[0]
+
+
+@pytest.mark.parametrize("room", [48 << 10, 99 << 10, 163 << 10])
+def test_programs_hold_what_smaller_gpus_have(room: int) -> None:
+    """Stages, and what is asked for at once, by the device's own limit."""
+    for b, (width, inner) in itertools.product((5, 64, 128), SIZES):
+        height = max(16, b)
+        for n, k, two, gated in ((width, width, False, True), (inner, width, True, False)):
+            found = rows_shape.shape(b, n, k, two, gated, room)
+            matrices, read = (2 if two else 1), height * (2 if gated and not found.blocks else 1)
+            size = 2 * found.block * (read + found.rows * matrices)
+            assert found.blocks or found.stages
+            assert size * (found.blocks or found.stages) <= room or found.stages == 1
+            assert found.parts <= rows_shape.MOST or not found.chains
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
