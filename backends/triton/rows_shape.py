@@ -53,16 +53,18 @@ def shape(b: int, n: int, k: int, two: bool, gated: bool, room: int = ROOM) -> S
 
 def _at_once(height: int, n: int, k: int, two: bool, gated: bool, room: int) -> Shape | None:
     """Parts of K for programs that ask for everything at once; None where they could not hold it."""
+    if height > 64:
+        return None
     high = k > 2048 and not two and not gated
-    rows, block = 64 if (height < 64 if high else n >= 2048) else 32, 64 if high else 128
+    narrow = height == 64 if two or high else n < 2048
+    rows, block = 32 if narrow else 64, 64 if high else 128
     blocks = -(-k // block)
     blocks = -(-blocks // max(1, min(MOST, PROGRAMS // -(-n // rows))))
     parts = -(-k // (block * blocks))
     held = 2 * block * blocks * (height + rows * (2 if two else 1))
     if held > room - SPARE or (gated and blocks > 2):  # a gate and what it is for meet in registers
         return None
-    warps = 8 if high or (gated and height > 64) else 4
-    return Shape(rows, warps, block, blocks, parts, whole=k == parts * blocks * block)
+    return Shape(rows, 8 if high else 4, block, blocks, parts, whole=k == parts * blocks * block)
 
 
 def _in_stages(height: int, n: int, k: int, two: bool, gated: bool, room: int) -> Shape:
