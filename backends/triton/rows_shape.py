@@ -55,8 +55,8 @@ def _at_once(height: int, n: int, k: int, two: bool, gated: bool, room: int) -> 
     """Parts of K for programs that ask for everything at once; None where they could not hold it."""
     if height > 64:
         return None
-    high = k > 2048 and not two and not gated
-    narrow = height == 64 if two or high else n < 2048
+    high = k > 2048 and height < 64 and not two and not gated
+    narrow = (n < 2048 and not high) or (two and height == 64)
     rows, block = 32 if narrow else 64, 64 if high else 128
     blocks = -(-k // block)
     blocks = -(-blocks // max(1, min(MOST, PROGRAMS // -(-n // rows))))

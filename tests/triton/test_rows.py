@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -62,6 +63,9 @@ def test_compiles_without_spills(width: int, inner: int, b: int) -> None:
             before, after = binary.asm["ptx"].split(WAIT)
             asked = found.flags["BLOCKS"] * (2 if two else 1)
             assert before.count("ld.global.v4") >= asked and "wgmma" not in before and "mma" in after
+        if found.flags.get("BLOCK"):  # warps one above the other have 16 rows each, and none has none
+            above = re.findall(r"versionMajor = 3.*warpsPerCTA = \[(\d+)", binary.asm["ttgir"])
+            assert all(16 * int(warps) <= found.flags["BATCH"] for warps in above), found
         if found.kernel.__name__ == "few":
             before, after = binary.asm["ptx"].split(WAIT)
             # all weights are asked for before the wait, and nothing is done with them there
