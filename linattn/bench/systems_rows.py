@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ SHARES = (
     (1 / 4, "a quarter of the layers checkpointed: without, memory is short"),
     (1, "checkpointed: without, memory is short"),
 )
+
+
+KINDS = "training", "decoding", "layer", "attention", "norm"
+
+
+def chosen(device: torch.device, kinds: Iterable[str] = (), *, quick: bool = False) -> Iterator[Task]:
+    """The rows of some KINDS; of none, all."""
+    wanted = {*kinds}
+    for task in tasks(device, quick=quick):
+        if not wanted or re.split(r"\W", task.row.what)[0] in wanted:
+            yield task
 
 
 def tasks(device: torch.device, *, quick: bool = False) -> Iterator[Task]:
@@ -124,7 +136,8 @@ def decodings(make: Callable[[], Any], divide: int) -> Iterator[Task]:
     def measured(batch: int, context: int) -> dict[str, Any]:
         return decoding(model(), batch, context)
 
-    for batch, context in ((1, CONTEXTS[0]), (1, CONTEXTS[1]), (64, CONTEXTS[0])):
+    near, far = CONTEXTS
+    for batch, context in ((1, near), (1, far), (16, near), (64, near)):
         row = Row("decoding", OURS, batch, context // divide)
         yield Task(row, functools.partial(measured, row.batch, row.n))
 

@@ -34,7 +34,11 @@ def bench(
     ] = False,
     case: Annotated[
         list[str] | None,
-        typer.Option(metavar="<name>", help="Only this case (repeatable).", autocompletion=names.cases),
+        typer.Option(
+            metavar="<name>",
+            help="Only this case (repeatable); of --models: training, decoding, layer, attention or norm.",
+            autocompletion=names.cases,
+        ),
     ] = None,
     runs: Annotated[
         int, typer.Option(min=1, help="Processor: timed calls per figure; the fastest counts.")
@@ -68,9 +72,7 @@ def bench(
     if len(asked_for) > 1:
         raise OptionError(f"give {' or '.join(asked_for)}, not {'both' if len(asked_for) == 2 else 'all'}")
     if models:
-        if case:
-            raise OptionError("--models measures all of its own cases: leave out --case")
-        bench_models(outputs, as_json=as_json, quick=quick)
+        bench_models(outputs, case or (), as_json=as_json, quick=quick)
         return
     _check(outputs, gpu=gpu)
     if gpu:

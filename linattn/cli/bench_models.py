@@ -39,10 +39,10 @@ def check(outputs: list[Path]) -> None:
             import matplotlib.figure  # noqa: F401  (what is missing is said now)
 
 
-def bench_models(outputs: list[Path], *, as_json: bool, quick: bool) -> None:
+def bench_models(outputs: list[Path], kinds: Sequence[str] = (), *, as_json: bool, quick: bool) -> None:
     """Measure on CUDA where it is, else, quickly only, on the processor; print, and write after every row.
 
-    Raises OptionError without CUDA and without --quick.
+    kinds: of rows, none for all. Raises OptionError without CUDA and without --quick, and for other kinds.
     """
     import torch
 
@@ -52,18 +52,24 @@ def bench_models(outputs: list[Path], *, as_json: bool, quick: bool) -> None:
     from linattn.bench.machine import machine
 
     check(outputs)
+    for kind in kinds:
+        if kind not in systems_rows.KINDS:
+            raise OptionError(f"--case of --models is one of {', '.join(systems_rows.KINDS)}; got {kind}")
+    if kinds and "training" not in kinds and any(path.suffix == ".png" for path in outputs):
+        raise OptionError("the picture of --models shows training: add --case training, or leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not quick:
         raise OptionError("--models needs a CUDA device; with --quick, small models run on the processor")
     facts = gpu_machine() if device.type == "cuda" else machine()
-    facts["command"] = "linattn bench --models" + " --quick" * quick
+    options = ["--quick"] * quick + [f"--case {kind}" for kind in kinds]
+    facts["command"] = " ".join(["linattn bench --models", *options])
     bandwidth = 0.0
     if device.type == "cuda":
         bandwidth = Cuda().gigabytes_per_second() * 1e9
         facts["copy bandwidth"] = f"{bandwidth / 1e9:.0f} GB/s read and written"
     rows: list[Row] = []
     judged: list[Verdict] = []
-    tasks = functools.partial(systems_rows.tasks, device, quick=quick)
+    tasks = functools.partial(systems_rows.chosen, device, kinds, quick=quick)
 
     def begins(row: Row) -> None:
         bar.at(_name(row))

@@ -219,7 +219,7 @@ def test_small_models_on_the_processor(tmp_path, monkeypatch):
     assert fields == json.loads(data.read_text()) and fields["verdicts"] == []
     assert {row["what"].partition(",")[0] for row in rows} == {
         "training", "decoding", "layer", "attention", "norm", "norm and gate"
-    } and len(rows) == 28  # fmt: skip
+    } and len(rows) == 29  # fmt: skip
     assert [(row["who"], row["n"], row["failed"]) for row in rows if row["failed"]] == [
         (LLAMA, 128, "out of memory")
     ]
@@ -234,6 +234,17 @@ def test_small_models_on_the_processor(tmp_path, monkeypatch):
     assert "](picture.png)\n" in text
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (picture, dark(picture)))
     assert f"| {PATCHED} |" in text and "| out of memory |" in text
+
+
+def test_some_kinds_alone():
+    asked = ["bench", "--models", "--quick", "--json", "--case", "norm", "--case", "decoding"]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 0, found.output
+    fields = json.loads(found.stdout)
+    assert {row["what"] for row in fields["rows"]} == {
+        "decoding", "norm, forward + backward", "norm and gate, forward + backward"
+    }  # fmt: skip
+    assert fields["facts"]["command"] == "linattn bench --models --quick --case norm --case decoding"
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

@@ -146,7 +146,11 @@ def test_a_device_that_holds_no_arrays_here_is_refused_before_any_check(monkeypa
         (("bench", "--gpu", "--models", "--cpu"), "give --cpu or --gpu or --models, not all"),
         (
             ("bench", "--models", "--quick", "--case", "softmax"),
-            "--models measures all of its own cases: leave out --case",
+            "--case of --models is one of training, decoding, layer, attention, norm; got softmax",
+        ),
+        (
+            ("bench", "--models", "--quick", "--case", "norm", "--out", "x.png"),
+            "the picture of --models shows training: add --case training, or leave it out",
         ),
         (("demo", "--seconds", "inf"), "--seconds must be a number above 0, got inf"),
         (("demo", "--seconds", "nan"), "--seconds must be a number above 0, got nan"),
