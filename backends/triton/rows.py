@@ -106,12 +106,12 @@ def few(
         for p in tl.static_range(PIECES):
             first, second = low(x[p], HALF), high(x[p], HALF)
             if NORM:
-                squares += first * first + second * second
+                squares = tl.fma(first, first, tl.fma(second, second, squares))
             if GATED:
                 first, second = first * low(g[p], HALF), second * high(g[p], HALF)
-            y += low(w[p], HALF) * first + high(w[p], HALF) * second
+            y = tl.fma(low(w[p], HALF), first, tl.fma(high(w[p], HALF), second, y))
             if PRODUCT:
-                y_other += low(v[p], HALF) * first + high(v[p], HALF) * second
+                y_other = tl.fma(low(v[p], HALF), first, tl.fma(high(v[p], HALF), second, y_other))
         o = tl.sum(y, 1)
         if NORM:
             r = tl.rsqrt(tl.sum(squares, 1) / (2 * K) + eps)

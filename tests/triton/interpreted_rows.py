@@ -114,7 +114,7 @@ def layouts() -> None:
 
 
 SQUARES = """            if NORM:
-                squares += first * first + second * second
+                squares = tl.fma(first, first, tl.fma(second, second, squares))
 """
 GATE = """            if GATED:
                 first, second = first * low(g[p], HALF), second * high(g[p], HALF)
@@ -124,7 +124,7 @@ SUMS = "    if NORM:\n        wide = x"
 ADDED = "tl.load(to_sum + inner, cache"
 WRONG = {
     "the mean is over pairs": ("/ (2 * K) + eps", "/ K + eps"),
-    "the second of a pair is left out": (" + high(w[p], HALF) * second", ""),
+    "the second of a pair is left out": ("tl.fma(high(w[p], HALF), second, y)", "y"),
     "the norm is that of gated numbers": (SQUARES + GATE, GATE + SQUARES),
     "only one factor is normed": (OTHER.format("r"), OTHER.format(1)),
     "one factor alone": ("            o *= other\n", "            o *= 1\n"),
