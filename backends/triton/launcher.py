@@ -6,10 +6,9 @@ depends on. A `Tape` remembers all launches and buffers of a pass, and only fill
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,14 +111,19 @@ def chained() -> bool:
     return getattr(_here, "chained", False)
 
 
-@contextlib.contextmanager
-def chain(on: bool) -> Iterator[None]:
+class chain:
     """Let kernels inside that can wait for those in front of them start early (compute capability 9.0)."""
-    before, _here.chained = chained(), on
-    try:
-        yield
-    finally:
-        _here.chained = before
+
+    __slots__ = "before", "on"
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    def __enter__(self) -> None:
+        self.before, _here.chained = chained(), self.on
+
+    def __exit__(self, *failed: object) -> None:
+        _here.chained = self.before
 
 
 STREAM, BEFORE = 3, 9  # what a compiled kernel's `run` takes before the kernel's own arguments

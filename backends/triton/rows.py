@@ -49,6 +49,7 @@ def high(pair, HALF: tl.constexpr):
 # need no other. Numbers stay in pairs until after the wait: taking them apart would wait for them. The size
 # of a row is known when it is compiled, so that all loads are asked for at once.
 LANES = tl.constexpr(128)
+PAIR = tl.constexpr(tl.pointer_type(tl.int32))
 
 
 @triton.jit
@@ -63,9 +64,9 @@ def pieces(ptr, there, PIECES: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def few(
-    x_ptr, x_b,  # [B K], in pairs; rows x_b pairs apart
+    x_ptr, x_b,  # [B K]; rows x_b pairs of numbers apart
     g_ptr, g_b,  # [B K], the gate; read only if GATED
-    w_ptr, v_ptr,  # [N K], in pairs, without gaps; v is read only if PRODUCT
+    w_ptr, v_ptr,  # [N K], without gaps; v is read only if PRODUCT
     r_ptr, r_b,  # [B N], the residual; read only if RESIDUAL
     y_ptr,  # [B N], without gaps
     N, eps,
@@ -83,6 +84,8 @@ def few(
     """y = r x W^T, or r^2 (x W^T) (x V^T), + residual; r is 1 without NORM, x is x times gate with one."""
     if CHAINED:
         gdc_launch_dependents()
+    x_ptr, g_ptr = x_ptr.to(PAIR, bitcast=True), g_ptr.to(PAIR, bitcast=True)
+    w_ptr, v_ptr = w_ptr.to(PAIR, bitcast=True), v_ptr.to(PAIR, bitcast=True)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = n < N
     to_w = (n.to(tl.int64) * K)[:, None]
@@ -322,22 +325,18 @@ def products(
     g, r = x if gate is None else gate, y if residual is None else rows_of(residual)
     flags = eps is not None, gate is not None, len(weights) > 1, residual is not None
     kind = (x.dtype, x.device, k, x.stride(0), g.stride(0), r.stride(0), how.warps)
-    tiles, options = triton.cdiv(n, how.rows), {"num_warps": how.warps, "num_stages": 1}
+    tiles, options = -(-n // how.rows), {"num_warps": how.warps, "num_stages": 1}
     if early:
         options["launch_pdl"] = True
     eps = 0.0 if eps is None else eps
     constants: tuple[Any, ...]
     arguments: tuple[Any, ...]
     if not how.block:
-        i, half = torch.int32, x.dtype == torch.float16
-        constants = k // 2, b, how.rows, triton.cdiv(k, 256), half, *flags, early
-        arguments = (
-            x.view(i), x.stride(0) // 2, g.view(i), g.stride(0) // 2, w.view(i), other.view(i),
-            r, r.stride(0), y, n, eps,
-        )  # fmt: skip
+        constants = k // 2, b, how.rows, -(-k // 256), x.dtype == torch.float16, *flags, early
+        arguments = x, x.stride(0) // 2, g, g.stride(0) // 2, w, other, r, r.stride(0), y, n, eps
         start_few(tiles, (kind, constants), arguments, constants, **options)
         return y
-    height, sums = max(16, triton.next_power_of_2(b)), y
+    height, sums = rows_shape.height(b), y
     if how.parts > 1:
         done = counters(x) if done is None else done
         size = height * (how.rows * len(weights) + 1)

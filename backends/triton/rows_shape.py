@@ -47,29 +47,33 @@ def shape(b: int, n: int, k: int, two: bool, gated: bool, room: int = ROOM) -> S
     if b <= FEW and numbers <= (WIDEST if b == 1 else WIDE):
         warps = 2 if numbers > 2048 else 4 if two else 8
         return Shape(warps * (2 if numbers <= 2048 and n >= 2 * warps * 128 else 1), warps)
-    height = max(16, 1 << (b - 1).bit_length())
-    return _at_once(height, n, k, two, gated, room) or _in_stages(height, n, k, two, gated, room)
+    return _at_once(height(b), n, k, two, gated, room) or _in_stages(height(b), n, k, two, gated, room)
 
 
-def _at_once(height: int, n: int, k: int, two: bool, gated: bool, room: int) -> Shape | None:
+def height(b: int) -> int:
+    """Rows of a matrix product that holds b."""
+    return max(16, 1 << (b - 1).bit_length())
+
+
+def _at_once(tall: int, n: int, k: int, two: bool, gated: bool, room: int) -> Shape | None:
     """Parts of K for programs that ask for everything at once; None where they could not hold it."""
-    if height > 64:
+    if tall > 64:
         return None
-    high = k > 2048 and height < 64 and not two and not gated
-    narrow = (n < 2048 and not high) or (two and height == 64)
+    high = k > 2048 and tall < 64 and not two and not gated
+    narrow = (n < 2048 and not high) or (two and tall == 64)
     rows, block = 32 if narrow else 64, 64 if high else 128
     blocks = -(-k // block)
     blocks = -(-blocks // max(1, min(MOST, PROGRAMS // -(-n // rows))))
     parts = -(-k // (block * blocks))
-    held = 2 * block * blocks * (height + rows * (2 if two else 1))
+    held = 2 * block * blocks * (tall + rows * (2 if two else 1))
     if held > room - SPARE or (gated and blocks > 2):  # a gate and what it is for meet in registers
         return None
     return Shape(rows, 8 if high else 4, block, blocks, parts, whole=k == parts * blocks * block)
 
 
-def _in_stages(height: int, n: int, k: int, two: bool, gated: bool, room: int) -> Shape:
+def _in_stages(tall: int, n: int, k: int, two: bool, gated: bool, room: int) -> Shape:
     """All of K in every program."""
     rows, block = 32 if two or n >= 2048 else 16, 128
-    of_a_stage = 2 * block * (height * (2 if gated else 1) + rows * (2 if two else 1))
+    of_a_stage = 2 * block * (tall * (2 if gated else 1) + rows * (2 if two else 1))
     stages = max(1, min(5 if k > 2048 else 3, (room - SPARE) // of_a_stage))
-    return Shape(rows, 8 if gated and height > 64 else 4, block, stages=stages, whole=k % block == 0)
+    return Shape(rows, 8 if gated and tall > 64 else 4, block, stages=stages, whole=k % block == 0)

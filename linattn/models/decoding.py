@@ -18,7 +18,7 @@ from torch import nn
 import linattn
 from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm
 from linattn.nn.fused import unwatched
-from linattn.nn.norm import bare, fuses, kernels
+from linattn.nn.norm import any_hook, bare, bare_of, fuses, kernels
 from linattn.state import State
 from linattn.surroundings import lowers
 
@@ -37,9 +37,9 @@ def steps(layers: Iterable[TransNormerLayer], states: Sequence[State], x: Tensor
     Where the kernels run, sums are formed in float32 and rounded to x's dtype once a product; the layers' own
     steps round the norm, the gate and the product of the channel mixer, too.
     """
-    first, seen, done = True, set(), None
+    first, seen, done, now = True, set(), None, _now(x)
     for layer, state in zip(layers, states, strict=True):
-        if runs(layer, x):
+        if now and _takes(layer, x):
             of = kernels("rows")
             if done is None and len(x) > of.FEW:
                 done = of.counters(x)
@@ -48,6 +48,7 @@ def steps(layers: Iterable[TransNormerLayer], states: Sequence[State], x: Tensor
             seen.add(id(state.kv))
         else:
             x, first = layer.step(x, state), True
+            now = _now(x)
         yield x
 
 
@@ -69,20 +70,30 @@ def logits(head: nn.Module, x: Tensor) -> Tensor:
 
 def runs(layer: TransNormerLayer, x: Tensor) -> bool:
     """Whether the kernels take this layer and these rows, here and now."""
-    if torch.is_grad_enabled() or not fuses(x) or lowered(x):
-        return False
-    mixer, channels = layer.token_mixer, layer.channel_mixer
+    return _now(x) and _takes(layer, x)
+
+
+def _now(x: Tensor) -> bool:
+    """What does not depend on the layer."""
+    return not (torch.is_grad_enabled() or any_hook()) and fuses(x) and not lowered(x)
+
+
+def _takes(layer: TransNormerLayer, x: Tensor) -> bool:
+    """What does: nothing sees or replaces its parts' calls, and weights are as the kernels want them."""
     kind: Any = type(layer)
-    if not (unwatched(layer, kind) and _usual(kind)):
+    if not (_usual(kind) and bare_of(layer, kind)):
         return False
-    if not (unwatched(mixer, GatedLinearAttention) and unwatched(channels, SGLU)):
+    find: Any = layer._modules.get
+    mixer, channels, norm = find("token_mixer"), find("channel_mixer"), find("norm")
+    if not (bare_of(mixer, GatedLinearAttention) and bare_of(channels, SGLU)):
         return False
-    if not all(unwatched(norm, SimpleRMSNorm) and norm.fused for norm in (layer.norm, mixer.norm)):
+    if not all(bare_of(one, SimpleRMSNorm) and one.fused for one in (norm, mixer._modules.get("norm"))):
         return False
-    linears = (mixer.qkvu_proj, mixer.out_proj, channels.l1, channels.l2, channels.l3)
-    if not all(bare(linear) for linear in linears):
+    linears: list[Any] = [mixer._modules.get(name) for name in ("qkvu_proj", "out_proj")]
+    linears += [channels._modules.get(name) for name in ("l1", "l2", "l3")]
+    if not all(bare_of(one, nn.Linear) and one._parameters.get("bias") is None for one in linears):
         return False
-    weights = [linear.weight for linear in linears]
+    weights: list[Tensor] = [one._parameters.get("weight") for one in linears]
     return bool(kernels("rows").fits(x, *weights)) and _joined(weights, x.shape[1])
 
 

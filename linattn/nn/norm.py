@@ -91,14 +91,23 @@ def fuses(x: Tensor, u: Tensor | None = None) -> bool:
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly of a class, and nothing sees or replaces its calls."""
+    return bare_of(module, kind) and not any_hook()
+
+
+def bare_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """The same of what the module itself knows: `any_hook` says the rest, of all modules."""
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
+
+
+def any_hook() -> bool:
+    """Whether something sees the calls of every module."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def unseen(*modules: nn.Module) -> bool:

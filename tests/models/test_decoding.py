@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import linattn
@@ -162,6 +163,16 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
             handle = part.register_forward_hook(lambda *given: None)
             assert not decoding.runs(layer, x), part
             handle.remove()
+        for watch in (register_module_forward_hook, register_module_forward_pre_hook):
+            handle = watch(lambda *given: None)  # of all modules
+            assert not decoding.runs(layer, x)
+            handle.remove()
+        norm = layer.token_mixer.norm
+        del layer.token_mixer.norm
+        layer.token_mixer.norm = norm.forward  # no module
+        assert not decoding.runs(layer, x)
+        del layer.token_mixer.norm
+        layer.token_mixer.norm = norm
         layer.token_mixer.norm.fused = False
         assert not decoding.runs(layer, x)
         layer.token_mixer.norm.fused = True

@@ -131,7 +131,7 @@ WRONG = {
     "no residual": ("            o += residual\n", "            o += 0\n"),
     "the residual of the first row": ("r_ptr + b * r_b + n", "r_ptr + n"),
     "the first row for all": ("pieces(x_ptr + b * x_b + of_all", "pieces(x_ptr + of_all"),
-    "the end of a row is left out": ("triton.cdiv(k, 256)", "max(1, k // 256)"),
+    "the end of a row is left out": ("-(-k // 256)", "max(1, k // 256)"),
     "columns beyond the row": ("mask=there & (k < K)", "mask=there & (k < K + 8)"),
     "many: no norm": ("        y *= r\n", "        y *= 1\n"),
     "many: squares of the last block": ("total += tl.sum(wide", "total = tl.sum(wide"),
