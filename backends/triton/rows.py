@@ -264,7 +264,7 @@ def many(
 
 FEW, MANY = rows_shape.FEW, rows_shape.MANY  # rows from which others take over
 APART = 1 << 24  # numbers between rows, MANY times which fits into 32 bits
-GATED = (torch.bfloat16,)  # dtypes in which a number times a gate is as finite as their normed product
+GATED = (torch.bfloat16,)  # dtypes with float32's range: a number is multiplied by its gate before the norm
 
 start_few, start_many = Launcher(few), Launcher(many)
 
@@ -311,16 +311,18 @@ def products(
     eps: of the norm x / sqrt(mean(x^2) + eps); None for none. gate [B, K]: the normed row is multiplied by
     it. residual [B, N]: added at the end. All have one dtype; x, gate and residual any strides. done:
     `counters(x)`, to be used again; None for new ones. Sums in float32, rounded once, to that dtype; where
-    matrix products form them, a gated row is rounded before as well. Starts one kernel (two for a gate in
-    float16) on the device of x, which must be the current one, and its current stream.
+    matrix products form them, a gated row is rounded before as well. Starts one kernel (more for a gate in
+    float16, and to fill new counters) on the device of x, which must be the current one, and its current
+    stream.
     """
     w, other = weights[0], weights[-1]
     (b, k), n = x.shape, w.shape[0]
     y = torch.empty(b, n, dtype=x.dtype, device=x.device)
     how = rows_shape.shape(b, n, k, len(weights) > 1, gate is not None, room(x.device))
-    early = chained() and how.chains
     if gate is not None and how.block and x.dtype not in GATED:
         x, gate, eps = (x * gate if eps is None else norm.forward(x, gate, eps)), None, None
+        how = rows_shape.shape(b, n, k, len(weights) > 1, False, room(x.device))
+    early = chained() and how.chains
     x, gate = rows_of(x), None if gate is None else rows_of(gate)
     g, r = x if gate is None else gate, y if residual is None else rows_of(residual)
     flags = eps is not None, gate is not None, len(weights) > 1, residual is not None
@@ -336,15 +338,14 @@ def products(
         arguments = x, x.stride(0) // 2, g, g.stride(0) // 2, w, other, r, r.stride(0), y, n, eps
         start_few(tiles, (kind, constants), arguments, constants, **options)
         return y
-    height, sums = rows_shape.height(b), y
+    height, sums, count = rows_shape.height(b), y, y
     if how.parts > 1:
-        done = counters(x) if done is None else done
+        count = counters(x) if done is None else done
         size = height * (how.rows * len(weights) + 1)
         sums = torch.empty(tiles * how.parts * size, dtype=torch.float32, device=x.device)
     constants = height, how.rows, how.block, how.blocks, how.parts, how.stages, how.whole, *flags, early
     arguments = (
-        x, x.stride(0), g, g.stride(0), w, other, r, r.stride(0), y, sums, y if done is None else done,
-        b, n, k, eps,
+        x, x.stride(0), g, g.stride(0), w, other, r, r.stride(0), y, sums, count, b, n, k, eps,
     )  # fmt: skip
     start_many(tiles * how.parts, (kind, constants), arguments, constants, **options)
     return y

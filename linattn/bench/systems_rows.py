@@ -28,11 +28,8 @@ SHARES = (
 )
 
 
-KINDS = "training", "decoding", "layer", "attention", "norm"
-
-
 def chosen(device: torch.device, kinds: Iterable[str] = (), *, quick: bool = False) -> Iterator[Task]:
-    """The rows of some KINDS; of none, all."""
+    """The rows of some kinds, said as `OF_MODELS` does; of none, all."""
     wanted = {*kinds}
     for task in tasks(device, quick=quick):
         if not wanted or re.split(r"\W", task.row.what)[0] in wanted:

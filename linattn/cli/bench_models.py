@@ -47,14 +47,15 @@ def bench_models(outputs: list[Path], kinds: Sequence[str] = (), *, as_json: boo
     import torch
 
     from linattn.bench import claims, systems, systems_rows
+    from linattn.bench.cases import OF_MODELS
     from linattn.bench.gpu_machine import gpu_machine
     from linattn.bench.gpu_measure import Cuda
     from linattn.bench.machine import machine
 
     check(outputs)
     for kind in kinds:
-        if kind not in systems_rows.KINDS:
-            raise OptionError(f"--case of --models is one of {', '.join(systems_rows.KINDS)}; got {kind}")
+        if kind not in OF_MODELS:
+            raise OptionError(f"--case of --models is one of {', '.join(OF_MODELS)}; got {kind}")
     if kinds and "training" not in kinds and any(path.suffix == ".png" for path in outputs):
         raise OptionError("the picture of --models shows training: add --case training, or leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,7 +24,8 @@ def variants(begun: str) -> list[str]:
 
 
 def cases(begun: str) -> list[str]:
-    """The cases of `linattn bench` on the processor whose names begin so."""
+    """The cases of `linattn bench` on the processor, and the kinds of its models, whose names begin so."""
     from linattn.bench import cases as known
+    from linattn.bench.cases import OF_MODELS
 
-    return [case.name for case in known() if case.name.startswith(begun)]
+    return [name for name in (*(case.name for case in known()), *OF_MODELS) if name.startswith(begun)]

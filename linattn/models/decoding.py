@@ -91,7 +91,7 @@ def _takes(layer: TransNormerLayer, x: Tensor) -> bool:
         return False
     linears: list[Any] = [mixer._modules.get(name) for name in ("qkvu_proj", "out_proj")]
     linears += [channels._modules.get(name) for name in ("l1", "l2", "l3")]
-    if not all(bare_of(one, nn.Linear) and one._parameters.get("bias") is None for one in linears):
+    if not all(bare_of(one, nn.Linear) and one.bias is None for one in linears):
         return False
     weights: list[Tensor] = [one._parameters.get("weight") for one in linears]
     return bool(kernels("rows").fits(x, *weights)) and _joined(weights, x.shape[1])

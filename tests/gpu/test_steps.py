@@ -147,6 +147,50 @@ def test_no_race(layers: int, width: int, heads: int) -> None:
     same([out], [want])
 
 
+@pytest.mark.parametrize("b", [5, 20, 64])
+def test_parts_are_waited_for(b: int) -> None:
+    """Programs add up what others have left, in one order: the same bits with and without early starts."""
+    width, inner = 512, 1536
+    for n, k, two, gated in ((4 * width, width, False, False), (width, width, False, True),
+                             (inner, width, True, False), (width, inner, False, False)):  # fmt: skip
+        assert rows_shape.shape(b, n, k, two, gated).parts > 1
+    model = built(torch.bfloat16, 3, width, 4)
+    layers = model._layers()
+    given = torch.randn(100, b, width, device="cuda").bfloat16()
+
+    def walk() -> Any:
+        states = model.initial_states(b)
+        return torch.stack([list(decoding.steps(layers, states, x))[-1] for x in given])
+
+    want = walk()
+    with mock.patch.object(decoding, "PROGRAMMATIC", (99, 0)):
+        unchained = walk()
+    same([want], [unchained])
+    states, x = model.initial_states(b), given[0].clone()
+    graph, last = captured(lambda: list(decoding.steps(layers, states, x))[-1])
+    for state in states:
+        state.kv.zero_()
+        state.length.zero_()
+    replayed = []
+    for row in given:
+        x.copy_(row)
+        graph.replay()
+        replayed.append(last.clone())
+    same([torch.stack(replayed)], [want])
+    # two at once, each with counters of its own
+    streams, both = [torch.cuda.Stream() for _ in range(2)], [model.initial_states(b) for _ in range(2)]
+    found: list[Any] = [[], []]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for row in given:
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found[i].append(list(decoding.steps(layers, both[i], row))[-1])
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
+    same([torch.stack(parts) for parts in found], [want, want])
+
+
 def test_in_a_graph_that_is_replayed_again_and_again() -> None:
     model, ids = built(torch.bfloat16, 1, 16, 1), torch.randint(0, 256, (1,), device="cuda")
     states, others = model.initial_states(1), model.initial_states(1)

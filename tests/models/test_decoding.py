@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.checkpoint import checkpoint
 
 import linattn
 from linattn.models import TransNormerConfig, TransNormerLM, decoding
 from linattn.models.transnormer import TransNormerConfig as Released
 from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.models.transnormer_lm import TransNormerLayer
-from linattn.nn import GatedLinearAttention, SimpleRMSNorm, gla
+from linattn.nn import SimpleRMSNorm
 
 CONFIG = TransNormerConfig(
     vocab_size=40, embed_dim=32, hidden_dim=48, num_heads=3, num_layers=3, glu_dim=64,
@@ -47,9 +44,10 @@ class Kernels:
     FEW = 4
 
     def __init__(self) -> None:
-        self.early, self.said = False, []
+        self.early, self.said, self.made = False, [], 0
 
     def counters(self, x: Any) -> Any:
+        self.made += 1
         self.done = torch.zeros(1)
         return self.done
 
@@ -152,6 +150,37 @@ def test_large_states_are_not_read_early(
         monkeypatch.setattr(decoding, "SMALL", 0)
         list(decoding.steps(model._layers()[:2], states[:2], x))
         assert kernels.said == [False, False] + [True] * 4 + [False] + [True] * 3
+        assert kernels.made == 1  # counters, for all layers
+
+
+def test_no_kernel_is_early_on_older_gpus(
+    model: TransNormerLM, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_capability", lambda device: (8, 0))
+    with torch.no_grad():
+        for batch in (1, 5):
+            x = torch.randn(batch, 32, dtype=torch.float64)
+            list(decoding.steps(model._layers(), model.initial_states(batch), x))
+    assert kernels.said == [False] * 30
+
+
+def test_what_a_layer_of_ones_own_gives_is_looked_at(
+    model: TransNormerLM, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model._layers()[0].__class__ = Spread
+    monkeypatch.setattr(decoding, "fuses", lambda x: x.is_contiguous())
+    with torch.no_grad():
+        x = torch.randn(2, 32, dtype=torch.float64)
+        assert decoding.runs(model._layers()[1], x)
+        list(decoding.steps(model._layers(), model.initial_states(2), x))
+    assert kernels.said == [False] + [True] * 4  # the second layer's own steps, whose results have none
+
+
+class Spread(TransNormerLayer):
+    """A layer whose results have gaps."""
+
+    def step(self, x: Any, state: Any) -> Any:
+        return torch.stack([super().step(x, state)] * 2, -1)[..., 0]
 
 
 def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kernels) -> None:
@@ -167,6 +196,17 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
             handle = watch(lambda *given: None)  # of all modules
             assert not decoding.runs(layer, x)
             handle.remove()
+        for kind in ("buffer", "attribute"):
+            linear, bias = layer.channel_mixer.l3, torch.ones(32, dtype=torch.float64)
+            del linear.bias
+            if kind == "buffer":
+                linear.register_buffer("bias", bias)
+            else:
+                linear.bias = bias
+            assert not decoding.runs(layer, x)
+            del linear.bias
+            linear.register_parameter("bias", None)
+            assert decoding.runs(layer, x)
         norm = layer.token_mixer.norm
         del layer.token_mixer.norm
         layer.token_mixer.norm = norm.forward  # no module
@@ -280,85 +320,3 @@ def test_under_a_compiler_the_modules_run(model: TransNormerLM, kernels: Kernels
     got = torch.compile(model.step, backend="eager")(ids, states)
     assert not kernels.said
     assert_close(got, walked(model, ids[:, None])[0][:, 0])
-
-
-def test_decays_follow_their_module() -> None:
-    mixer = GatedLinearAttention(16, 16, 2, log_decay=[-0.3, -1e-3])
-    before = set(mixer.state_dict())
-    for moved in (mixer, copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer)), mixer.to(torch.float16)):
-        for dtype in (torch.float64, torch.float32):
-            decays = moved.options(dtype)["log_decay"]
-            assert torch.equal(decays.double().float(), torch.tensor([-0.3, -1e-3]))
-        assert set(moved.state_dict()) == before
-
-
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch, stream: int = 0, capturing: bool = False) -> None:
-    monkeypatch.setattr(gla, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(gla, "_stream", lambda x: stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_meets_the_same_decays_twice(monkeypatch: pytest.MonkeyPatch, reentrant: bool) -> None:
-    on_a_gpu(monkeypatch)
-    mixer = GatedLinearAttention(16, 16, 2, log_decay=[-0.3, -1e-3])
-    x = torch.randn(1, 5, 16, requires_grad=True)
-    checkpoint(mixer, x, use_reentrant=reentrant).sum().backward()  # the first call of all
-    (first,) = torch.autograd.grad(mixer(x).sum(), x)
-    assert torch.equal(first, x.grad)
-
-
-def test_rounded_decays_are_kept_while_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_gpu(monkeypatch)
-    table = torch.tensor([-0.3, -1e-3], dtype=torch.float64)
-
-    def check(mixer: Any, want: Any = table) -> Any:
-        with torch.no_grad():
-            first = mixer.options(torch.float16)["log_decay"]
-        assert torch.equal(first, want if first.dtype == torch.float64 else want.float())
-        kept = mixer.options(torch.float16)["log_decay"]
-        assert kept.dtype == torch.float32 and torch.equal(kept, want.float()) and not kept.is_inference()
-        assert mixer.options(torch.bfloat16)["log_decay"] is kept  # no kernel of its own
-        assert torch.equal(mixer.options(torch.float64)["log_decay"], want)
-        return first
-
-    with torch.inference_mode():
-        mixer = GatedLinearAttention(16, 16, 2, log_decay=table.numpy())
-        assert check(mixer).dtype == torch.float64
-    mixer = GatedLinearAttention(16, 16, 2, log_decay=table.numpy())
-    before = set(mixer.state_dict())
-    assert check(mixer).dtype == torch.float64  # the call that rounds
-    mixer.load_state_dict(mixer.state_dict())
-    for moved in (mixer, copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer)), mixer.to(torch.float16)):
-        check(moved)
-        assert set(moved.state_dict()) == before
-    check(mixer.to("meta").to_empty(device="cpu"))
-    mixer.log_decay.mul_(2)
-    check(mixer, 2 * table)
-    for factor in (1, 3):
-        mixer.log_decay_bits = (factor * table).view(torch.int64)
-        check(mixer, factor * table)
-    assert GatedLinearAttention(16, 16, 2).options(torch.float16)["log_decay"] is None
-
-
-@torch.no_grad()
-def test_no_stream_reads_decays_that_another_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer = GatedLinearAttention(16, 16, 2, log_decay=[-0.3, -1e-3])
-
-    def got() -> torch.Tensor:
-        return mixer.options(torch.float16)["log_decay"]
-
-    on_a_gpu(monkeypatch, 1, capturing=True)
-    assert got().dtype == torch.float64 and got().dtype == torch.float64  # nothing is kept by a graph
-    on_a_gpu(monkeypatch, 1)
-    assert got().dtype == torch.float64
-    first = got()
-    on_a_gpu(monkeypatch, 2)
-    assert got().dtype == torch.float64
-    assert got() is not first and torch.equal(got(), first)
-    on_a_gpu(monkeypatch, 3, capturing=True)
-    assert got() is first
-    mixer.log_decay.mul_(2)
-    assert got().dtype == torch.float64
-    on_a_gpu(monkeypatch, 1)
-    assert torch.equal(got().float(), 2 * first) and torch.equal(got(), 2 * first)
