@@ -140,7 +140,7 @@ program = \'\'\'
         "ml_dtypes": "ml_dtypes",
         "safetensors": "safetensors>=0.5",
         "torch": "torch>=2.9",
-        "triton": "triton>=3.4; sys_platform == 'linux'",
+        "triton": "triton>=3.5; sys_platform == 'linux'",
     }
     words, code = notebooks.install(page, None)
     assert "File > Upload notebook" in words and "linattn-*.whl" in code and '"fla": "fla-core"' in code
