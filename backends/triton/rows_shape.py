@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-FEW = 4  # rows that are added up one after the other; more go through matrix products
+FEW = 3  # rows that are added up one after the other; more go through matrix products
 MANY = 128  # rows beyond which a matrix product is no longer bound by its weights
 WIDEST = 8192  # numbers of weights that a warp can hold in registers; wider rows are products as well
 WIDE = 5120  # the same for more than one row

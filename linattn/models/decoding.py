@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 import linattn
+from linattn import registry
+from linattn.models import replay
 from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm
 from linattn.nn.fused import unwatched
 from linattn.nn.norm import any_hook, bare, bare_of, fuses, kernels
@@ -31,25 +33,87 @@ PROGRAMMATIC = (9, 0)  # compute capability from which kernels may start before 
 SMALL = 1 << 24  # bytes of states; larger ones, read early, are in the way of the product in front
 
 
-def steps(layers: Iterable[TransNormerLayer], states: Sequence[State], x: Tensor) -> Iterator[Tensor]:
+def last(
+    layers: Sequence[TransNormerLayer], states: Sequence[State], x: Tensor, *, graphs: bool = True
+) -> Tensor:
+    """What the last of `steps` yields. The third time on the same states, kernels become a CUDA graph.
+
+    graphs: whether they may. The graph is used for as long as nothing has changed but numbers in memory.
+    """
+    if graphs and layers and _now(x) and replay.possible(x):
+        known = _facts(layers, states, x)
+        if known is not None:
+            facts, decays = known
+            y = replay.of(layers[0])(facts, x, lambda x: _last(steps(layers, states, x, decays)), decays)
+            if y is not None:
+                return y
+    return _last(steps(layers, states, x))
+
+
+def _last(rows: Iterator[Tensor]) -> Tensor:
+    *_, y = rows
+    return y
+
+
+def steps(
+    layers: Iterable[TransNormerLayer],
+    states: Sequence[State],
+    x: Tensor,
+    decays: Sequence[Tensor | None] | None = None,
+) -> Iterator[Tensor]:
     """Yield what each layer makes of x [B, E], one token a row; the states move on in place.
 
-    Where the kernels run, sums are formed in float32 and rounded to x's dtype once a product; the layers' own
-    steps round the norm, the gate and the product of the channel mixer, too.
+    decays: the layers' log decays, where they are at hand, in the dtype of sums. Where the kernels run,
+    sums are formed in float32 and rounded to x's dtype once a product; the layers' own steps round the norm,
+    the gate and the product of the channel mixer, too.
     """
     first, seen, done, now = True, set(), None, _now(x)
-    for layer, state in zip(layers, states, strict=True):
-        if now and _takes(layer, x):
+    for i, (layer, state) in enumerate(zip(layers, states, strict=True)):
+        if now and _taken(layer, x) is not None:
             of = kernels("rows")
             if done is None and len(x) > of.FEW:
                 done = of.counters(x)
-            x = fused(layer, state, x, done, first or id(state.kv) in seen)
+            options = layer.token_mixer.options(x.dtype)
+            if decays is not None:
+                options["log_decay"] = decays[i]
+            x = fused(layer, state, x, options, done, first or id(state.kv) in seen)
             first = False
             seen.add(id(state.kv))
         else:
             x, first = layer.step(x, state), True
             now = _now(x)
         yield x
+
+
+def _facts(
+    layers: Sequence[TransNormerLayer], states: Sequence[State], x: Tensor
+) -> tuple[tuple[Any, ...], list[Tensor | None]] | None:
+    """What decides about the launches of a step, and the layers' decays; None where modules have to run."""
+    facts: list[Any] = [x.shape, x.dtype, x.device, registry.requested("auto")]
+    decays = []
+    for layer, state in zip(layers, states, strict=True):
+        parts = _taken(layer, x)
+        if parts is None:
+            return None
+        mixer: Any = parts.mixer
+        find = mixer._modules.get
+        log_decay, lrpe = mixer.decays(x.dtype), find("lrpe")
+        if not (_keeps_decays(log_decay, x) and (lrpe is None or unwatched(lrpe, Lrpe))):
+            return None
+        for w in parts.weights:
+            facts += w.data_ptr(), w.shape
+        facts += (
+            parts.eps, find("norm").eps, mixer.num_heads, mixer.feature_map,
+            _place(log_decay), None if lrpe is None else _place(lrpe.theta),
+            _place(state.kv), _place(state.z), _place(state.length),
+            state.feature_map, state.reweight, state.d,
+        )  # fmt: skip
+        decays.append(log_decay)
+    return tuple(facts), decays
+
+
+def _place(x: Tensor | None) -> Any:
+    return None if x is None else (x.data_ptr(), x.dtype, x.shape, x.stride())
 
 
 def logits(head: nn.Module, x: Tensor) -> Tensor:
@@ -70,7 +134,7 @@ def logits(head: nn.Module, x: Tensor) -> Tensor:
 
 def runs(layer: TransNormerLayer, x: Tensor) -> bool:
     """Whether the kernels take this layer and these rows, here and now."""
-    return _now(x) and _takes(layer, x)
+    return _now(x) and _taken(layer, x) is not None
 
 
 def _now(x: Tensor) -> bool:
@@ -78,28 +142,41 @@ def _now(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() or any_hook()) and fuses(x) and not lowered(x)
 
 
-def _takes(layer: TransNormerLayer, x: Tensor) -> bool:
-    """What does: nothing sees or replaces its parts' calls, and weights are as the kernels want them."""
+class Parts(NamedTuple):
+    """What the kernels take of a layer."""
+
+    mixer: GatedLinearAttention
+    eps: float  # of the norm in front of both branches
+    weights: list[Tensor]  # qkvu, out, l1, l2, l3
+
+
+def _taken(layer: TransNormerLayer, x: Tensor) -> Parts | None:
+    """What does: its parts, if nothing sees or replaces their calls and the kernels take the weights."""
     kind: Any = type(layer)
     if not (_usual(kind) and bare_of(layer, kind)):
-        return False
+        return None
+    # asking modules for their parts by attribute would cost the host more than the rest
     find: Any = layer._modules.get
     mixer, channels, norm = find("token_mixer"), find("channel_mixer"), find("norm")
     if not (bare_of(mixer, GatedLinearAttention) and bare_of(channels, SGLU)):
-        return False
-    if not all(bare_of(one, SimpleRMSNorm) and one.fused for one in (norm, mixer._modules.get("norm"))):
-        return False
-    linears: list[Any] = [mixer._modules.get(name) for name in ("qkvu_proj", "out_proj")]
-    linears += [channels._modules.get(name) for name in ("l1", "l2", "l3")]
-    if not all(bare_of(one, nn.Linear) and one.bias is None for one in linears):
-        return False
-    weights: list[Tensor] = [one._parameters.get("weight") for one in linears]
-    return bool(kernels("rows").fits(x, *weights)) and _joined(weights, x.shape[1])
+        return None
+    inner, outer = mixer._modules.get, channels._modules.get
+    for one in (norm, inner("norm")):
+        if not (bare_of(one, SimpleRMSNorm) and one.fused):
+            return None
+    weights = []
+    for one in (inner("qkvu_proj"), inner("out_proj"), outer("l1"), outer("l2"), outer("l3")):
+        if not (bare_of(one, nn.Linear) and one._parameters.get("bias", one) is None):
+            return None
+        weights.append(one._parameters.get("weight"))
+    if not (kernels("rows").fits(x, *weights) and _joined(weights, x.shape[1])):
+        return None
+    return Parts(mixer, norm.eps, weights)
 
 
 def _joined(weights: list[Tensor], width: int) -> bool:
     """Whether matrices follow each other, on rows of this width; where they do not, modules say so."""
-    (f, e), out, l1, l2, l3 = (tuple(w.shape) for w in weights)
+    (f, e), out, l1, l2, l3 = (w.shape for w in weights)
     return e == width and out == (e, f // 4) and l1 == l2 == (l1[0], e) and l3 == (e, l1[0])
 
 
@@ -109,10 +186,17 @@ def lowered(x: Tensor) -> bool:
     return lowers(where) and torch.get_autocast_dtype(where) != x.dtype
 
 
-def fused(layer: TransNormerLayer, state: State, x: Tensor, done: Tensor | None, first: bool) -> Tensor:
+def fused(
+    layer: TransNormerLayer,
+    state: State,
+    x: Tensor,
+    options: dict[str, Any],
+    done: Tensor | None,
+    first: bool,
+) -> Tensor:
     """A layer's step in five kernels; the first one of all starts when everything before has ended.
 
-    done: the products' counters, if they need any.
+    options: the layer's for `linattn.decode_step`. done: the products' counters, if they need any.
     """
     chain = kernels("launcher").chain
     products = functools.partial(kernels("rows").products, done=done)
@@ -125,7 +209,6 @@ def fused(layer: TransNormerLayer, state: State, x: Tensor, done: Tensor | None,
             qkvu = products(x, (mixer.qkvu_proj.weight,), eps=eps)
         with chain(early):
             q, k, v, u = mixer.split(qkvu)
-            options = mixer.options(x.dtype)
             ahead = early and state.kv.nbytes <= SMALL and keeps(mixer, options, x)
             with chain(ahead):
                 o = linattn.decode_step(q, k, v, state, **options, backend="auto").flatten(1)
@@ -140,13 +223,21 @@ def keeps(mixer: GatedLinearAttention, options: dict[str, Any], x: Tensor) -> bo
 
     Others are made right in front of the kernel of attention, which chained would read them before its wait.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    decays, angles = options["log_decay"], options["reweight"]
-    if decays is not None and decays.dtype != wide:
+    angles = options["reweight"]
+    if not _keeps_decays(options["log_decay"], x):
         return False
     if angles is None or mixer.lrpe is None:
         return True
-    return angles.theta.dtype == wide and unwatched(mixer.lrpe, Lrpe)
+    return angles.theta.dtype == _wide(x) and unwatched(mixer.lrpe, Lrpe)
+
+
+def _keeps_decays(log_decay: Tensor | None, x: Tensor) -> bool:
+    return log_decay is None or log_decay.dtype == _wide(x)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @functools.cache

@@ -86,9 +86,14 @@ class TransNormerLM(nn.Module):
     `layers.N.channel_mixer.{l1, l2, l3}`, `lm_head`; the norms have none, the decays are no parameters.
     The memory of a text is one `State` per layer, of a size that does not depend on the text's length.
 
+    graphs (an attribute, which may be changed): on a GPU, steps of the same states are a CUDA graph from the
+    third one on, unless the kernels of `linattn.models.decoding` do not take them.
+
     Source: TransNormerLLM, arXiv:2307.14995; the order of residuals, the embedding's scale and the untied
     head are the released code's.
     """
+
+    graphs = True
 
     def __init__(self, config: TransNormerConfig) -> None:
         super().__init__()
@@ -157,8 +162,7 @@ class TransNormerLM(nn.Module):
             raise ShapeError(f"ids must have shape [b], one token per row, got {tuple(ids.shape)}")
         with torch.no_grad():
             x = self.embed(ids)
-            for row in decoding.steps(self._layers(), self._check_states(states), x):
-                x = row
+            x = decoding.last(self._layers(), self._check_states(states), x, graphs=self.graphs)
             return decoding.logits(self.lm_head, self.norm(x))
 
     def initial_states(self, sequences: int) -> list[linattn.State]:

@@ -126,9 +126,9 @@ class GatedLinearAttention(nn.Module):
     def options(self, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         """Return this layer's keywords for `linattn.attention` and `linattn.decode_step` on such inputs."""
         reweight = None if self.lrpe is None else self.lrpe()
-        return {"log_decay": self._decays(dtype), "reweight": reweight, "feature_map": self.feature_map}
+        return {"log_decay": self.decays(dtype), "reweight": reweight, "feature_map": self.feature_map}
 
-    def _decays(self, dtype: torch.dtype) -> torch.Tensor | None:
+    def decays(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The log decays, on a GPU rounded to float32 once for each stream and not in a kernel of each call.
 
         Without gradients the call that rounds them still gets the float64 ones: kernels that read tables

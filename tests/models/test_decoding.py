@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,96 +9,12 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-import linattn
 from linattn.models import TransNormerConfig, TransNormerLM, decoding
 from linattn.models.transnormer import TransNormerConfig as Released
 from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.models.transnormer_lm import TransNormerLayer
 from linattn.nn import SimpleRMSNorm
-
-CONFIG = TransNormerConfig(
-    vocab_size=40, embed_dim=32, hidden_dim=48, num_heads=3, num_layers=3, glu_dim=64,
-    linear_use_lrpe_list=(1, 0, 1),
-)  # fmt: skip
-
-
-def assert_close(got: Any, want: Any) -> None:
-    """As near as sums in float64 of another order are."""
-    allowed = 1000 * torch.finfo(torch.float64).eps * max(1.0, float(abs(want).max()))
-    assert got.shape == want.shape and float(abs(got - want).max()) <= allowed
-
-
-@pytest.fixture
-def model() -> TransNormerLM:
-    torch.manual_seed(0)
-    made = TransNormerLM(CONFIG).double().eval()
-    nn.init.normal_(made.lm_head.weight)
-    return made
-
-
-class Kernels:
-    """The kernels' contract in torch, and what was asked of them."""
-
-    FEW = 4
-
-    def __init__(self) -> None:
-        self.early, self.said, self.made = False, [], 0
-
-    def counters(self, x: Any) -> Any:
-        self.made += 1
-        self.done = torch.zeros(1)
-        return self.done
-
-    def products(
-        self,
-        x: Any,
-        weights: Any,
-        *,
-        eps: Any = None,
-        gate: Any = None,
-        residual: Any = None,
-        done: Any = None,
-    ) -> Any:
-        assert done is (self.done if len(x) > self.FEW else None)  # one memory for all products of a step
-        self.said.append(self.early)
-        y = x if eps is None else SimpleRMSNorm(eps)(x)
-        y = y if gate is None else y * gate
-        made = [nn.functional.linear(y, w) for w in weights]
-        z = made[0] if len(made) == 1 else made[0] * made[1]
-        return z if residual is None else z + residual
-
-    def fits(self, x: Any, *weights: Any) -> bool:
-        return True
-
-    @contextlib.contextmanager
-    def chain(self, on: bool) -> Any:
-        before, self.early = self.early, on
-        yield
-        self.early = before
-
-    def on(self, device: Any) -> Any:
-        return contextlib.nullcontext()
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    found = Kernels()
-    monkeypatch.setattr(decoding, "kernels", lambda name: found)
-    monkeypatch.setattr(decoding, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(decoding, "fuses", lambda *parts: not torch.compiler.is_compiling())
-    step = linattn.decode_step
-
-    def decode_step(*arguments: Any, backend: Any, **options: Any) -> Any:
-        found.said.append(found.early)
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(decoding, "linattn", SimpleNamespace(decode_step=decode_step))
-    return found
-
-
-def walked(model: TransNormerLM, ids: Any) -> Any:
-    states = model.initial_states(len(ids))
-    return torch.stack([model.step(column, states) for column in ids.T], 1), states
+from tests.models.stepping import CONFIG, Kernels, assert_close, walked
 
 
 @pytest.mark.parametrize("batch", [1, 5])

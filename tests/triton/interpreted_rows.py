@@ -141,7 +141,8 @@ WRONG = {
     "many: no eps": ("total / K + eps", "total / K"),
     "many: totals lie in the next sums": ("(2 if PRODUCT else 1) + BATCH", "(2 if PRODUCT else 1)"),
     "many: squares of the last block": ("total += tl.sum(wide", "total = tl.sum(wide"),
-    "many: weights of the first block": ("of_weights(w_ptr, n, k + p * BLOCK", "of_weights(w_ptr, n, k"),
+    "many: weights of the first block": ("of_weights(from_w, n, k + p * BLOCK", "of_weights(from_w, n, k"),
+    "many: from 32 rows on, one matrix twice": ("read_as(others,", "read_as(weights,"),
     "many: the first part for all": ("part * (BLOCKS * BLOCK)", "0"),
     "many: rows of the first tile": ("n = tile * ROWS", "n = 0 * ROWS"),
     "many: no residual": ("        y += tl.load(r_ptr", "        y += 0 * tl.load(r_ptr"),
@@ -161,7 +162,7 @@ def mutants() -> None:
 
     def seen(of: Any) -> None:
         with mock.patch.object(of, "GATED", (DTYPE,)):
-            holds(of, (3, 5, 16), ((39, 528),))
+            holds(of, (3, 5, 16, 17), ((39, 528),))
 
     notices(seen, rows, WRONG)
 

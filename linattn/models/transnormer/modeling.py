@@ -57,9 +57,13 @@ class TransNormerModel(TransNormerPreTrainedModel):
     """Token ids in, the last layer's normed rows out; linear in the length, with a memory of constant size.
 
     x_0 = sqrt(d) Emb[ids]; per layer x += TM(SRMS(x)), x += CM(SRMS(x)); out = SRMS(x_L).
+
+    graphs (an attribute, which may be changed): on a GPU, steps of one token that continue the same cache are
+    a CUDA graph from the third one on, unless the kernels of `linattn.models.decoding` do not take them.
     Source: TransNormerLLM, arXiv:2307.14995, section 3; `TransnormerModel` of the released code.
     """
 
+    graphs = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
 
     def __init__(self, config: TransNormerConfig) -> None:
@@ -127,7 +131,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         x = x if padding is None else padding.to_front(x)
         lengths = None if padding is None else padding.lengths
         seen = [x]
-        for row in self._layers(x, cache, lengths, borders):
+        for row in self._layers(x, cache, lengths, borders, bool(output_hidden_states)):
             seen = [*seen, row] if output_hidden_states else [row]
         seen[-1] = self.norm(seen[-1])
         # as they are wherever possible: a gradient that somebody retains is that of what a layer took
@@ -176,8 +180,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
         cache: TransNormerCache | None,
         lengths: torch.Tensor | None,
         borders: torch.Tensor | None,
+        each: bool,
     ) -> Iterator[torch.Tensor]:
-        """Yield what each layer gives; the cache is brought up to date once all have."""
+        """Yield what each layer gives, or, unless each is wanted, the last one at least.
+
+        The cache is brought up to date once all have.
+        """
         n = x.shape[1]
         states: list[State | None] = [None] * len(self.layers)
         if cache is not None and cache.states:
@@ -188,8 +196,11 @@ class TransNormerModel(TransNormerPreTrainedModel):
         blocks = steppers(self.layers) if stepping else None
         if blocks is not None:
             assert cache is not None
-            for row in decoding.steps(blocks, cache.states, x[:, 0]):
-                yield row[:, None]
+            if each:
+                for row in decoding.steps(blocks, cache.states, x[:, 0]):
+                    yield row[:, None]
+            else:
+                yield decoding.last(blocks, cache.states, x[:, 0], graphs=self.graphs)[:, None]
             cache.columns += n
             return
         for layer, state in zip(self.layers, states, strict=True):

@@ -1,0 +1,282 @@
+"""Steps as graphs: when one is recorded and used again, and what makes it another one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import linattn
+from linattn.models import TransNormerLM, decoding, replay
+from linattn.models.transnormer_lm import TransNormerLayer
+from linattn.nn import SimpleRMSNorm
+from tests.models.stepping import Kernels, walked
+
+
+class Graph:
+    """Does what was recorded again, on the numbers that are there now."""
+
+    def __init__(self, work: Any, given: Any) -> None:
+        self.work, self.given, self.result, self.count = work, given, torch.empty(0), 0
+
+    def replay(self) -> None:
+        self.count += 1
+        self.result.copy_(self.work(self.given))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """Every graph that is recorded, on a machine that cannot."""
+    made: list[Graph] = []
+
+    def recorded(work: Any, x: Any, kept: Any) -> replay.Recording:
+        graph = Graph(work, torch.empty_like(x))
+        graph.result = torch.empty_like(x)
+        made.append(graph)
+        return replay.Recording(graph, graph.given, graph.result, kept)
+
+    monkeypatch.setattr(replay, "recorded", recorded)
+    monkeypatch.setattr(replay, "possible", lambda x: True)
+    return made
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_the_third_time_is_a_graph(graphs: list[Graph]) -> None:
+    replays, x = replay.Replays(), torch.ones(3)
+    assert [replays("a", x, twice) for _ in range(replay.AFTER)] == [None] * replay.AFTER
+    assert not graphs
+    first, second = replays("a", x, twice), replays("a", 5 * x, twice)
+    assert first is not None and second is not None
+    assert first.tolist() == [2] * 3 and second.tolist() == [10] * 3  # the first is nobody else's memory
+    assert len(graphs) == 1 and graphs[0].count == 2
+    assert replays("b", x, twice) is None
+
+
+def test_the_graph_that_was_not_asked_for_longest_goes(graphs: list[Graph]) -> None:
+    replays, x = replay.Replays(), torch.ones(3)
+    for name in range(replay.MOST):
+        for _ in range(replay.AFTER + 1):
+            replays(name, x, twice)
+    replays(0, x, twice)
+    replays("one more", x, twice)
+    assert len(replays.found) == replay.MOST
+    assert replays(0, x, twice) is not None
+    assert replays(1, x, twice) is None
+
+
+def test_what_cannot_be_recorded_runs_as_usual(graphs: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(replay, "recorded", lambda *given: tried.append(given))
+    replays = replay.Replays()
+    assert [replays("a", torch.ones(3), twice) for _ in range(9)] == [None] * 9
+    assert len(tried) == 1
+
+
+def test_graphs_go_with_what_they_are_of(graphs: list[Graph]) -> None:
+    owner, kept = nn.Linear(2, 2), torch.ones(1)
+    assert replay.of(owner) is replay.of(owner)
+    for _ in range(replay.AFTER + 1):
+        replay.of(owner)("a", torch.ones(3), twice, kept)
+    watch, held = weakref.ref(replay.of(owner)), weakref.ref(kept)
+    del kept
+    assert held() is not None  # as long as the graph reads it
+    other = copy.deepcopy(owner)
+    assert replay.of(other) is not replay.of(owner)
+    del owner
+    graphs.clear()
+    gc.collect()
+    assert watch() is None and held() is None
+
+
+def test_several_threads_at_once(graphs: list[Graph]) -> None:
+    replays, wrong = replay.Replays(), []
+
+    def ask(number: int) -> None:
+        for i in range(200):
+            y = replays(number, torch.full((3,), float(i)), twice)
+            if y is not None and y.tolist() != [2.0 * i] * 3:
+                wrong.append((number, i))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(replay.MOST)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(graphs) == replay.MOST
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_steps_by_a_graph_are_those_without(
+    model: TransNormerLM,
+    kernels: Kernels,
+    graphs: list[Graph],
+    batch: int,
+) -> None:
+    ids = torch.randint(0, 40, (batch, 12), generator=torch.Generator().manual_seed(1))
+    model.graphs = False
+    want, others = walked(model, ids)
+    assert not graphs
+    model.graphs = True
+    got, states = walked(model, ids)
+    assert [graph.count for graph in graphs] == [12 - replay.AFTER]
+    assert torch.equal(got, want)
+    for mine, other in zip(states, others, strict=True):
+        assert torch.equal(mine.kv, other.kv) and torch.equal(mine.length, other.length)
+
+
+def test_where_modules_have_to_run_there_is_no_graph(
+    model: TransNormerLM,
+    kernels: Kernels,
+    graphs: list[Graph],
+) -> None:
+    ids = torch.zeros(1, 9, dtype=torch.int64)
+    seen: list[Any] = []
+    for part in (model.layers[1].norm, model.layers[1].channel_mixer.l2, model.layers[0].token_mixer.lrpe):
+        handle = part.register_forward_hook(lambda *given: seen.append(given))
+        walked(model, ids)
+        assert len(seen) >= 9 and not graphs
+        seen.clear()
+        handle.remove()
+    model.layers[1].norm.fused = False
+    walked(model, ids)
+    assert not graphs
+    model.layers[1].norm.fused = True
+    walked(model, ids)
+    assert len(graphs) == 1
+    model.layers[1].channel_mixer.l2.register_forward_hook(lambda *given: seen.append(given))
+    _, states = walked(model, ids)  # perhaps states where the others were
+    assert len(seen) == 9 and int(states[0].length) == 9
+
+
+def changes() -> dict[str, Any]:
+    """What may happen to a model and its states between two steps, and every one of which a graph is of."""
+
+    def weight(name: str) -> Any:
+        def change(layer: Any, state: Any) -> None:
+            linear = layer.get_submodule(name)
+            linear.weight = nn.Parameter(linear.weight.detach().clone())
+
+        return change
+
+    def narrower(layer: Any, state: Any) -> None:  # where the wider ones lay
+        for name in ("l1", "l2"):
+            linear = getattr(layer.channel_mixer, name)
+            linear.weight.data = linear.weight.data[:16]
+        layer.channel_mixer.l3.weight.data = torch.as_strided(
+            layer.channel_mixer.l3.weight.data, (32, 16), (16, 1)
+        )
+
+    def sets(find: Any, name: str, value: Any) -> Any:
+        return lambda layer, state: setattr(find(layer, state), name, value)
+
+    def moved(name: str) -> Any:
+        return lambda layer, state: setattr(state, name, getattr(state, name).clone())
+
+    def data(layer: Any, state: Any) -> None:
+        layer.channel_mixer.l1.weight.data = layer.channel_mixer.l1.weight.data.clone()
+
+    def decays(layer: Any, state: Any) -> None:
+        layer.token_mixer.log_decay_bits = layer.token_mixer.log_decay_bits.clone()
+
+    def angles(layer: Any, state: Any) -> None:
+        layer.token_mixer.lrpe.theta = nn.Parameter(layer.token_mixer.lrpe.theta.detach().clone())
+
+    def rounded(layer: Any, state: Any) -> None:  # where the others lie
+        theta = layer.token_mixer.lrpe.theta
+        theta.data = theta.data.view(torch.float32)[..., ::2]
+
+    return {
+        **{name: weight(name) for name in (
+            "token_mixer.qkvu_proj", "token_mixer.out_proj", "channel_mixer.l1", "channel_mixer.l2",
+            "channel_mixer.l3",
+        )},
+        "data": data, "shapes": narrower, "decays": decays, "angles": angles, "angles' dtype": rounded,
+        "eps": sets(lambda layer, state: layer.norm, "eps", 1e-3),
+        "gate's eps": sets(lambda layer, state: layer.token_mixer.norm, "eps", 1e-3),
+        "feature map": sets(lambda layer, state: layer.token_mixer, "feature_map", "elu"),
+        "heads": sets(lambda layer, state: layer.token_mixer, "num_heads", 1),
+        "state": moved("kv"), "length": moved("length"),
+        "state's feature map": sets(lambda layer, state: state, "feature_map", None),
+        "state's d": sets(lambda layer, state: state, "d", None),
+        "state's reweighting": sets(lambda layer, state: state, "reweight", None),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", changes())
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_graph_is_of_what_it_was_recorded_from(
+    model: TransNormerLM,
+    kernels: Kernels,
+    name: str,
+    where: int,
+) -> None:
+    layers, states = model._layers(), model.initial_states(2)
+    x = torch.randn(2, 32, dtype=torch.float64)
+    with torch.no_grad():
+        before = decoding._facts(layers, states, x)
+        assert before is not None and before[0] == decoding._facts(layers, states, x)[0]
+        changes()[name](layers[where], states[where])
+        after = decoding._facts(layers, states, x)
+    assert after is not None and after[0] != before[0]
+
+
+def test_a_graph_is_of_a_number_of_rows_a_dtype_and_a_backend(
+    model: TransNormerLM,
+    kernels: Kernels,
+) -> None:
+    layers, states = model._layers(), model.initial_states(2)
+    x = torch.randn(2, 32, dtype=torch.float64)
+    with torch.no_grad():
+        found = [decoding._facts(layers, states, x), decoding._facts(layers, states, x[:1])]
+        found.append(decoding._facts(layers[:2], states[:2], x))
+        with linattn.use_backend("torch"):
+            found.append(decoding._facts(layers, states, x))
+    assert len({facts[0] for facts in found if facts is not None}) == 4
+
+
+def test_only_backends_whose_steps_can_be_recorded() -> None:
+    class On:
+        is_cuda = True
+
+    x: Any = On()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert replay.possible(x)
+        with linattn.use_backend("torch"):
+            assert replay.possible(x)
+        with linattn.use_backend(["reference", "torch"]):
+            assert not replay.possible(x)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # somebody else's
+        assert not replay.possible(x)
+    assert not replay.possible(torch.ones(1))
+
+
+class Other(TransNormerLayer):
+    """A layer of somebody's own."""
+
+    def step(self, x: Any, state: Any) -> Any:
+        return super().step(x, state) + 1
+
+
+def test_a_layer_of_ones_own_leaves_no_graph(
+    model: TransNormerLM,
+    kernels: Kernels,
+    graphs: list[Graph],
+) -> None:
+    model.layers[1].__class__ = Other
+    ids = torch.zeros(1, 6, dtype=torch.int64)
+    got, _ = walked(model, ids)
+    for part in model.modules():
+        if isinstance(part, SimpleRMSNorm):
+            part.fused = False
+    want, _ = walked(model, ids)
+    assert not graphs and torch.allclose(got, want)
