@@ -10,7 +10,7 @@ from linattn.errors import OptionError
 
 HEADS, WIDTH = 8, 64  # H, and D = E; B = 1 and float32 everywhere
 ITEM = 4  # bytes of a float32
-OF_MODELS = "training", "decoding", "layer", "attention", "norm"  # what `--models` measures
+OF_MODELS = "training", "decoding", "generating", "layer", "attention", "norm"  # what `--models` measures
 
 Implementation = Literal["torch", "numpy", "softmax", "released cosFormer"]
 Call = Literal["decay", "plain", "cosformer", "softmax"]

@@ -18,12 +18,13 @@ TOKENS = 32768  # of a training step
 OURS, LLAMA = "TransNormerLLM-385M", "Llama-374M, SDPA"
 PATCHED = "MiniMax, patched"
 CONTEXTS = 1024, 131072
+OF_TOKENS = "decoding", "generating"  # rows whose time is that of a token of each text
 OVERHEAD = 1.3  # how much longer a token may take than moving bytes
 
 
 @dataclass(frozen=True)
 class Row:
-    """seconds: of a training step, of a decoded token (of all rows of a batch), or of a call.
+    """seconds: of a training step, of a decoded or generated token (of all rows of a batch), or of a call.
 
     n: tokens of a text, or in front of a decoded token. seconds are None, and failed says why, where nothing
     could be measured. peak: bytes held at most, on CUDA. weights: bytes of those that a decoded token reads;
@@ -46,9 +47,9 @@ class Row:
     @property
     def rate(self) -> float | None:
         """Tokens per second."""
-        if self.seconds is None:
+        if not self.seconds:  # a difference may be 0
             return None
-        return self.batch * (1 if self.what == "decoding" else self.n) / self.seconds
+        return self.batch * (1 if self.what in OF_TOKENS else self.n) / self.seconds
 
     @property
     def remark(self) -> str:

@@ -1,8 +1,11 @@
-"""Whole models on one device: training beside a Llama of the same size, decoding, MiniMax's layer."""
+"""Whole models on one device: training and `generate` beside a Llama of the same size, decoding steps,
+MiniMax's layer.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,6 +23,8 @@ from linattn.models.transnormer import TransNormerCache, TransNormerForCausalLM,
 from linattn.nn import SimpleRMSNorm
 
 CHUNK = 8192  # of a prompt, and of a loss
+EAGER = f"{OURS}, no graphs"
+NEW = 16, 80  # tokens of two runs, whose difference is free of the prompt
 SHARES = (
     (0, ""),
     (1 / 8, "an eighth of the layers checkpointed: without, memory is short"),
@@ -62,6 +67,7 @@ def tasks(device: torch.device, *, quick: bool = False) -> Iterator[Task]:
     yield trained(functools.partial(model, fused=False), claims.PLAIN, 8192, claims.NORM)
 
     yield from decodings(model, divide)
+    yield from generations(model, other, divide)
     yield from minimax(device, 64 if quick else 4096, 2 if quick else 32, 65536 // divide)
     yield from claims.tasks(device, divide, width=preset("385m", **ours).decoder_embed_dim)
 
@@ -137,6 +143,38 @@ def decodings(make: Callable[[], Any], divide: int) -> Iterator[Task]:
     for batch, context in ((1, near), (1, far), (16, near), (64, near)):
         row = Row("decoding", OURS, batch, context // divide)
         yield Task(row, functools.partial(measured, row.batch, row.n))
+
+
+def generations(ours: Callable[[], Any], llama: Callable[[], Any], divide: int) -> Iterator[Task]:
+    """Tokens of `generate` as users call it, by one model with its graphs and without, and by a Llama."""
+
+    @functools.cache
+    def made(who: str) -> Any:
+        model = (llama if who == LLAMA else ours)().eval()
+        if who == EAGER:
+            model.model.graphs = False
+        return model
+
+    def measured(who: str, batch: int, context: int) -> dict[str, Any]:
+        return generating(made(who), batch, context)
+
+    for who, batch in itertools.product((OURS, EAGER, LLAMA), (1, 64)):
+        row = Row("generating", who, batch, CONTEXTS[0] // divide)
+        yield Task(row, functools.partial(measured, who, row.batch, row.n))
+
+
+def generating(model: Any, batch: int, context: int) -> dict[str, Any]:
+    """A token of `generate`, greedily: what more tokens take than few do, over how many more they are."""
+    device = model.device
+    ids = torch.randint(3, model.config.vocab_size, (batch, context), device=device)
+    mask = torch.ones_like(ids)
+
+    def run(tokens: int) -> float:
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        return timed(lambda: model.generate(ids, attention_mask=mask, eos_token_id=None, **options), device)
+
+    few, more = NEW
+    return {"seconds": max(run(more) - run(few), 0.0) / (more - few), "peak": peak_of(device)}
 
 
 @torch.no_grad()

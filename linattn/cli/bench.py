@@ -36,7 +36,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="<name>",
-            help="Only this case (repeatable); of --models: training, decoding, layer, attention or norm.",
+            help="Only this case (repeatable); of --models: training, decoding, generating, layer, attention or "
+            "norm.",
             autocompletion=names.cases,
         ),
     ] = None,

@@ -218,8 +218,8 @@ def test_small_models_on_the_processor(tmp_path, monkeypatch):
     rows = fields["rows"]
     assert fields == json.loads(data.read_text()) and fields["verdicts"] == []
     assert {row["what"].partition(",")[0] for row in rows} == {
-        "training", "decoding", "layer", "attention", "norm", "norm and gate"
-    } and len(rows) == 29  # fmt: skip
+        "training", "decoding", "generating", "layer", "attention", "norm", "norm and gate"
+    } and len(rows) == 35  # fmt: skip
     assert [(row["who"], row["n"], row["failed"]) for row in rows if row["failed"]] == [
         (LLAMA, 128, "out of memory")
     ]

@@ -146,7 +146,8 @@ def test_a_device_that_holds_no_arrays_here_is_refused_before_any_check(monkeypa
         (("bench", "--gpu", "--models", "--cpu"), "give --cpu or --gpu or --models, not all"),
         (
             ("bench", "--models", "--quick", "--case", "softmax"),
-            "--case of --models is one of training, decoding, layer, attention, norm; got softmax",
+            "--case of --models is one of training, decoding, generating, layer, attention, norm; got "
+            "softmax",
         ),
         (
             ("bench", "--models", "--quick", "--case", "norm", "--out", "x.png"),
