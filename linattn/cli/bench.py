@@ -36,7 +36,7 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="<name>",
-            help="Only this case (repeatable); of --models: training, decoding, generating, layer, attention or "
+            help="Only this case (repeatable); of --models: training, decoding, generating, layer, attention, "
             "norm.",
             autocompletion=names.cases,
         ),

@@ -7,9 +7,12 @@ names these facts, and gets it only for the same.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -87,10 +90,10 @@ def recorded(work: Work, x: Tensor, kept: Any) -> Recording | None:
     """A graph of work on numbers like x; None where something in it cannot be recorded."""
     with torch.inference_mode(False):
         given = torch.empty_like(x, memory_format=torch.contiguous_format)
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+    graph = torch.cuda.CUDAGraph()
     try:
-        # not torch.cuda.graph, which waits for the GPU and gives memory back
-        with torch.cuda.device(x.device), torch.cuda.stream(side):
+        with _recording, _no_collection(), torch.cuda.device(x.device), torch.cuda.stream(_side(x.device)):
+            # not torch.cuda.graph, which waits for the GPU and gives memory back
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 result = work(given)
@@ -99,3 +102,23 @@ def recorded(work: Work, x: Tensor, kept: Any) -> Recording | None:
     except RuntimeError:
         return None
     return Recording(graph, given, result, kept)
+
+
+_recording = threading.Lock()  # on one stream, one at a time
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """What a collection destroys may be what nobody may destroy during a recording: another graph, say."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
