@@ -36,8 +36,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="<name>",
-            help="Only this case (repeatable); of --models: training, decoding, generating, layer, attention, "
-            "norm.",
+            help="Only this case (repeatable); of --models: training, decoding, generating, layer, "
+            "attention or norm.",
             autocompletion=names.cases,
         ),
     ] = None,
