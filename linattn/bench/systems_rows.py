@@ -152,7 +152,7 @@ def generations(ours: Callable[[], Any], llama: Callable[[], Any], divide: int) 
     def made(who: str) -> Any:
         model = (llama if who == LLAMA else ours)().eval()
         if who == EAGER:
-            model.model.graphs = False
+            model.graphs = False
         return model
 
     def measured(who: str, batch: int, context: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 
 import linattn
 from linattn import registry
+from linattn.arrays import written
 from linattn.models import replay
 from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm
 from linattn.nn.fused import unwatched
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 PROGRAMMATIC = (9, 0)  # compute capability from which kernels may start before those in front have ended
+OVERRIDES = {"options", "split", "decays"}  # of a mixer, by which a step may be another one
 SMALL = 1 << 24  # bytes of states; larger ones, read early, are in the way of the product in front
 
 
@@ -44,15 +46,19 @@ def last(
         known = _facts(layers, states, x)
         if known is not None:
             facts, decays = known
-            y = replay.of(layers[0])(facts, x, lambda x: _last(steps(layers, states, x, decays)), decays)
+            if x.stride() != (x.shape[1], 1):
+                x = x.contiguous().flatten().view(x.shape)  # numbers of one row may be said to be apart
+            y = replay.of(layers[0])(facts, x, lambda x: _last(x, steps(layers, states, x, decays)), decays)
             if y is not None:
+                written(*(part for state in states for part in (state.kv, state.z, state.length)))
                 return y
-    return _last(steps(layers, states, x))
+    return _last(x, steps(layers, states, x))
 
 
-def _last(rows: Iterator[Tensor]) -> Tensor:
-    *_, y = rows
-    return y
+def _last(x: Tensor, rows: Iterator[Tensor]) -> Tensor:
+    for row in rows:
+        x = row
+    return x
 
 
 def steps(
@@ -90,6 +96,7 @@ def _facts(
 ) -> tuple[tuple[Any, ...], list[Tensor | None]] | None:
     """What decides about the launches of a step, and the layers' decays; None where modules have to run."""
     facts: list[Any] = [x.shape, x.dtype, x.device, registry.requested("auto")]
+    facts.append(torch.is_inference_mode_enabled())
     decays = []
     for layer, state in zip(layers, states, strict=True):
         parts = _taken(layer, x)
@@ -97,16 +104,18 @@ def _facts(
             return None
         mixer: Any = parts.mixer
         find = mixer._modules.get
+        if not OVERRIDES.isdisjoint(mixer.__dict__):
+            return None
         log_decay, lrpe = mixer.decays(x.dtype), find("lrpe")
         if not (_keeps_decays(log_decay, x) and (lrpe is None or unwatched(lrpe, Lrpe))):
             return None
         for w in parts.weights:
             facts += w.data_ptr(), w.shape
         facts += (
-            parts.eps, find("norm").eps, mixer.num_heads, mixer.feature_map,
+            float(parts.eps), float(find("norm").eps), mixer.num_heads, mixer.feature_map,
             _place(log_decay), None if lrpe is None else _place(lrpe.theta),
             _place(state.kv), _place(state.z), _place(state.length),
-            state.feature_map, state.reweight, state.d,
+            state.feature_map, state.reweight, state.d, state.kv.is_inference(), state.kv.is_neg(),
         )  # fmt: skip
         decays.append(log_decay)
     return tuple(facts), decays

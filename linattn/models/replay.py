@@ -7,18 +7,16 @@ names these facts, and gets it only for the same.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
 from linattn import registry
+from linattn.models.graph import Graph
 
 Tensor = torch.Tensor
 Work = Callable[[Tensor], Tensor]
@@ -29,11 +27,10 @@ OURS = ("auto", "triton", "torch")  # choices of a backend that ends in one whos
 
 
 class Recording(NamedTuple):
-    """A graph, what it reads and what it writes, and what must live as long as it does."""
+    """A graph, what it reads, and what must live as long as it does."""
 
-    graph: Any
+    graph: Graph
     given: Tensor
-    result: Tensor
     kept: Any
 
 
@@ -48,8 +45,11 @@ class Replays:
         """work(x), a new tensor, by a graph; None where there is none yet, and work is to be done as usual.
 
         facts: everything that work depends on but the numbers in memory; the same facts, the same launches.
-        kept: tensors which work reads that nobody else may hold. Work whose recording fails stays as it is.
+        x: numbers without gaps, as those before. kept: tensors which work reads that nobody else may hold.
+        Work whose recording fails stays as it is.
         """
+        # the memory of one graph is for one stream at a time
+        facts = facts, torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
         with self.lock:
             known = self.found.get(facts, 0)
             if isinstance(known, int):
@@ -67,7 +67,7 @@ class Replays:
             return None
         known.given.copy_(x)
         known.graph.replay()
-        return known.result.clone()
+        return known.graph.result.clone()
 
 
 _owned: WeakKeyDictionary[Any, Replays] = WeakKeyDictionary()
@@ -83,42 +83,18 @@ def of(owner: Any) -> Replays:
 
 def possible(x: Tensor) -> bool:
     """Whether work on x could be recorded, here and now."""
-    return x.is_cuda and registry.requested("auto") in OURS and not torch.cuda.is_current_stream_capturing()
+    if not x.is_cuda or registry.requested("auto") not in OURS:
+        return False
+    with torch.cuda.device(x.device):
+        return not torch.cuda.is_current_stream_capturing()
 
 
 def recorded(work: Work, x: Tensor, kept: Any) -> Recording | None:
     """A graph of work on numbers like x; None where something in it cannot be recorded."""
     with torch.inference_mode(False):
-        given = torch.empty_like(x, memory_format=torch.contiguous_format)
-    graph = torch.cuda.CUDAGraph()
+        given = torch.empty_like(x)
     try:
-        with _recording, _no_collection(), torch.cuda.device(x.device), torch.cuda.stream(_side(x.device)):
-            # not torch.cuda.graph, which waits for the GPU and gives memory back
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                result = work(given)
-            finally:
-                graph.capture_end()
-    except RuntimeError:
+        graph = Graph(lambda: work(given), x.device)
+    except RuntimeError:  # whatever it was, work as usual meets it, too, or does without
         return None
-    return Recording(graph, given, result, kept)
-
-
-_recording = threading.Lock()  # on one stream, one at a time
-
-
-@functools.cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """What a collection destroys may be what nobody may destroy during a recording: another graph, say."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
+    return Recording(graph, given, kept)

@@ -96,12 +96,15 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def bare_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """The same of what the module itself knows: `any_hook` says the rest, of all modules."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+    if type(module) is not kind:
+        return False
+    own = module.__dict__  # half the time of attributes, and a step asks for 300 modules
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 

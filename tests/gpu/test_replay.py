@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import linattn
 from linattn.models import decoding, replay
 from tests.gpu.calls import same
 from tests.gpu.test_steps import built, walked
@@ -119,6 +120,7 @@ def test_a_model_that_changes_between_steps(change: Any) -> None:
         model.graphs = graphs
         with torch.no_grad():
             found.append(run(model))
+        assert bool(replay.of(model.layers[0]).found) == graphs
     same(found[:1], found[1:])
     assert not torch.equal(found[0][N // 2 - 1], found[0][N // 2])
 
@@ -144,6 +146,7 @@ def test_states_that_are_copied_picked_and_reset() -> None:
         return torch.stack(out)
 
     got, want = both(model, run)
+    assert len(graphs_of(model)) >= 2
     same([got], [want])
 
 
@@ -192,6 +195,8 @@ def test_several_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    for model in models:
+        assert graphs_of(model)
     for want, *got in found.values():
         assert len(got) == 3
         same(got, [want] * 3)
@@ -212,11 +217,97 @@ def test_what_cannot_be_recorded_runs_as_before() -> None:
             got, _ = walked(model, ids)
         assert not graphs_of(model)
         same([got], [want])
-        model.graphs = True
+        torch.rand(1, device="cuda")
+        assert not torch.cuda.is_current_stream_capturing()
         replay._owned.clear()
         got, _ = walked(model, ids)
         assert len(graphs_of(model)) == 1
         same([got], [want])
+
+
+def test_random_numbers_of_other_threads() -> None:
+    model, ids = built(torch.bfloat16), drawn_ids(2)
+    model.graphs, failed, done = True, [], threading.Event()
+
+    def draw() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not done.is_set():
+                try:
+                    torch.rand(1, device="cuda")
+                except RuntimeError as error:
+                    failed.append(error)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    with torch.no_grad():
+        for _ in range(20):
+            replay._owned.clear()
+            walked(model, ids[:, :4])
+    done.set()
+    thread.join()
+    assert graphs_of(model) and not failed
+
+
+def test_memory_of_graphs_goes_with_them() -> None:
+    model, ids = built(torch.bfloat16), drawn_ids(64)
+    model.graphs, sizes, kept = True, [], []
+    with torch.no_grad():
+        for _ in range(5 * replay.MOST):
+            kept.append(walked(model, ids[:, :4])[1])  # so that the next states lie elsewhere
+            torch.cuda.synchronize()
+            held = sum(
+                x.numel() * x.element_size() for states in kept for s in states for x in (s.kv, s.length)
+            )
+            sizes.append(torch.cuda.memory_reserved() - held)
+    assert len(graphs_of(model)) == replay.MOST
+    # a graph has 2 MB at least; without giving back they would be 40 of them
+    assert sizes[-1] - sizes[replay.MOST] < replay.MOST << 21
+
+
+def test_autograd_learns_of_states_that_were_written() -> None:
+    model, ids = built(torch.bfloat16), drawn_ids(2)
+    model.graphs = True
+    with torch.no_grad():
+        _, states = walked(model, ids)
+    for by_graph in (True, False):
+        model.graphs = by_graph
+        with torch.enable_grad():
+            out = model(ids, states=states)
+        before = [state.kv._version for state in states]
+        with torch.no_grad():
+            model.step(ids[:, 0], states)
+        assert [state.kv._version for state in states] == [version + 1 for version in before]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    assert len(graphs_of(model)) == 1
+
+
+def test_states_of_inference_mode_are_refused_outside() -> None:
+    model, ids = built(torch.bfloat16), drawn_ids(2)
+    model.graphs = True
+    with torch.inference_mode():
+        _, states = walked(model, ids)
+    assert graphs_of(model)
+    with torch.no_grad():
+        for _ in range(5):
+            with pytest.raises(linattn.StateError, match="inference mode"):
+                model.step(ids[:, 0], states)
+
+
+def test_rows_that_are_said_to_lie_apart() -> None:
+    model = built(torch.bfloat16)
+    wide = torch.randn(1, 7, 128, device="cuda").bfloat16()
+
+    def run() -> Any:
+        states = model.initial_states(1)
+        layers = model._layers()
+        return torch.stack([
+            decoding.last(layers, states, wide[:, i], graphs=model.graphs) for i in range(7)
+        ])  # fmt: skip
+
+    got, want = both(model, run)
+    assert wide[:, 1].stride() != (128, 1) and len(graphs_of(model)) == 1
+    same([got], [want])
 
 
 def test_memory_goes_with_the_model() -> None:
@@ -255,6 +346,6 @@ def test_generate(options: dict[str, Any]) -> None:
         torch.manual_seed(1)
         return model.generate(ids, attention_mask=mask, max_new_tokens=40, min_new_tokens=40, **options)
 
-    got, want = both(model.model, run)
+    got, want = both(model, run)
     assert graphs_of(model.model) or "num_beams" in options
     same([got], [want])

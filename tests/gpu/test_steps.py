@@ -237,7 +237,7 @@ def test_the_released_model_steps_in_the_same_way(b: int, dtype: Any) -> None:
         glu_dim=384, linear_use_lrpe_list=[1, 0, 1],
     )  # fmt: skip
     model = TransNormerForCausalLM(config).to("cuda", dtype).eval()
-    model.model.graphs = False
+    model.graphs = False
     names = model.state_dict().keys()
     weights = small.state_dict()
     model.load_state_dict({name: weights[name.removeprefix("model.")] for name in names})

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import linattn
 from linattn.models import TransNormerLM, decoding, replay
+from linattn.models.transnormer import TransNormerConfig as Released
+from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.models.transnormer_lm import TransNormerLayer
 from linattn.nn import SimpleRMSNorm
 from tests.models.stepping import Kernels, walked
@@ -39,7 +44,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
         graph = Graph(work, torch.empty_like(x))
         graph.result = torch.empty_like(x)
         made.append(graph)
-        return replay.Recording(graph, graph.given, graph.result, kept)
+        return replay.Recording(graph, graph.given, kept)
 
     monkeypatch.setattr(replay, "recorded", recorded)
     monkeypatch.setattr(replay, "possible", lambda x: True)
@@ -175,6 +180,19 @@ def changes() -> dict[str, Any]:
             layer.channel_mixer.l3.weight.data, (32, 16), (16, 1)
         )
 
+    def spread(layer: Any, state: Any) -> None:  # the same beginning
+        theta = layer.token_mixer.lrpe.theta
+        theta.data = torch.as_strided(theta.data, theta.shape, (0, 0, 1))
+
+    def fewer(layer: Any, state: Any) -> None:
+        state.kv = state.kv[:1]
+
+    def normalized(layer: Any, state: Any) -> None:
+        state.z = state.kv[..., 0]
+
+    def turned(layer: Any, state: Any) -> None:
+        state.kv = torch._neg_view(state.kv)
+
     def sets(find: Any, name: str, value: Any) -> Any:
         return lambda layer, state: setattr(find(layer, state), name, value)
 
@@ -200,6 +218,7 @@ def changes() -> dict[str, Any]:
             "channel_mixer.l3",
         )},
         "data": data, "shapes": narrower, "decays": decays, "angles": angles, "angles' dtype": rounded,
+        "angles' strides": spread, "rows": fewer, "z": normalized, "sign": turned,
         "eps": sets(lambda layer, state: layer.norm, "eps", 1e-3),
         "gate's eps": sets(lambda layer, state: layer.token_mixer.norm, "eps", 1e-3),
         "feature map": sets(lambda layer, state: layer.token_mixer, "feature_map", "elu"),
@@ -229,7 +248,7 @@ def test_a_graph_is_of_what_it_was_recorded_from(
     assert after is not None and after[0] != before[0]
 
 
-def test_a_graph_is_of_a_number_of_rows_a_dtype_and_a_backend(
+def test_a_graph_is_of_rows_a_dtype_a_mode_and_a_backend(
     model: TransNormerLM,
     kernels: Kernels,
 ) -> None:
@@ -240,15 +259,115 @@ def test_a_graph_is_of_a_number_of_rows_a_dtype_and_a_backend(
         found.append(decoding._facts(layers[:2], states[:2], x))
         with linattn.use_backend("torch"):
             found.append(decoding._facts(layers, states, x))
-    assert len({facts[0] for facts in found if facts is not None}) == 4
+        with torch.inference_mode():
+            found.append(decoding._facts(layers, states, x))
+        for other in (x.half(), x.to("meta")):
+            found.append(decoding._facts([], [], other))
+        found.append(decoding._facts([], [], x))
+    assert len({facts[0] for facts in found if facts is not None}) == len(found) == 8
+
+
+def test_what_is_made_anew_or_replaced_leaves_no_graph(model: TransNormerLM, kernels: Kernels) -> None:
+    layers, states = model._layers(), model.initial_states(2)
+    x = torch.randn(2, 32, dtype=torch.float64)
+    with torch.no_grad():
+        for name in ("options", "split", "decays"):
+            mixer = layers[1].token_mixer
+            setattr(mixer, name, getattr(mixer, name))
+            assert decoding._facts(layers, states, x) is None
+            delattr(mixer, name)
+        assert decoding._facts(layers, states, x) is not None
+        narrow = torch.zeros(3)  # the table of a layer is still float64
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(layers[0].token_mixer), "decays", lambda self, dtype: narrow)
+            assert decoding._facts(layers, states, x) is None
+
+
+def test_eps_of_any_kind(model: TransNormerLM, kernels: Kernels, graphs: list[Graph]) -> None:
+    eps: Any = torch.tensor(1e-6, dtype=torch.float64)
+    model.layers[0].norm.eps = eps
+    states, token = model.initial_states(1), torch.zeros(1, dtype=torch.int64)
+    for _ in range(4):
+        model.step(token, states)
+    eps.fill_(10.0)
+    got = model.step(token, states)
+    model.graphs = False
+    states = model.initial_states(1)
+    eps.fill_(1e-6)
+    for _ in range(4):
+        model.step(token, states)
+    eps.fill_(10.0)
+    assert torch.equal(got, model.step(token, states)) and len(graphs) == 1
+
+
+def test_no_layers(model: TransNormerLM, kernels: Kernels, graphs: list[Graph]) -> None:
+    model.layers = model.layers[:0]
+    assert model.step(torch.zeros(2, dtype=torch.int64), []).shape == (2, 40)
+
+
+@pytest.mark.parametrize("watch", ["hook", "autocast", "gradients"])
+def test_a_graph_is_not_asked_where_modules_have_to_run(
+    model: TransNormerLM, kernels: Kernels, graphs: list[Graph], watch: str
+) -> None:
+    x, layers, states = torch.randn(1, 32, dtype=torch.float64), model._layers(), model.initial_states(1)
+    with torch.no_grad():
+        for _ in range(4):
+            decoding.last(layers, states, x)
+    (graph,) = graphs
+    before = graph.count
+    handle = register_module_forward_hook(lambda *given: None) if watch == "hook" else None
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=watch == "autocast"),
+        torch.set_grad_enabled(False),
+    ):
+        if watch == "gradients":
+            with torch.enable_grad(), pytest.raises(linattn.errors.GradientError):
+                decoding.last(layers, states, x)
+        else:
+            decoding.last(layers, states, x)
+    if handle is not None:
+        handle.remove()
+    assert graph.count == before
+    with torch.no_grad():
+        decoding.last(layers, states, x)
+    assert graph.count == before + 1
+
+
+def test_autograd_learns_of_states_that_a_graph_wrote(
+    model: TransNormerLM, kernels: Kernels, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Graph, "replay", lambda self: self.result.zero_())  # writes past torch, as kernels do
+    ids = torch.tensor([[1, 2, 3]])
+    _, states = walked(model, ids[:, :1].expand(1, 5))
+    out: Any = model(ids, states=states)
+    model.step(ids[:, 0], states)
+    assert len(graphs) == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_the_released_model_says_whether_there_are_graphs(kernels: Kernels, graphs: list[Graph]) -> None:
+    config = Released(
+        vocab_size=40, decoder_embed_dim=32, hidden_dim=48, decoder_attention_heads=3, decoder_layers=3,
+        glu_dim=64, linear_use_lrpe_list=[1, 0, 1],
+    )  # fmt: skip
+    model = TransNormerForCausalLM(config).double().eval()
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert model.graphs and model.model.graphs
+    for on, each, count in ((False, False, 0), (True, True, 0), (True, False, 1)):
+        model.graphs = on
+        with torch.no_grad():
+            cache = model(ids[:, :2], use_cache=True).past_key_values
+            for i in range(2, 9):
+                out = model(ids[:, i : i + 1], past_key_values=cache, output_hidden_states=each)
+                assert (out.hidden_states is not None) == each
+        assert len(graphs) == count, (on, each)
 
 
 def test_only_backends_whose_steps_can_be_recorded() -> None:
-    class On:
-        is_cuda = True
-
-    x: Any = On()
+    x: Any = SimpleNamespace(is_cuda=True, device="cuda:1")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         assert replay.possible(x)
         with linattn.use_backend("torch"):

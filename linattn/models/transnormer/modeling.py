@@ -234,6 +234,15 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         self.loss_chunk: int | None = None
         self.post_init()
 
+    @property
+    def graphs(self) -> bool:
+        """Whether steps may become CUDA graphs: the attribute of the model inside, `TransNormerModel`."""
+        return self.model.graphs
+
+    @graphs.setter
+    def graphs(self, on: bool) -> None:
+        self.model.graphs = on
+
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
         return self.model.embed_tokens
