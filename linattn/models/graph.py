@@ -37,12 +37,10 @@ class Graph:
             raw = ctypes.c_void_p(stream.cuda_stream)
             with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
                 _call("cuStreamBeginCapture_v2", raw, THREAD_LOCAL)
-                try:
+                with contextlib.ExitStack() as failing:
+                    failing.callback(_abandon, raw)
                     self.result = work()
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):  # it may be invalid already
-                        _call("cuGraphDestroy", _ended(raw))
-                    raise
+                    failing.pop_all()
                 graph = _ended(raw)
                 try:
                     _call("cuGraphInstantiateWithFlags", ctypes.byref(handle), graph, NO_FLAGS)
@@ -73,6 +71,11 @@ def _ended(stream: ctypes.c_void_p) -> ctypes.c_void_p:
     graph = ctypes.c_void_p()
     _call("cuStreamEndCapture", stream, ctypes.byref(graph))
     return graph
+
+
+def _abandon(stream: ctypes.c_void_p) -> None:
+    with contextlib.suppress(RuntimeError):  # it may be invalid already
+        _call("cuGraphDestroy", _ended(stream))
 
 
 def _destroy(handle: ctypes.c_void_p, device: torch.device) -> None:

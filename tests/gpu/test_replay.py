@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import linattn
+from linattn import errors
 from linattn.models import decoding, replay
 from tests.gpu.calls import same
 from tests.gpu.test_steps import built, walked
@@ -290,7 +290,7 @@ def test_states_of_inference_mode_are_refused_outside() -> None:
     assert graphs_of(model)
     with torch.no_grad():
         for _ in range(5):
-            with pytest.raises(linattn.StateError, match="inference mode"):
+            with pytest.raises(errors.StateError, match="inference mode"):
                 model.step(ids[:, 0], states)
 
 

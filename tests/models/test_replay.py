@@ -261,9 +261,7 @@ def test_a_graph_is_of_rows_a_dtype_a_mode_and_a_backend(
             found.append(decoding._facts(layers, states, x))
         with torch.inference_mode():
             found.append(decoding._facts(layers, states, x))
-        for other in (x.half(), x.to("meta")):
-            found.append(decoding._facts([], [], other))
-        found.append(decoding._facts([], [], x))
+        found += [decoding._facts([], [], other) for other in (x, x.half(), x.to("meta"))]
     assert len({facts[0] for facts in found if facts is not None}) == len(found) == 8
 
 
