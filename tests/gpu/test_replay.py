@@ -134,6 +134,7 @@ def test_states_that_are_copied_picked_and_reset() -> None:
         for i in range(8):
             out.append(model.step(ids[:, i], states))
         twin = copy.deepcopy(states)
+        torch.cuda.empty_cache()
         for i in range(8, 14):  # two texts in turn
             out.append(model.step(ids[:, i], states))
             out.append(model.step(ids[:, 29 - i], twin))
