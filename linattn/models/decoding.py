@@ -21,7 +21,7 @@ from linattn.arrays import written
 from linattn.models import replay
 from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm
 from linattn.nn.fused import unwatched
-from linattn.nn.norm import any_hook, bare, bare_of, fuses, kernels
+from linattn.nn.norm import any_hook, bare_of, fuses, kernels, only_matrix
 from linattn.state import State
 from linattn.surroundings import lowers
 
@@ -129,7 +129,7 @@ def logits(head: nn.Module, x: Tensor) -> Tensor:
     """head(x) for x [..., E], by the kernels where x has few rows."""
     rows = x.flatten(0, -2)
     y: Tensor
-    if torch.is_grad_enabled() or not fuses(rows) or lowered(rows) or not bare(head):
+    if torch.is_grad_enabled() or not fuses(rows) or lowered(rows) or not only_matrix(head):
         y = head(x)
         return y
     of = kernels("rows")

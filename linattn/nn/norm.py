@@ -120,7 +120,7 @@ def unseen(*modules: nn.Module) -> bool:
     return all(plain(module, type(module)) for module in modules)
 
 
-def bare(linear: nn.Module) -> bool:
+def only_matrix(linear: nn.Module) -> bool:
     """Whether a module is a matrix and nothing else: an `nn.Linear` without bias, as `plain` has it."""
     return plain(linear, nn.Linear) and linear.bias is None
 

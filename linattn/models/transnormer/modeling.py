@@ -22,7 +22,7 @@ from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
-from linattn.nn.norm import bare
+from linattn.nn.norm import only_matrix
 from linattn.state import State
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
         x, wanted = rows.flatten(0, 1), shift_labels.flatten().to(rows.device)
-        if bare(self.lm_head):
+        if only_matrix(self.lm_head):
             total = linear_cross_entropy(
                 x, self.lm_head.weight, wanted, chunk=self.loss_chunk or None, ignore_index=ignore_index
             )
