@@ -103,6 +103,8 @@ def test_models_and_memory_are_those_of_the_benchmarks():
             assert rate in BESIDE and peak in BESIDE, who
             if n == 8192:
                 assert f"{rate} tokens/s, {peak}" in SUMMARY, who
+    for who in ("TransNormerLLM-385M", "TransNormerLLM-385M, no graphs", "Llama-374M, SDPA"):
+        assert f"in {measured(MODELS, 'generating', who, '1', '1024')}" in BESIDE, who
     extra = re.search(
         r"\| cosformer \| extra memory \| ([^(]+) \([^|]+\| ([^(]+) \([^|]+\| (\S+) ", PROCESSOR
     )
