@@ -95,6 +95,6 @@ def recorded(work: Work, x: Tensor, kept: Any) -> Recording | None:
         given = torch.empty_like(x)
     try:
         graph = Graph(lambda: work(given), x.device)
-    except RuntimeError:  # whatever it was, work as usual meets it, too, or does without
+    except (RuntimeError, OSError):  # no driver, say; what work raised, it raises again as usual
         return None
     return Recording(graph, given, kept)
