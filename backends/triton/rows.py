@@ -201,8 +201,8 @@ def many(
     other, total = y, tl.zeros([BATCH], tl.float32)
     if BLOCKS:
         # The compiler moves a block to shared memory, and waits for it, where it becomes numbers. Read as
-        # bits, all blocks are under way first: faster from 32 rows on, slower for 16. Letting the next kernel
-        # in before the loads is faster up to 32 rows, slower for 64.
+        # bits, all blocks are under way first: faster from 32 rows on, slower below. Letting the next kernel
+        # in before the loads is faster for 5, 8 and 32 rows, slower for 16 and 64.
         if CHAINED and BATCH < 64:
             gdc_launch_dependents()
         weights, others = (), ()

@@ -95,8 +95,8 @@ def _facts(
     layers: Sequence[TransNormerLayer], states: Sequence[State], x: Tensor
 ) -> tuple[tuple[Any, ...], list[Tensor | None]] | None:
     """What decides about the launches of a step, and the layers' decays; None where modules have to run."""
-    facts: list[Any] = [x.shape, x.dtype, x.device, registry.requested("auto")]
-    facts.append(torch.is_inference_mode_enabled())
+    choice, inference = registry.requested("auto"), torch.is_inference_mode_enabled()
+    facts: list[Any] = [x.shape, x.dtype, x.device, choice, inference]
     decays = []
     for layer, state in zip(layers, states, strict=True):
         parts = _taken(layer, x)

@@ -75,13 +75,17 @@ def served(dtype: torch.dtype, backend: str) -> int:
     return 6
 
 
-def modelled(dtype: torch.dtype, width: int) -> int:
-    """A model's training step, its loss by chunks, and a token for few texts and for many."""
+def small(dtype: torch.dtype, width: int) -> TransNormerLM:
     config = TransNormerConfig(
         vocab_size=67, embed_dim=width, hidden_dim=width, num_heads=HEADS, num_layers=2, glu_dim=3 * width,
         linear_use_lrpe_list=(1, 0),
     )  # fmt: skip
-    model = TransNormerLM(config).to("cuda", dtype)
+    return TransNormerLM(config).to("cuda", dtype)
+
+
+def modelled(dtype: torch.dtype, width: int) -> int:
+    """A model's training step, its loss by chunks, and a token for few texts and for many."""
+    model = small(dtype, width)
     ids = torch.randint(0, 67, (BATCH, 70), device="cuda")
     model(ids).float().logsumexp(-1).sum().backward()
     rows, weight = drawn(70, width, dtype=dtype, grad=True), drawn(67, width, dtype=dtype, grad=True)
@@ -98,11 +102,7 @@ def modelled(dtype: torch.dtype, width: int) -> int:
 
 def stepped(dtype: torch.dtype, width: int) -> int:
     """Steps whose sums are cut into parts, and nothing of cuBLAS, in whose kernels racecheck sees hazards."""
-    config = TransNormerConfig(
-        vocab_size=67, embed_dim=width, hidden_dim=width, num_heads=HEADS, num_layers=2, glu_dim=3 * width,
-        linear_use_lrpe_list=(1, 0),
-    )  # fmt: skip
-    model = TransNormerLM(config).to("cuda", dtype)
+    model = small(dtype, width)
     with torch.no_grad():
         for texts in (1, 3, 7, 20, 40):
             states, x = model.initial_states(texts), drawn(texts, width, dtype=dtype)

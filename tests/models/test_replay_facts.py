@@ -13,6 +13,12 @@ from linattn.models import TransNormerLM, decoding
 from tests.models.stepping import Kernels
 
 
+@pytest.fixture
+def step(model: TransNormerLM, kernels: Kernels) -> tuple[list[Any], list[Any], torch.Tensor]:
+    """Layers, states and rows of a step that the kernels take."""
+    return model._layers(), model.initial_states(2), torch.randn(2, 32, dtype=torch.float64)
+
+
 def changes() -> dict[str, Any]:
     """What may happen to a model and its states between two steps, and every one of which a graph is of."""
 
@@ -85,13 +91,11 @@ def changes() -> dict[str, Any]:
 @pytest.mark.parametrize("name", changes())
 @pytest.mark.parametrize("where", [0, 2])
 def test_a_graph_is_of_what_it_was_recorded_from(
-    model: TransNormerLM,
-    kernels: Kernels,
+    step: tuple[list[Any], list[Any], torch.Tensor],
     name: str,
     where: int,
 ) -> None:
-    layers, states = model._layers(), model.initial_states(2)
-    x = torch.randn(2, 32, dtype=torch.float64)
+    layers, states, x = step
     with torch.no_grad():
         before = decoding._facts(layers, states, x)
         assert before is not None and before[0] == decoding._facts(layers, states, x)[0]
@@ -101,11 +105,9 @@ def test_a_graph_is_of_what_it_was_recorded_from(
 
 
 def test_a_graph_is_of_rows_a_dtype_a_mode_and_a_backend(
-    model: TransNormerLM,
-    kernels: Kernels,
+    step: tuple[list[Any], list[Any], torch.Tensor],
 ) -> None:
-    layers, states = model._layers(), model.initial_states(2)
-    x = torch.randn(2, 32, dtype=torch.float64)
+    layers, states, x = step
     with torch.no_grad():
         found = [decoding._facts(layers, states, x), decoding._facts(layers, states, x[:1])]
         found.append(decoding._facts(layers[:2], states[:2], x))
