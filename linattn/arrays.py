@@ -94,9 +94,12 @@ def zeros_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
 
 def written(*arrays: Any) -> None:
     """Tell autograd what kernels wrote: a graph that kept the old values must not go on with the new ones."""
-    parts = [x for x in arrays if kind_of(x) == "torch" and not x.is_inference()]
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    parts = [x for x in arrays if isinstance(x, torch.Tensor) and not x.is_inference()]
     if parts:
-        sys.modules["torch"].autograd.graph.increment_version(parts)
+        torch.autograd.graph.increment_version(parts)
 
 
 def all_finite(x: Array) -> bool:

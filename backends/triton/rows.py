@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -306,16 +307,20 @@ def room(device: torch.device) -> int:
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
     """Whether `products` takes rows x [B, K] of this dtype with weights [N, K]."""
-    dtype, device = x.dtype, x.device
-    if not (dtype in (torch.bfloat16, torch.float16) and x.ndim == 2 and 1 <= x.shape[0] <= MANY):
+    if not (x.dtype in (torch.bfloat16, torch.float16) and x.ndim == 2 and 1 <= x.shape[0] <= MANY):
         return False
-    for w in weights:
-        if not (
-            type(w) in PLAIN and w.layout is torch.strided and w.dtype == dtype and w.device == device
-            and w.is_contiguous() and w.shape[1] % 16 == 0 and w.data_ptr() % 16 == 0
-        ):  # fmt: skip
-            return False
-    return True
+    # in columns, as a step of a model asks for 120 matrices
+    return (
+        {*map(type, weights)} <= {*PLAIN}
+        and {*map(_KIND, weights)} <= {(x.dtype, torch.strided)}
+        and {*map(Tensor.get_device, weights)} <= {x.get_device()}
+        and all(map(Tensor.is_contiguous, weights))
+        and not any(address % 16 for address in map(Tensor.data_ptr, weights))
+        and not any(len(shape) != 2 or shape[1] % 16 for shape in {*map(_SHAPE, weights)})
+    )
+
+
+_KIND, _SHAPE = operator.attrgetter("dtype", "layout"), operator.attrgetter("shape")
 
 
 def products(

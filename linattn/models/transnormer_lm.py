@@ -206,12 +206,12 @@ def steppers(layers: Iterable[nn.Module]) -> list[TransNormerLayer] | None:
             return None
         if type(inner).forward is not own.forward and type(inner).step is own.step:
             return None
-        if not unseen(inner, inner.token_mixer):  # whose step is called, too
-            return None
         hooked = inner is not layer and (layer._forward_hooks or layer._forward_pre_hooks)
         if hooked and not torch.compiler.is_compiling():
             return None
         found.append(inner)
+    if not unseen(*found, *(layer.token_mixer for layer in found)):  # whose step is called, too
+        return None
     return found
 
 

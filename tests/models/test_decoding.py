@@ -102,7 +102,8 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
     assert not decoding.runs(layer, x)  # gradients
     with torch.no_grad():
         assert decoding.runs(layer, x)
-        for part in (layer, layer.token_mixer, layer.channel_mixer, layer.norm, layer.token_mixer.out_proj):
+        mixer = layer.token_mixer
+        for part in (layer, mixer, layer.channel_mixer, layer.norm, mixer.norm, mixer.out_proj):
             handle = part.register_forward_hook(lambda *given: None)
             assert not decoding.runs(layer, x), part
             handle.remove()
@@ -131,6 +132,15 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
         assert not decoding.runs(layer, x)
         layer.token_mixer.norm.fused = True
         assert decoding.runs(layer, x)
+        for part in (mixer, layer.channel_mixer, mixer.qkvu_proj):
+            kind = type(part)
+            part.__class__ = type("Other", (kind,), {})  # whose forward may be another one
+            assert not decoding.runs(layer, x), part
+            part.__class__ = kind
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "fits", lambda x, *weights: False)
+            assert not decoding.runs(layer, x)
+        assert decoding.runs(layer, x)
         biased = TransNormerLM(TransNormerConfig(**{**vars(CONFIG), "bias": True})).double()
         assert not decoding.runs(biased._layers()[0], x)
         layer.channel_mixer.l3 = nn.Sequential(layer.channel_mixer.l3)
@@ -143,6 +153,12 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
         layer.channel_mixer.l2 = nn.Linear(32, 48, False, dtype=torch.float64)
         assert not decoding.runs(layer, x)
         layer.channel_mixer.l2 = layer.channel_mixer.l1
+        assert decoding.runs(layer, x)
+        for part, width in ((layer.token_mixer.out_proj, 40), (layer.channel_mixer.l3, 72)):
+            weight = part.weight
+            part.weight = nn.Parameter(torch.zeros(32, width, dtype=torch.float64))
+            assert not decoding.runs(layer, x), part
+            part.weight = weight
         assert decoding.runs(layer, x)
         layer.token_mixer.norm = nn.RMSNorm(48)  # adapted
         assert not decoding.runs(layer, x)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import linattn
-from linattn.models import TransNormerLM, decoding, replay
+from linattn.models import TransNormerLM, decoding, parts, replay
 from linattn.models.transnormer import TransNormerConfig as Released
 from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.models.transnormer_lm import TransNormerLayer
@@ -169,13 +169,24 @@ def test_what_is_made_anew_or_replaced_leaves_no_graph(model: TransNormerLM, ker
         for name in ("options", "split", "decays"):
             mixer = layers[1].token_mixer
             setattr(mixer, name, getattr(mixer, name))
-            assert decoding._facts(layers, states, x) is None
+            assert parts.facts_of(layers, states, x) is None
             delattr(mixer, name)
-        assert decoding._facts(layers, states, x) is not None
+        assert parts.facts_of(layers, states, x) is not None
+        mixer.lrpe = lambda: None  # no module
+        assert parts.facts_of(layers, states, x) is None
+        mixer.lrpe = None
+        assert parts.facts_of(layers, states, x) is not None
+        lrpe = layers[0].token_mixer.lrpe
+        theta = lrpe._parameters.pop("theta")
+        lrpe.theta = theta.detach()  # no parameter
+        assert parts.facts_of(layers, states, x) is None
+        del lrpe.theta
+        lrpe.theta = theta
+        assert parts.facts_of(layers, states, x) is not None
         narrow = torch.zeros(3)  # the table of a layer is still float64
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(layers[0].token_mixer), "decays", lambda self, dtype: narrow)
-            assert decoding._facts(layers, states, x) is None
+            assert parts.facts_of(layers, states, x) is None
 
 
 def test_eps_of_any_kind(model: TransNormerLM, kernels: Kernels, graphs: list[Graph]) -> None:
@@ -186,9 +197,9 @@ def test_eps_of_any_kind(model: TransNormerLM, kernels: Kernels, graphs: list[Gr
         model.step(token, states)
     x = torch.randn(1, 32, dtype=torch.float64)
     with torch.no_grad():
-        before = decoding._facts(model._layers(), states, x)
+        before = parts.facts_of(model._layers(), states, x)
         eps.fill_(10.0)
-        assert before is not None and before[0] != decoding._facts(model._layers(), states, x)[0]
+        assert before is not None and before[0] != parts.facts_of(model._layers(), states, x)[0]
     got = model.step(token, states)
     model.graphs = False
     states = model.initial_states(1)
@@ -254,8 +265,11 @@ def test_autograd_learns_of_states_that_a_graph_wrote(
     ids = torch.tensor([[1, 2, 3]])
     _, states = walked(model, ids[:, :1].expand(1, 5))
     out: Any = model(ids, states=states)
+    before = [part._version for state in states for part in (state.kv, state.length)]
     model.step(ids[:, 0], states)
     assert len(graphs) == 1
+    after = [part._version for state in states for part in (state.kv, state.length)]
+    assert all(new > old for new, old in zip(after, before, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import linattn
-from linattn.models import TransNormerLM, decoding
+from linattn.models import TransNormerLM, parts
 from tests.models.stepping import Kernels
 
 
@@ -88,6 +88,30 @@ def changes() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_a_graph_is_of_what_is_where(step: tuple[list[Any], list[Any], torch.Tensor]) -> None:
+    layers, states, x = step
+    states[0].z = states[0].kv[..., 0]
+    with torch.no_grad():
+        found = [parts.facts_of(layers, states, x)]
+        states[0].z, states[1].z = None, states[0].z
+        found.append(parts.facts_of(layers, states, x))
+        mixers = [layer.token_mixer for layer in layers]
+        mixers[1].lrpe, mixers[0].lrpe = mixers[0].lrpe, None
+        found.append(parts.facts_of(layers, states, x))
+    assert len({facts[0] for facts in found if facts is not None}) == 3
+
+
+def test_a_graph_is_of_states_of_a_mode(step: tuple[list[Any], list[Any], torch.Tensor]) -> None:
+    layers, states, x = step
+    memory = states[0].kv.numpy()
+    with torch.no_grad():
+        before = parts.facts_of(layers, states, x)
+        with torch.inference_mode():
+            states[0].kv = torch.from_numpy(memory)
+        after = parts.facts_of(layers, states, x)
+    assert before is not None and after is not None and before[0] != after[0]
+
+
 @pytest.mark.parametrize("name", changes())
 @pytest.mark.parametrize("where", [0, 2])
 def test_a_graph_is_of_what_it_was_recorded_from(
@@ -97,10 +121,10 @@ def test_a_graph_is_of_what_it_was_recorded_from(
 ) -> None:
     layers, states, x = step
     with torch.no_grad():
-        before = decoding._facts(layers, states, x)
-        assert before is not None and before[0] == decoding._facts(layers, states, x)[0]
+        before = parts.facts_of(layers, states, x)
+        assert before is not None and before[0] == parts.facts_of(layers, states, x)[0]
         changes()[name](layers[where], states[where])
-        after = decoding._facts(layers, states, x)
+        after = parts.facts_of(layers, states, x)
     assert after is not None and after[0] != before[0]
 
 
@@ -109,11 +133,11 @@ def test_a_graph_is_of_rows_a_dtype_a_mode_and_a_backend(
 ) -> None:
     layers, states, x = step
     with torch.no_grad():
-        found = [decoding._facts(layers, states, x), decoding._facts(layers, states, x[:1])]
-        found.append(decoding._facts(layers[:2], states[:2], x))
+        found = [parts.facts_of(layers, states, x), parts.facts_of(layers, states, x[:1])]
+        found.append(parts.facts_of(layers[:2], states[:2], x))
         with linattn.use_backend("torch"):
-            found.append(decoding._facts(layers, states, x))
+            found.append(parts.facts_of(layers, states, x))
         with torch.inference_mode():
-            found.append(decoding._facts(layers, states, x))
-        found += [decoding._facts([], [], other) for other in (x, x.half(), x.to("meta"))]
+            found.append(parts.facts_of(layers, states, x))
+        found += [parts.facts_of([], [], other) for other in (x, x.half(), x.to("meta"))]
     assert len({facts[0] for facts in found if facts is not None}) == len(found) == 8
