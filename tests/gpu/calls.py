@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ def same(got: Any, want: Any) -> None:
     for mine, other in zip(got, want, strict=True):
         assert mine.dtype == other.dtype
         assert torch.equal(mine, other), (mine.float() - other.float()).abs().max()
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """Raises where the host waits for the GPU."""
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def captured(run: Callable[[], Any]) -> tuple[Any, Any]:

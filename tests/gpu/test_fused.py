@@ -18,7 +18,7 @@ from linattn.nn import SimpleRMSNorm
 from linattn.nn import fused as maps
 from linattn.nn.fused import gated, normed, product
 from linattn.nn.norm import kernels
-from tests.gpu.calls import captured, drawn, same
+from tests.gpu.calls import captured, drawn, same, without_waiting
 from tests.triton.interpreted_fused import kept
 
 pytestmark = pytest.mark.gpu
@@ -153,11 +153,8 @@ def test_computed_again(reentrant: bool, lowered: bool) -> None:
 def test_nothing_waits_for_the_gpu() -> None:
     layer, x = a_layer(torch.bfloat16), rows(torch.bfloat16)
     results(layer, x)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         results(layer, x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("lowered", [False, True], ids=["bfloat16", "autocast"])

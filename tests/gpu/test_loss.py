@@ -13,7 +13,7 @@ from linattn.backends.triton import loss as kernels
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
 from linattn.nn import linear_cross_entropy
 from linattn.nn import loss as module
-from tests.gpu.calls import captured, same
+from tests.gpu.calls import captured, same, without_waiting
 from tests.triton.scored import IGNORED, compare, exact, given, through_products, turned
 
 pytestmark = pytest.mark.gpu
@@ -171,11 +171,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     for dtype in (torch.bfloat16, torch.float64):
         parts = x.to(dtype), weight.to(dtype), labels
         both(*parts, chunk=128)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting():
             both(*parts, chunk=128)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_memory_of_one_chunk() -> None:

@@ -12,7 +12,7 @@ from linattn import tolerance
 from linattn.errors import GradientError
 from linattn.nn import GatedLinearAttention, SimpleRMSNorm
 from linattn.nn import norm as module
-from tests.gpu.calls import captured, drawn, same
+from tests.gpu.calls import captured, drawn, same, without_waiting
 from tests.triton.normed import EPS, compare, computed, given
 
 pytestmark = pytest.mark.gpu
@@ -194,11 +194,8 @@ def test_in_a_cuda_graph(dtype: Any) -> None:
 def test_nothing_waits_for_the_gpu() -> None:
     x, u, dy = given(1000, torch.bfloat16, device="cuda")
     both(x, u, dy)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         both(x, u, dy)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_gpu_without_kernels_has_the_formula(dtype: Any) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from linattn import errors
 from linattn.models import decoding, replay
-from tests.gpu.calls import same
+from tests.gpu.calls import same, without_waiting
 from tests.gpu.test_steps import built, walked
 
 pytestmark = pytest.mark.gpu
@@ -158,17 +158,14 @@ def test_on_streams_of_ones_own_without_waiting() -> None:
         model.graphs = True
         walked(model, ids[:, :1])  # what is compiled and made once
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
         streams = [torch.cuda.Stream() for _ in range(2)]
-        try:
+        with without_waiting():
             states, out = model.initial_states(2), []
             for i, column in enumerate(ids.T):
                 here, before = streams[i % 2], streams[1 - i % 2] if i else torch.cuda.current_stream()
                 here.wait_stream(before)
                 with torch.cuda.stream(here):
                     out.append(model.step(column, states))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     assert graphs_of(model)
     same([torch.stack(out, 1)], [want])

@@ -13,7 +13,7 @@ from linattn import tolerance
 from linattn.backends.triton import rows, rows_shape
 from linattn.models import TransNormerConfig, TransNormerLM, decoding
 from linattn.nn import SimpleRMSNorm
-from tests.gpu.calls import captured, drawn, same
+from tests.gpu.calls import captured, drawn, same, without_waiting
 from tests.triton.mapped import exact
 
 pytestmark = pytest.mark.gpu
@@ -292,12 +292,8 @@ def test_on_another_stream_and_without_waiting() -> None:
     want, _ = walked(model, ids)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(side):
-            got, _ = walked(model, ids)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with without_waiting(), torch.cuda.stream(side):
+        got, _ = walked(model, ids)
     torch.cuda.current_stream().wait_stream(side)
     same([got], [want])
 

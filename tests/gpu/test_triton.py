@@ -11,7 +11,7 @@ import torch
 
 import linattn
 from linattn import LRPE, State, route, testing, tolerance
-from tests.gpu.calls import HEADS, D, both, captured, drawn, same
+from tests.gpu.calls import HEADS, D, both, captured, drawn, same, without_waiting
 from tests.triton import pooled
 
 pytestmark = pytest.mark.gpu
@@ -93,12 +93,25 @@ def test_nothing_waits_for_the_gpu(name: str, options: dict[str, Any]) -> None:
         linattn.decode_step(*tokens, pool, slots=slots, log_decay=g, backend=name)
 
     run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         for _ in range(4):
             run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nothing_waits_where_tables_come_from_the_host() -> None:
+    q = torch.randn(2, 300, 4, 32, device="cuda", requires_grad=True)
+    decay = -torch.rand(2, 300, 4, device="cuda")
+    cu = torch.tensor([0, 7, 7, 300], device="cuda")
+
+    def run() -> None:
+        linattn.attention(q, q, q, log_decay=linattn.decay.alibi(4)).sum().backward()
+        linattn.attention(q, q, q, log_decay=decay, normalize=True, feature_map="relu").sum().backward()
+        linattn.attention(q[:1], q[:1], q[:1], cu_seqlens=cu).sum().backward()
+
+    for _ in range(2):  # the first call brings the table of decays to the device
+        run()
+    with without_waiting():
+        run()
 
 
 def test_on_several_streams(options: dict[str, Any]) -> None:
