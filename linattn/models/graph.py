@@ -50,9 +50,10 @@ class Graph:
         weakref.finalize(self, _destroy, handle, device).atexit = False  # the driver may be gone by then
 
     def replay(self) -> None:
-        """Start it on the current stream of its device."""
+        """Start it on the current stream of its device, which need not be the current device."""
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        _call("cuGraphLaunch", self.handle, ctypes.c_void_p(stream))
+        with torch.cuda.device(self.device):  # 0, the default stream, is that of the current device
+            _call("cuGraphLaunch", self.handle, ctypes.c_void_p(stream))
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -347,3 +347,15 @@ def test_generate(options: dict[str, Any]) -> None:
     got, want = both(model, run)
     assert graphs_of(model.model) or "num_beams" in options
     same([got], [want])
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two CUDA devices"
+)
+def test_on_another_device_than_the_current_one() -> None:
+    model, ids = built(torch.bfloat16).to("cuda:1"), drawn_ids(3).to("cuda:1")
+    (got, states), (want, others) = both(model, lambda: walked(model, ids))
+    assert torch.cuda.current_device() == 0 and len(graphs_of(model)) == 1
+    same([got], [want])
+    for mine, other in zip(states, others, strict=True):
+        same([mine.kv, mine.length], [other.kv, other.length])

@@ -68,6 +68,27 @@ def test_a_recording(recording: Any) -> None:
     assert driver.said[4:] == ["GraphLaunch", "GraphExecDestroy"]
 
 
+def test_a_graph_starts_on_its_own_device(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [None]
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Any:
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Launching(Driver):
+        def cuGraphLaunch(self, handle: Any, stream: Any) -> int:
+            started.append((current[-1], stream.value))
+            return 0
+
+    started: list[Any] = []
+    made = recording(lambda: torch.ones(2), Launching())
+    monkeypatch.setattr(torch.cuda, "device", device)
+    made.replay()
+    assert started == [(torch.device("cuda", 0), 5)] and current == [None]
+
+
 def fails(error: BaseException) -> Any:
     def work() -> torch.Tensor:
         raise error
