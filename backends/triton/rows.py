@@ -315,6 +315,7 @@ def fits(x: Tensor, *weights: Tensor) -> bool:
         and {*map(_KIND, weights)} <= {(x.dtype, torch.strided)}
         and {*map(Tensor.get_device, weights)} <= {x.get_device()}
         and all(map(Tensor.is_contiguous, weights))
+        and not any(map(Tensor.is_neg, weights))
         and not any(address % 16 for address in map(Tensor.data_ptr, weights))
         and not any(len(shape) != 2 or shape[1] % 16 for shape in {*map(_SHAPE, weights)})
     )

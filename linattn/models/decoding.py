@@ -71,7 +71,8 @@ def steps(
     sums are formed in float32 and rounded to x's dtype once a product; the layers' own steps round the norm,
     the gate and the product of the channel mixer, too.
     """
-    first, seen, done, now = True, set(), None, _now(x)
+    first, done, now = True, None, _now(x)
+    seen: set[int] = set()  # where states are that kernels of this step write
     every = now and taken(layers, x) is not None
     for i, (layer, state) in enumerate(zip(layers, states, strict=True)):
         if every or (now and taken([layer], x) is not None):
@@ -81,9 +82,10 @@ def steps(
             options = layer.token_mixer.options(x.dtype)
             if decays is not None:
                 options["log_decay"] = decays[i]
-            x = fused(layer, state, x, options, done, first or id(state.kv) in seen)
+            memory = {part.data_ptr() for part in (state.kv, state.length) if isinstance(part, Tensor)}
+            x = fused(layer, state, x, options, done, first or not memory.isdisjoint(seen))
             first = False
-            seen.add(id(state.kv))
+            seen |= memory
         else:
             x, first = layer.step(x, state), True
             now = _now(x)

@@ -6,8 +6,6 @@ they are looked at in columns, the same part of all layers at once, by functions
 
 from __future__ import annotations
 
-import functools
-import importlib
 import operator
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -27,7 +25,21 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-OVERRIDES = ("options", "split", "decays")  # of a mixer, by which a step may be another one
+WRITTEN: dict[type, dict[str, Any]] = {}  # what the kernels' work is derived from: methods of classes
+
+
+def stands_for(kind: type, *methods: str) -> None:
+    """Say that kernels do what methods of a class do: with others in their place, of the class, of one of
+    somebody's own or of an object, modules run.
+    """
+    WRITTEN[kind] = {name: getattr(kind, name) for name in methods}
+
+
+stands_for(GatedLinearAttention, "step", "project", "options", "split", "decays")
+stands_for(SGLU, "forward")
+stands_for(SimpleRMSNorm, "forward", "gated")
+stands_for(nn.Linear, "forward")
+stands_for(Lrpe, "forward")
 
 
 class Parts(NamedTuple):
@@ -44,7 +56,7 @@ def taken(layers: Sequence[TransNormerLayer], x: Tensor) -> Parts | None:
 
     x: rows [B, E]. What sees every module's calls (`linattn.nn.norm.any_hook`) is for the caller to ask.
     """
-    if not all(map(_usual, map(type, layers))):
+    if not all(map(_as_written, {*map(type, layers), *WRITTEN})):
         return None
     # asking modules for their parts by attribute would cost the host more than the rest
     mixers, channels, norms = (_column(layers, name) for name in ("token_mixer", "channel_mixer", "norm"))
@@ -57,6 +69,10 @@ def taken(layers: Sequence[TransNormerLayer], x: Tensor) -> Parts | None:
     if not (_are([*norms, *gates], SimpleRMSNorm) and _are(flat, nn.Linear)):
         return None
     if not (bare([*layers, *mixers, *channels, *norms, *gates, *flat]) and all(map(_FUSED, norms + gates))):
+        return None
+    if _replaced(layers, "step") or _replaced([*norms, *gates], "gated"):
+        return None
+    if _replaced(mixers, *WRITTEN[GatedLinearAttention]):
         return None
     if not all(one._parameters.get("bias", one) is None for one in flat):
         return None
@@ -74,7 +90,7 @@ def facts_of(
 ) -> tuple[Hashable, list[Tensor | None]] | None:
     """What decides about the launches of a step, and the layers' decays; None where modules have to run."""
     parts = taken(layers, x)
-    if parts is None or any(name in own for own in map(vars, parts.mixers) for name in OVERRIDES):
+    if parts is None or len(states) != len(layers):
         return None
     found = [one._modules.get("lrpe", vars(one).get("lrpe")) for one in parts.mixers]  # None is no module
     lrpes = [one for one in found if one is not None]
@@ -86,7 +102,13 @@ def facts_of(
     decays = [mixer.decays(x.dtype) for mixer in parts.mixers]
     if not {one.dtype for one in decays if one is not None} <= {wide(x)}:
         return None
-    weights, kvs = [*chain.from_iterable(parts.weights)], [*map(_KV, states)]
+    weights, kvs, lengths = (
+        [*chain.from_iterable(parts.weights)],
+        [*map(_KV, states)],
+        [*map(_LENGTH, states)],
+    )
+    if not {*map(type, kvs), *map(type, lengths)} <= {*PLAIN}:
+        return None
     return (
         (x.shape, x.dtype, x.device, registry.requested("auto"), torch.is_inference_mode_enabled()),
         (*map(Tensor.data_ptr, weights), *map(_SHAPE, weights)),
@@ -96,8 +118,8 @@ def facts_of(
         _places(decays),
         _places(kvs),
         _places([*map(_Z, states)]),
-        _places([*map(_LENGTH, states)]),
-        (*map(_OF_STATE, states), *map(Tensor.is_inference, kvs), *map(Tensor.is_neg, kvs)),
+        _places(lengths),
+        (*map(_OF_STATE, states), *map(Tensor.is_inference, kvs)),
     ), decays
 
 
@@ -123,6 +145,10 @@ def _column(modules: Iterable[nn.Module], name: str) -> list[Any]:
     return [one._modules.get(name) for one in modules]
 
 
+def _replaced(modules: Iterable[nn.Module], *methods: str) -> bool:
+    return any(name in one.__dict__ for one in modules for name in methods)
+
+
 def _are(modules: Iterable[Any], kind: type) -> bool:
     return {*map(type, modules)} <= {kind}
 
@@ -132,7 +158,7 @@ def _places(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
     some = [x for x in tensors if x is not None]
     return (
         *(x is None for x in tensors),
-        *map(Tensor.data_ptr, some), *map(_KIND, some), *map(Tensor.stride, some),
+        *map(Tensor.data_ptr, some), *map(_KIND, some), *map(Tensor.stride, some), *map(Tensor.is_neg, some),
     )  # fmt: skip
 
 
@@ -142,8 +168,10 @@ def _joined(width: int, qkvu: Any, out: Any, l1: Any, l2: Any, l3: Any) -> bool:
     return bool(e == width and out == (e, f // 4) and l1 == l2 == (l1[0], e) and l3 == (e, l1[0]))
 
 
-@functools.cache
-def _usual(kind: Any) -> bool:
-    """Whether a class of layers steps as TransNormerLayer does."""
-    plain = importlib.import_module("linattn.models.transnormer_lm").TransNormerLayer
-    return bool(kind.step is plain.step)
+def _as_written(kind: type) -> bool:
+    """Whether a class, maybe one of somebody's own, has the methods that the kernels stand for."""
+    return all(
+        getattr(kind, name) is method
+        for known, methods in WRITTEN.items() if issubclass(kind, known)
+        for name, method in methods.items()
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import nn
 import linattn
 from linattn import decay
 from linattn.errors import DtypeError, OptionError, ShapeError, StateError, ValueRangeError
-from linattn.models import decoding
+from linattn.models import decoding, parts
 from linattn.models.config import PRESETS, TransNormerConfig
 from linattn.nn import SGLU, GatedLinearAttention, SimpleRMSNorm
 from linattn.nn.fused import unwatched
@@ -77,6 +77,9 @@ class TransNormerLayer(nn.Module):
         x = x + self.token_mixer.step(self.norm(x), state)
         mixed: torch.Tensor = x + self.channel_mixer(self.norm(x))
         return mixed
+
+
+parts.stands_for(TransNormerLayer, "step")
 
 
 class TransNormerLM(nn.Module):

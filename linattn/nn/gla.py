@@ -38,7 +38,7 @@ class GatedLinearAttention(nn.Module):
     """
 
     log_decay_bits: torch.Tensor | None
-    _rounded: tuple[torch.Tensor, int, dict[int, torch.Tensor]] | None = None
+    _rounded: tuple[torch.Tensor, tuple[int, int], dict[int, torch.Tensor]] | None = None
 
     def __init__(
         self,
@@ -138,9 +138,10 @@ class GatedLinearAttention(nn.Module):
         bits = self.log_decay_bits
         if dtype == torch.float64 or torch.compiler.is_compiling() or bits is None or not _on_gpu(bits):
             return self.log_decay
-        known, version = self._rounded, 0 if bits.is_inference() else bits._version
-        if known is None or known[0] is not bits or known[1] != version:
-            known = bits, version, {}
+        # what writes around torch's count of versions, into `bits.data`, is not seen
+        known, now = self._rounded, (0 if bits.is_inference() else bits._version, bits.data_ptr())
+        if known is None or known[0] is not bits or known[1] != now:
+            known = bits, now, {}
         stream = _stream(bits)
         if (rounded := known[2].get(stream)) is not None:
             return rounded

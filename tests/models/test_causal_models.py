@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from linattn.errors import OptionError, ShapeError, ValueRangeError
+from linattn.errors import OptionError, ShapeError, StateError, ValueRangeError
 from linattn.models.cosformer import CosformerConfig, CosformerForCausalLM
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
 
@@ -88,6 +88,17 @@ def test_an_embedding_put_in_place_has_ids_of_its_own(model: Any, rows: int) -> 
     model(torch.tensor([[0, rows - 1]]))
     with pytest.raises(ValueRangeError, match=f"0 … {rows - 1}, got {rows}"):
         model(torch.tensor([[0, rows]]))
+
+
+def test_a_cache_of_another_model(model: Any) -> None:
+    cache = model(IDS, use_cache=True).past_key_values
+    before = [state.clone() for state in cache.states]
+    for wrong in (cache.states[:1], cache.states * 2):
+        cache.states = wrong
+        with torch.no_grad(), pytest.raises(StateError, match=f"hold 2 states, got {len(wrong)}"):
+            model(IDS[:, :1], past_key_values=cache)
+        for state, old in zip(wrong, before, strict=False):
+            assert torch.equal(state.kv, old.kv) and torch.equal(state.length, old.length)
 
 
 def test_a_configuration_that_asks_for_attentions_is_refused(model: Any) -> None:

@@ -13,7 +13,7 @@ from linattn.models import TransNormerConfig, TransNormerLM, decoding
 from linattn.models.transnormer import TransNormerConfig as Released
 from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.models.transnormer_lm import TransNormerLayer
-from linattn.nn import SimpleRMSNorm
+from linattn.nn import SGLU, Lrpe, SimpleRMSNorm
 from tests.models.stepping import CONFIG, Kernels, assert_close, walked
 
 
@@ -53,6 +53,12 @@ def test_the_first_kernel_waits_for_everything(model: TransNormerLM, kernels: Ke
         list(decoding.steps(model._layers()[1:2] * 2, [states[1]] * 2, x))  # a state that was just written
         assert kernels.said == ([False] + [True] * 4) * 2
         assert said == [False] + [True] * 14
+        for name in ("kv", "length"):  # another tensor of the same memory
+            kernels.said.clear()
+            states = model.initial_states(1)
+            setattr(states[2], name, getattr(states[0], name)[:])
+            list(decoding.steps(model._layers(), states, x))
+            assert kernels.said == [False] + [True] * 9 + [False] + [True] * 4, name
 
 
 def test_large_states_are_not_read_early(
@@ -95,6 +101,32 @@ class Spread(TransNormerLayer):
 
     def step(self, x: Any, state: Any) -> Any:
         return torch.stack([super().step(x, state)] * 2, -1)[..., 0]
+
+
+def test_methods_in_place_of_ours_run(model: TransNormerLM, kernels: Kernels) -> None:
+    x, layer, mixer = torch.randn(1, 32, dtype=torch.float64), model._layers()[0], model.layers[0].token_mixer
+    methods = [
+        (layer, "step"), (mixer, "step"), (mixer, "project"), (mixer, "options"), (mixer, "split"),
+        (mixer, "decays"), (layer.norm, "gated"), (mixer.norm, "gated"),
+    ]  # fmt: skip
+    classes = [(type(one), name) for one, name in methods]
+    classes += [(SGLU, "forward"), (SimpleRMSNorm, "forward"), (nn.Linear, "forward"), (Lrpe, "forward")]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for one, name in methods:  # of one object
+            setattr(one, name, getattr(one, name))
+            assert not decoding.runs(layer, x), name
+            delattr(one, name)
+        assert decoding.runs(layer, x)
+        for kind, name in classes:  # of all of them
+            method = getattr(kind, name)
+            patch.setattr(kind, name, lambda *given, method=method: method(*given))
+            assert not decoding.runs(layer, x), (kind, name)
+            patch.setattr(kind, name, method)
+        assert decoding.runs(layer, x)
+        patch.setattr(SGLU, "forward", lambda self, x: 7 * torch.ones_like(x))
+        (row,) = decoding.steps([layer], model.initial_states(1)[:1], x)
+        mixed = x + mixer.step(layer.norm(x), model.initial_states(1)[0])
+        assert_close(row, mixed + 7)
 
 
 def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kernels) -> None:

@@ -65,6 +65,10 @@ def changes() -> dict[str, Any]:
     def angles(layer: Any, state: Any) -> None:
         layer.token_mixer.lrpe.theta = nn.Parameter(layer.token_mixer.lrpe.theta.detach().clone())
 
+    def mirrored(layer: Any, state: Any) -> None:
+        theta = layer.token_mixer.lrpe.theta
+        theta.data = torch._neg_view(theta.data)
+
     def rounded(layer: Any, state: Any) -> None:  # where the others lie
         theta = layer.token_mixer.lrpe.theta
         theta.data = theta.data.view(torch.float32)[..., ::2]
@@ -74,7 +78,8 @@ def changes() -> dict[str, Any]:
             "token_mixer.qkvu_proj", "token_mixer.out_proj", "channel_mixer.l1", "channel_mixer.l2",
             "channel_mixer.l3",
         )},
-        "data": data, "shapes": narrower, "decays": decays, "angles": angles, "angles' dtype": rounded,
+        "data": data, "shapes": narrower, "decays": decays, "angles": angles,
+        "angles' dtype": rounded, "angles' sign": mirrored,
         "angles' strides": spread, "rows": fewer, "z": normalized, "sign": turned,
         "eps": sets(lambda layer, state: layer.norm, "eps", 1e-3),
         "gate's eps": sets(lambda layer, state: layer.token_mixer.norm, "eps", 1e-3),

@@ -69,6 +69,8 @@ def test_rounded_decays_are_kept_while_they_hold(monkeypatch: pytest.MonkeyPatch
     for factor in (1, 3):
         mixer.log_decay_bits = (factor * table).view(torch.int64)
         check(mixer, factor * table)
+    mixer.log_decay_bits.data = (5 * table).view(torch.int64)  # of which torch keeps no count
+    check(mixer, 5 * table)
     assert GatedLinearAttention(16, 16, 2).options(torch.float16)["log_decay"] is None
 
 

@@ -104,7 +104,7 @@ def test_what_fits() -> None:
     assert not rows.fits(empty(1, 32, dtype=torch.float32), empty(8, 32, dtype=torch.float32))
     odd = empty(8 * 32 + 1)[1:].view(8, 32)
     packed = w.as_subclass(Packed)  # what quantized weights are
-    others = w.half(), w[0], w.to_sparse()
+    others = w.half(), w[0], w.to_sparse(), torch._neg_view(w)
     for wrong in (empty(8, 40)[:, :32], empty(8, 24), empty(32, 8).T, odd, packed, *others):
         assert not rows.fits(empty(1, 32), wrong)
 

@@ -116,8 +116,9 @@ class CosformerDecoder(CosformerStack):
         states: list[State | None] = [None] * len(blocks)
         memories: list[State | None] = [None] * len(blocks)
         if cache is not None and cache.states:
-            states = [*cache.states[: len(blocks)]]
-            memories = [*(cache.states[len(blocks) :] or memories)]
+            found = cache.states_for(len(blocks) * (2 if self.crosses else 1))
+            states = [*found[: len(blocks)]]
+            memories = [*(found[len(blocks) :] or memories)]
         elif cache is not None and source is not None:
             memories = [remember(block.cross_attention, source.x, source.lengths) for block in blocks]
         stepping = x.shape[1] == 1 and rows.lengths is None and not torch.is_grad_enabled()

@@ -68,6 +68,18 @@ class StateCache(Cache):
         """Whether anything was seen."""
         return bool(self.states)
 
+    def states_for(self, count: int) -> list[State]:
+        """The states, for a model that has `count` of them, or none before the first call.
+
+        Raises StateError if another number of them is here: another model has seen the text.
+        """
+        if self.states and len(self.states) != count:
+            raise StateError(
+                f"past_key_values of this model hold {count} states, got {len(self.states)}: they are of "
+                "another model"
+            )
+        return [*self.states]
+
     def check_seen(self, mask: torch.Tensor | None, n: int) -> None:
         """Compare a mask over everything, n new columns last, with what the states hold.
 

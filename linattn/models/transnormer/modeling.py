@@ -189,7 +189,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         n = x.shape[1]
         states: list[State | None] = [None] * len(self.layers)
         if cache is not None and cache.states:
-            states = [*cache.states]
+            states = [*cache.states_for(len(self.layers))]
         stepping = n == 1 and states[0] is not None and lengths is None and borders is None
         stepping = stepping and not torch.is_grad_enabled()
         after: list[State] = []
