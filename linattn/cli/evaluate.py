@@ -31,13 +31,14 @@ def evaluate(
     """
     with waiting("loading"):
         from linattn.train import load_model
-        from linattn.train.corpus import load_tokenizer, read_all
+        from linattn.train.checkpoint import find
+        from linattn.train.corpus import own_tokenizer, read_all
         from linattn.train.device import choose_device
         from linattn.train.evaluate import nats_of
 
-        model = load_model(checkpoint, choose_device(device))
-        words = load_tokenizer(checkpoint) if (checkpoint / "tokenizer_config.json").is_file() else None
-        ids, size = read_all(text, words)
+        folder = find(checkpoint)
+        model = load_model(folder, choose_device(device))
+        ids, size = read_all(text, own_tokenizer(folder))
     with Bar(len(ids)) as bar:
         bar.at("tokens")
         nats = nats_of(model, ids, context, progress=bar.advance)

@@ -59,15 +59,15 @@ def generate(
 def _continued(checkpoint: Path, prompt: str, tokens: int, device: torch.device, **how: Any) -> Iterator[str]:
     """The text after the prompt, in pieces; of a checkpoint with a tokenizer until its end of text."""
     from linattn.train import generate, load_model
+    from linattn.train.checkpoint import find
+    from linattn.train.corpus import own_tokenizer
     from linattn.train.generate import continue_ids, decoded, pieces
 
-    model = load_model(checkpoint, device)
-    if not (checkpoint / "tokenizer_config.json").is_file():
+    folder = find(checkpoint)
+    model, words = load_model(folder, device), own_tokenizer(folder)
+    if words is None:
         yield from decoded(generate(model, prompt.encode("utf-8", "surrogateescape"), tokens, **how))
         return
-    from linattn.train.corpus import load_tokenizer
-
-    words = load_tokenizer(checkpoint)
     start = words(prompt, add_special_tokens=False)["input_ids"] or [words.eos_token_id or 0]
     ids = continue_ids(model, start, tokens, **how)
     yield from pieces(words, start, itertools.takewhile(lambda one: one != words.eos_token_id, ids))

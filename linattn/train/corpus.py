@@ -46,6 +46,11 @@ def load_tokenizer(folder: Path) -> Any:
         raise DataError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
 
 
+def own_tokenizer(checkpoint: Path) -> Any:
+    """Return the tokenizer that lies in a checkpoint's folder, or None: its text is bytes."""
+    return load_tokenizer(checkpoint) if (checkpoint / "tokenizer_config.json").is_file() else None
+
+
 def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = ()) -> Corpus:
     """Read text (`read_text`) or a folder that `datasets` wrote (`save_to_disk`, a column "text").
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -143,12 +144,16 @@ def test_with_a_tokenizer(sizes, text, tmp_path):
     )  # fmt: skip
     assert found.exit_code == 0, found.output
     assert load_model(out).config.vocab_size == len(tokenizer)
-    made = CliRunner().invoke(
-        app, ["generate", "--checkpoint", str(out), "--prompt", "The quick", "--tokens", "5"]
-    )
-    assert made.exit_code == 0 and made.output.startswith("The quick"), made.output
-    judged = CliRunner().invoke(app, ["eval", "--checkpoint", str(out), "--text", str(text)])
-    assert "over 541 tokens of 2,700 bytes" in judged.output
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(out, interrupted / "checkpoint-3")
+    (interrupted / "checkpoint-3" / "trainer_state.json").touch()
+    for folder in (out, interrupted):
+        made = CliRunner().invoke(
+            app, ["generate", "--checkpoint", str(folder), "--prompt", "The quick", "--tokens", "5"]
+        )
+        assert made.exit_code == 0 and made.output.startswith("The quick"), made.output
+        judged = CliRunner().invoke(app, ["eval", "--checkpoint", str(folder), "--text", str(text)])
+        assert "over 541 tokens of 2,700 bytes" in judged.output
 
 
 def test_a_dataset(sizes, tmp_path):
