@@ -89,7 +89,7 @@ class CosformerAttention(nn.Module):
         Shapes are for batch_first=False; `l` and `s` are the lengths. attn_mask: only the causal mask of a
         causal module is taken ([L, L], bool with True above the diagonal, or float with -inf there and 0
         elsewhere), which says nothing new; the released module ignores whatever it is given. key_mask: True
-        where a key counts. With state or return_state (causal, with max_len), gives (output, state).
+        where a key counts. state continues (causal, with max_len); return_state gives (output, state).
 
         Raises OptionError for any other attn_mask, ShapeError for lengths that disagree, and what
         `linattn.attention` raises.

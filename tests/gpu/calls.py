@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
 import linattn
 from linattn import LRPE, Cosine
 
 HEADS, D = 4, 64
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "head": lambda: {"log_decay": -torch.rand(HEADS, device="cuda")},
     "token": lambda: {"log_decay": -torch.rand(2, 512, HEADS, device="cuda")},

@@ -11,7 +11,7 @@ import pytest
 import linattn
 from linattn import LRPE, Cosine, State, registry, tolerance
 from linattn.backends.cupy import tape
-from tests.gpu.calls import HEADS, both, captured, drawn, same
+from tests.gpu.calls import HEADS, both, captured, drawn, needs_two, same
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
@@ -31,7 +31,7 @@ def moved(options: dict[str, Any], device: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_two
 def test_on_another_device_than_the_current_one(options: dict[str, Any]) -> None:
     x = drawn(dtype=torch.float32, count=4)
     got = both(*(part.to("cuda:1") for part in x), backend="cupy", **moved(options, "cuda:1"))
@@ -77,9 +77,8 @@ def test_is_captured_in_a_graph(options: dict[str, Any]) -> None:
     same([o], [linattn.attention(q, k, v, backend="cupy", **options)])
 
 
+@needs_two
 def test_cupy_arrays_on_another_device_than_the_current_one() -> None:
-    if cupy.cuda.runtime.getDeviceCount() < 2:
-        pytest.skip("needs two CUDA devices")
     x = [cupy.asarray(part) for part in drawn(dtype=torch.float32)]
     with cupy.cuda.Device(1):
         moved_there = [cupy.array(part) for part in x]

@@ -18,7 +18,7 @@ from linattn.nn import SimpleRMSNorm
 from linattn.nn import fused as maps
 from linattn.nn.fused import gated, normed, product
 from linattn.nn.norm import kernels
-from tests.gpu.calls import captured, drawn, same, without_waiting
+from tests.gpu.calls import captured, drawn, needs_two, same, without_waiting
 from tests.triton.interpreted_fused import kept
 
 pytestmark = pytest.mark.gpu
@@ -215,9 +215,7 @@ def test_frozen_weights_and_hooks() -> None:
         no_worse(*grads, torch.float32)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two CUDA devices"
-)
+@needs_two
 def test_on_another_device_than_the_current_one() -> None:
     x = rows()
     got = results(a_layer(device="cuda:1"), x.to("cuda:1"))

@@ -13,7 +13,7 @@ from linattn.backends.triton import loss as kernels
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
 from linattn.nn import linear_cross_entropy
 from linattn.nn import loss as module
-from tests.gpu.calls import captured, same, without_waiting
+from tests.gpu.calls import captured, needs_two, same, without_waiting
 from tests.triton.scored import IGNORED, compare, exact, given, through_products, turned
 
 pytestmark = pytest.mark.gpu
@@ -207,9 +207,7 @@ def test_a_model_trains_alike_with_and_without_chunks(lower: bool) -> None:
     alike(*results, torch.bfloat16 if lower else torch.float32)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two CUDA devices"
-)
+@needs_two
 def test_on_another_device_than_the_current_one() -> None:
     parts = operands(100, 16, 1000, torch.bfloat16)
     got = both(*(part.to("cuda:1") for part in parts), chunk=40)

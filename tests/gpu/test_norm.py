@@ -12,7 +12,7 @@ from linattn import tolerance
 from linattn.errors import GradientError
 from linattn.nn import GatedLinearAttention, SimpleRMSNorm
 from linattn.nn import norm as module
-from tests.gpu.calls import captured, drawn, same, without_waiting
+from tests.gpu.calls import captured, drawn, needs_two, same, without_waiting
 from tests.triton.normed import EPS, compare, computed, given
 
 pytestmark = pytest.mark.gpu
@@ -217,9 +217,7 @@ def test_other_derivatives() -> None:
     same(grads[:1], grads[1:])
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two CUDA devices"
-)
+@needs_two
 def test_on_another_device_than_the_current_one() -> None:
     x, u, dy = given(100, torch.bfloat16, device="cuda")
     got = both(*(part.to("cuda:1") for part in (x, u, dy)))

@@ -14,7 +14,7 @@ from torch import nn
 
 from linattn import errors
 from linattn.models import decoding, replay
-from tests.gpu.calls import same, without_waiting
+from tests.gpu.calls import needs_two, same, without_waiting
 from tests.gpu.test_steps import built, walked
 
 pytestmark = pytest.mark.gpu
@@ -349,9 +349,7 @@ def test_generate(options: dict[str, Any]) -> None:
     same([got], [want])
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two CUDA devices"
-)
+@needs_two
 def test_on_another_device_than_the_current_one() -> None:
     model, ids = built(torch.bfloat16).to("cuda:1"), drawn_ids(3).to("cuda:1")
     (got, states), (want, others) = both(model, lambda: walked(model, ids))

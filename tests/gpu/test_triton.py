@@ -11,7 +11,7 @@ import torch
 
 import linattn
 from linattn import LRPE, State, route, testing, tolerance
-from tests.gpu.calls import HEADS, D, both, captured, drawn, same, without_waiting
+from tests.gpu.calls import HEADS, D, both, captured, drawn, needs_two, same, without_waiting
 from tests.triton import pooled
 
 pytestmark = pytest.mark.gpu
@@ -181,9 +181,7 @@ def test_under_autocast() -> None:
     same([o], [linattn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="triton")])
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two CUDA devices"
-)
+@needs_two
 def test_on_another_device_than_the_current_one(options: dict[str, Any]) -> None:
     x = drawn(count=4)
     moved = {

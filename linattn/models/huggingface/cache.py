@@ -78,7 +78,7 @@ class StateCache(Cache):
                 f"past_key_values of this model hold {count} states, got {len(self.states)}: they are of "
                 "another model"
             )
-        return [*self.states]
+        return self.states
 
     def check_seen(self, mask: torch.Tensor | None, n: int) -> None:
         """Compare a mask over everything, n new columns last, with what the states hold.
