@@ -243,35 +243,49 @@ def sequences_of(call: Call) -> int:
 
 
 def _check_state(call: Call, state: State, pool: bool) -> None:
+    rows = None if pool else sequences_of(call)
+    h, d = call.q.shape[2:]
+    check_state(
+        state, call.q, (rows, h, d, call.v.shape[3]), reweight=reweight_name(call.reweight),
+        feature_map=call.feature_map, normalize=call.normalize,
+    )  # fmt: skip
+
+
+def check_state(
+    state: State,
+    q: Array,
+    sizes: tuple[int | None, int, int, int],
+    *,
+    reweight: str | None,
+    feature_map: str | None,
+    normalize: bool,
+) -> None:
+    """Refuse a state that does not go with queries like q, with S, H, D and E (S is None of a pool)."""
     check_parts(state, "initial_state")
-    if kind_of(state.kv) != kind_of(call.q):
+    if kind_of(state.kv) != kind_of(q):
         raise ArgumentTypeError(
-            f"initial_state must hold {kind_of(call.q)} arrays as q is, got {kind_of(state.kv)}"
+            f"initial_state must hold {kind_of(q)} arrays as q is, got {kind_of(state.kv)}"
         )
-    if device_name(state.kv) != device_name(call.q):
-        raise DeviceError(
-            f"initial_state must be on {device_name(call.q)} as q is, got {device_name(state.kv)}"
-        )
-    wanted = accumulate_dtype(dtype_name(call.q))
+    if device_name(state.kv) != device_name(q):
+        raise DeviceError(f"initial_state must be on {device_name(q)} as q is, got {device_name(state.kv)}")
+    wanted = accumulate_dtype(dtype_name(q))
     if dtype_name(state.kv) != wanted or (state.z is not None and dtype_name(state.z) != wanted):
         raise DtypeError(
-            f"initial_state must be {wanted} for {dtype_name(call.q)} calls, got {dtype_name(state.kv)}"
+            f"initial_state must be {wanted} for {dtype_name(q)} calls, got {dtype_name(state.kv)}"
         )
-    h, d = call.q.shape[2:]
-    f = d if call.reweight is None else 2 * d
-    rows = state.kv.shape[0] if pool else sequences_of(call)
-    shape = (rows, h, f, call.v.shape[3])
+    rows, h, d, e = sizes
+    shape = (state.kv.shape[0] if rows is None else rows, h, d if reweight is None else 2 * d, e)
     if tuple(state.kv.shape) != shape:
         raise StateError(
             f"initial_state.kv must have shape [S, H, F, E] = {shape}, got {tuple(state.kv.shape)}"
         )
-    if call.normalize and state.z is None:
+    if normalize and state.z is None:
         raise StateError(
             "initial_state has no z, but normalize=True needs it: it comes from a call that did not normalize"
         )
-    if not call.normalize and state.z is not None:
+    if not normalize and state.z is not None:
         raise StateError("initial_state has z, but normalize=False: it comes from a call that did normalize")
-    check_recorded(state, "initial_state", call.feature_map, reweight_name(call.reweight), d)
+    check_recorded(state, "initial_state", feature_map, reweight, d)
 
 
 def _check_slots(call: Call) -> None:

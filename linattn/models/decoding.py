@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import linattn
-from linattn.arrays import written
+from linattn.arrays import traced, written
 from linattn.models import replay
-from linattn.models.parts import facts_of, numbers, taken, wide
+from linattn.models.parts import facts_of, kind_of_state, numbers, steps_as_written, taken, wide
 from linattn.nn import GatedLinearAttention, Lrpe
 from linattn.nn.fused import unwatched
 from linattn.nn.norm import any_hook, fuses, kernels, only_matrix
@@ -71,6 +71,7 @@ def steps(
     sums are formed in float32 and rounded to x's dtype once a product; the layers' own steps round the norm,
     the gate and the product of the channel mixer, too.
     """
+    check_states(layers, states, x)
     first, done, now = True, None, _now(x)
     seen: set[int] = set()  # where states are that kernels of this step write
     every = now and taken(layers, x) is not None
@@ -90,6 +91,22 @@ def steps(
             x, first = layer.step(x, state), True
             now = _now(x)
         yield x
+
+
+def check_states(layers: Sequence[TransNormerLayer], states: Sequence[State], x: Tensor) -> None:
+    """Raise what the layers' steps would for states that are not theirs, while none has moved yet."""
+    if traced():
+        return
+    known: set[Any] = set()
+    for layer, state in zip(layers, states, strict=True):
+        mixer = layer.token_mixer
+        if not (steps_as_written(layer, nn.Module) and steps_as_written(mixer, GatedLinearAttention)):
+            continue
+        facts = (mixer.num_heads, mixer.head_dim, mixer.feature_map, mixer.lrpe is None)
+        facts += kind_of_state(state) if isinstance(state, State) else ()
+        if facts not in known:
+            mixer.check_state(x, state)
+            known.add(facts)
 
 
 def logits(head: nn.Module, x: Tensor) -> Tensor:

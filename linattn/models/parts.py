@@ -123,6 +123,16 @@ def facts_of(
     ), decays
 
 
+def steps_as_written(module: nn.Module, kind: type) -> bool:
+    """Whether a module takes steps as a class here was written, and not in a way of somebody's own."""
+    return isinstance(module, kind) and _as_written(type(module)) and not _replaced([module], "step")
+
+
+def kind_of_state(state: State) -> Any:
+    """What a state is like, its numbers and their addresses apart."""
+    return type(state), _OF_STATE(state), *map(_kind, _NUMBERS(state))
+
+
 def numbers(states: Iterable[State]) -> Iterator[Tensor | None]:
     """What a step writes."""
     return chain.from_iterable(map(_NUMBERS, states))
@@ -139,6 +149,10 @@ _OF_MIXER = operator.attrgetter("num_heads", "feature_map")
 _OF_STATE = operator.attrgetter("feature_map", "reweight", "d")
 _KV, _Z, _LENGTH = (operator.attrgetter(name) for name in ("kv", "z", "length"))
 _NUMBERS = operator.attrgetter("kv", "z", "length")
+
+
+def _kind(x: Any) -> Any:
+    return (type(x), x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else type(x)
 
 
 def _column(modules: Iterable[nn.Module], name: str) -> list[Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import linattn
+from linattn.checks import check_state
 from linattn.errors import OptionError, ShapeError
 
 if TYPE_CHECKING:
@@ -153,6 +154,18 @@ class CosformerAttention(nn.Module):
         """Return the state of `batch` texts before their first token, on the module's device."""
         d = self.embed_dim // self.num_heads
         return linattn.State.zeros(self.q_proj.weight, batch, self.num_heads, d, d, **self.options())
+
+    def check_state(self, x: Float[torch.Tensor, "b *n e"], state: linattn.State) -> None:
+        """Raise what `step` raises for a state that is not this module's for rows x; nothing is computed."""
+        d = self.embed_dim // self.num_heads
+        check_state(
+            state,
+            x,
+            (x.shape[0], self.num_heads, d, d),
+            reweight="cosine",
+            feature_map=self.feature_map,
+            normalize=True,
+        )
 
     def _heads(self, x: torch.Tensor) -> Float[torch.Tensor, "b n h d"]:
         x = x if self.batch_first else x.transpose(0, 1)

@@ -11,6 +11,7 @@ from torch import nn
 
 import linattn
 from linattn.arrays import traced
+from linattn.checks import check_state
 from linattn.errors import OptionError, ShapeError
 from linattn.nn.fused import gated, normed
 from linattn.nn.lrpe import Lrpe, device_of_new
@@ -211,6 +212,17 @@ class GatedLinearAttention(nn.Module):
             d,
             reweight=reweight,
             feature_map=self.feature_map,
+        )
+
+    def check_state(self, x: Float[torch.Tensor, "b *n e"], state: linattn.State) -> None:
+        """Raise what `step` raises for a state that is not this layer's for rows x; nothing is computed."""
+        check_state(
+            state,
+            x,
+            (x.shape[0], self.num_heads, self.head_dim, self.head_dim),
+            reweight=None if self.lrpe is None else "lrpe",
+            feature_map=self.feature_map,
+            normalize=False,
         )
 
     def _gated(self, o: Float[torch.Tensor, "*b h d"], u: Float[torch.Tensor, "*b e"]) -> torch.Tensor:

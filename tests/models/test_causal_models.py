@@ -55,6 +55,51 @@ def test_a_text_padded_on_the_left_has_the_loss_it_has_alone(model: Any, chunk: 
     torch.testing.assert_close(found, model(IDS, labels=IDS).loss)
 
 
+@pytest.mark.parametrize(
+    ("model", "chunk"), [("transnormer", None), ("transnormer", 4), ("cosformer", None)], indirect=["model"]
+)
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+@torch.no_grad()
+def test_what_trainer_counts_is_what_is_asked(model: Any, chunk: int | None, kind: Any) -> None:
+    """Trainer counts every label of a column after the first; nothing foretells a text's first token."""
+    model.loss_chunk = chunk
+    ids, mask = pad(IDS, (3, 0)), pad(torch.ones_like(IDS), (3, 0))
+    mask[1, :7] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    model.train(chunk is not None)
+    counts = [int((row[1:] != -100).sum()) for row in labels]
+
+    def loss(rows: slice, items: int) -> Any:
+        return model(
+            ids[rows], attention_mask=mask[rows], labels=labels[rows], num_items_in_batch=kind(items)
+        ).loss
+
+    alone = [model(row[None, -n:], labels=row[None, -n:]).loss for row, n in zip(ids, counts, strict=True)]
+    whole = sum((n - 1) * one for n, one in zip(counts, alone, strict=True)) / (sum(counts) - 2)
+    torch.testing.assert_close(loss(slice(None), sum(counts)), whole)
+    shares = [loss(slice(row, row + 1), sum(counts)) for row in range(2)]  # a step of two passes
+    weighed = [n * one / sum(counts) for n, one in zip(counts, alone, strict=True)]
+    torch.testing.assert_close(shares, weighed)
+
+
+@torch.no_grad()
+def test_a_pass_in_which_nothing_is_asked_adds_nothing(model: Any) -> None:
+    ids, mask = torch.tensor([[0, 0, 7]]), torch.tensor([[0, 0, 1]])
+    labels = torch.tensor([[-100, -100, 7]])
+    for items in (5, torch.tensor(5)):
+        assert model(ids, attention_mask=mask, labels=labels, num_items_in_batch=items).loss == 0
+
+
+@torch.no_grad()
+def test_labels_that_are_shifted_already_are_counted_as_they_are(model: Any) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, :2] = 0
+    shifted = pad(IDS, (0, 1), value=-100)[:, 1:].contiguous()
+    given = {"attention_mask": mask, "labels": IDS, "shift_labels": shifted, "num_items_in_batch": 16}
+    want = cross_entropy(model(IDS, attention_mask=mask).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(model(IDS, **given).loss, want)
+
+
 def test_no_token_is_asked_for_by_its_own_output(model: Any) -> None:
     ids, mask = torch.tensor([[0, 0, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
     labels = torch.tensor([[-100, -100, 7, -100]])

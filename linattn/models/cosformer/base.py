@@ -13,7 +13,8 @@ from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models.cosformer.block import CosformerBlock
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
-from linattn.models.huggingface.model import StateModel, refuse_attentions
+from linattn.models.huggingface import model
+from linattn.models.huggingface.inputs import check_inputs
 from linattn.models.huggingface.padding import Padding, padding_of
 from linattn.models.transnormer_lm import check_ids
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CosformerPreTrainedModel", "CosformerStack", "Rows", "Source"]
 
 
-class CosformerPreTrainedModel(StateModel):
+class CosformerPreTrainedModel(model.StateModel):
     """What the models share."""
 
     config: CosformerConfig
@@ -46,9 +47,12 @@ class Rows:
     padding: Padding | None
     columns: int
 
-    def back(self, x: torch.Tensor) -> torch.Tensor:
-        """Return every column's output; padding has that of the last real token before it."""
-        return x if self.padding is None else self.padding.back(x)
+    def back(self, x: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """Return every column's output; padding has that of the last real token before it.
+
+        before: outputs of each text's last real token in earlier calls.
+        """
+        return x if self.padding is None else self.padding.back(x, before)
 
 
 @dataclass(frozen=True)
@@ -92,16 +96,16 @@ class CosformerStack(CosformerPreTrainedModel):
         ids: torch.Tensor | None,
         embeds: torch.Tensor | None,
         mask: torch.Tensor | None,
-        before: torch.Tensor | None = None,
-        columns: int = 0,
+        cache: CosformerCache | None = None,
     ) -> Rows:
-        """Return the rows that the first block takes.
-
-        before: [b], tokens each text has had already. columns: columns those came in, at least as many.
-        """
+        """Return the rows that the first block takes, at the positions where a cache's texts end."""
         x = self.embed(ids, embeds)
         arrived = x.shape[1]
-        padding = padding_of(mask, *x.shape[:2])
+        before, columns = None, 0
+        if cache is not None and cache.states_for(len(self.layers) * (2 if self.crosses else 1), x.shape[0]):
+            before, columns = cache.states[0].length, cache.columns
+        begun = None if mask is None or cache is None else cache.begun()
+        padding = padding_of(mask, x.shape[0], arrived, begun)
         lengths = None
         if padding is not None:
             x, lengths = _to_front(x, padding), padding.lengths
@@ -127,26 +131,27 @@ class CosformerStack(CosformerPreTrainedModel):
         self, ids: Int[torch.Tensor, "b n"] | None, embeds: Float[torch.Tensor, "b n e"] | None
     ) -> Float[torch.Tensor, "b n e"]:
         """Return the embeddings of ids, or those given. Raises what `CosformerModel.forward` does."""
-        if (ids is None) == (embeds is None):
-            raise OptionError("pass either input_ids or inputs_embeds, one of them")
+        check_inputs(ids, embeds, self.config.hidden_size)
         if embeds is not None:
-            if embeds.ndim != 3 or embeds.shape[2] != self.config.hidden_size:
-                width = self.config.hidden_size
-                raise ShapeError(f"inputs_embeds must have shape [b, n, {width}], got {tuple(embeds.shape)}")
             return embeds
         assert ids is not None
         if self.embed_tokens is None:
             raise OptionError("a decoder with a source takes inputs_embeds: the encoder embeds both texts")
-        if ids.ndim != 2:
-            raise ShapeError(f"input_ids must have shape [b, n], got {tuple(ids.shape)}")
         check_ids(ids, self.embed_tokens, self.config.vocab_size)
         embedded: torch.Tensor = self.embed_tokens(ids)
         return embedded
 
 
-def source_of(rows: Float[torch.Tensor, "b m e"], mask: torch.Tensor | None) -> Source:
-    """Return the encoder's rows [b, m, e] as a decoder takes them. Raises ShapeError for other masks."""
-    if mask is not None and mask.shape != rows.shape[:2]:
+def source_of(rows: Float[torch.Tensor, "b m e"], mask: torch.Tensor | None, batch: int) -> Source:
+    """Return the encoder's rows [b, m, e] as a decoder takes them.
+
+    Raises ShapeError for other masks, and unless there is a source for each of `batch` texts.
+    """
+    if rows.ndim != 3 or rows.shape[0] != batch:
+        raise ShapeError(
+            f"there must be a source for each of {batch} texts, encoder_hidden_states are {tuple(rows.shape)}"
+        )
+    if isinstance(mask, torch.Tensor) and mask.shape != rows.shape[:2]:
         raise ShapeError(
             f"the source's attention_mask must have shape {tuple(rows.shape[:2])}, got {tuple(mask.shape)}"
         )
@@ -164,7 +169,7 @@ def _to_front(x: Float[torch.Tensor, "b m e"], padding: Padding) -> Float[torch.
 
 def check_options(given: dict[str, Any], config: CosformerConfig) -> None:
     """Raise OptionError for keywords that ask for what these models do not have."""
-    refuse_attentions(given, config)
+    model.check_options(given, config)
     for name in ("position_ids", "decoder_position_ids"):
         if given.get(name) is not None:
             raise OptionError(f"{name}: positions count a text's real tokens, the mask says which those are")

@@ -81,6 +81,14 @@ class CosformerBlock(GradientCheckpointingLayer):
             x = x + self.dropout(recall(self.cross_attention, query, positions, memory)[:, 0])
         return self._mixed(x)
 
+    def check_states(
+        self, x: Float[torch.Tensor, "b n e"], state: linattn.State, memory: linattn.State | None
+    ) -> None:
+        """Raise what `linattn.attention` raises for states that are not this block's, for rows x."""
+        self.attention.check_state(x, state)
+        if memory is not None:
+            self.cross_attention.check_state(x, memory)
+
     def _mixed(self, x: torch.Tensor) -> torch.Tensor:
         mixed: torch.Tensor = x + self.dropout(self.fc2(self.act(self.fc1(self.mlp_norm(x)))))
         return mixed

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from linattn.arrays import traced
 from linattn.errors import OptionError
 from linattn.models.cosformer.base import (
     CosformerPreTrainedModel,
@@ -22,8 +23,8 @@ from linattn.models.cosformer.base import (
 from linattn.models.cosformer.block import CosformerBlock, remember
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.models.huggingface.labels import asked
 from linattn.models.huggingface.model import StateGeneration, named
-from linattn.models.huggingface.padding import IGNORED, foretold
 from linattn.nn.norm import unseen
 from linattn.state import State
 
@@ -75,7 +76,7 @@ class CosformerDecoder(CosformerStack):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         cache = self._cache(past_key_values, use_cache)
-        rows = self._begun(input_ids, attention_mask, inputs_embeds, cache)
+        rows = self.begin(input_ids, inputs_embeds, attention_mask, cache)
         if cache is not None:
             cache.check_seen(attention_mask, rows.columns)
         known = cache is not None and bool(cache.states)
@@ -85,12 +86,16 @@ class CosformerDecoder(CosformerStack):
             raise OptionError("encoder_hidden_states are for models with num_decoder_layers above 0")
         source = None
         if encoder_hidden_states is not None and not known:
-            source = source_of(encoder_hidden_states, encoder_attention_mask)
+            source = source_of(encoder_hidden_states, encoder_attention_mask, rows.x.shape[0])
+        count = len(self.layers) + 1 if output_hidden_states else 1
+        before = [None] * count if cache is None else cache.before(count, rows.padding)
         seen = [rows.x]
         for x in self._run(rows, source, cache):
             seen = [*seen, x] if output_hidden_states else [x]
         seen[-1] = self.norm(seen[-1])
-        back = tuple(map(rows.back, seen))
+        back = tuple(map(rows.back, seen, before))
+        if cache is not None:
+            cache.keep(back)
         found = BaseModelOutputWithPast(
             last_hidden_state=back[-1],
             past_key_values=cache,
@@ -98,30 +103,20 @@ class CosformerDecoder(CosformerStack):
         )
         return found if named(return_dict, self.config) else found.to_tuple()
 
-    def _begun(
-        self,
-        ids: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        embeds: torch.Tensor | None,
-        cache: CosformerCache | None,
-    ) -> Rows:
-        """The rows that the first block takes, at the positions where the cache's texts end."""
-        if cache is None or not cache.states:
-            return self.begin(ids, embeds, mask)
-        return self.begin(ids, embeds, mask, cache.states[0].length, cache.columns)
-
     def _run(self, rows: Rows, source: Source | None, cache: CosformerCache | None) -> Iterator[torch.Tensor]:
         """Yield what each block gives; the cache is brought up to date once all have."""
         x, blocks = rows.x, self.blocks()
         states: list[State | None] = [None] * len(blocks)
         memories: list[State | None] = [None] * len(blocks)
         if cache is not None and cache.states:
-            found = cache.states_for(len(blocks) * (2 if self.crosses else 1))
-            states = [*found[: len(blocks)]]
-            memories = [*(found[len(blocks) :] or memories)]
+            states = [*cache.states[: len(blocks)]]
+            memories = [*(cache.states[len(blocks) :] or memories)]
         elif cache is not None and source is not None:
             memories = [remember(block.cross_attention, source.x, source.lengths) for block in blocks]
         stepping = x.shape[1] == 1 and rows.lengths is None and not torch.is_grad_enabled()
+        for block, state, memory in zip(blocks, states, memories, strict=True):  # while none has moved yet
+            if state is not None and isinstance(block, CosformerBlock) and not traced():
+                block.check_states(x, state, memory)
         after: list[State] = []
         for block, state, memory in zip(blocks, states, memories, strict=True):
             if stepping and state is not None and _steps(block):
@@ -202,7 +197,7 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
         logits = self.lm_head(found.last_hidden_state[:, columns])
         loss = None
         if labels is not None:
-            labels = foretold(labels, attention_mask, None, kwargs.get("ignore_index", IGNORED))
+            labels, kwargs = asked(labels, attention_mask, None, kwargs)
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         answer = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states

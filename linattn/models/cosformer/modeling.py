@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 
-from linattn.errors import ValueRangeError
+from linattn.errors import ShapeError, ValueRangeError
 from linattn.models.cosformer.base import CosformerPreTrainedModel, CosformerStack, check_options
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface.model import named
@@ -150,6 +150,8 @@ class CosformerForSequenceClassification(CosformerPreTrainedModel):
         labels: [b] of classes, or [b, num_labels] of numbers. Everything else: `CosformerModel.forward`.
         """
         found = self.encoder(input_ids, attention_mask, inputs_embeds, output_hidden_states, True, **kwargs)
+        if not found.last_hidden_state.shape[1]:
+            raise ShapeError("a text to classify must have at least one token, got none")
         first = found.last_hidden_state[:, 0]  # of padding in front too: it has the first real token's output
         logits = self.classifier(self.dropout(first))
         loss = None

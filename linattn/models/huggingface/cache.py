@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers import Cache
 
 from linattn.errors import StateError
+from linattn.models.huggingface.padding import Padding
 from linattn.state import State
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 __all__ = ["StateCache"]
 
@@ -19,6 +24,8 @@ class StateCache(Cache):
     states: one `linattn.State` a layer, float32 (float64 for float64 weights), empty before the first call.
     A step of one token changes them in place; `copy.deepcopy` keeps a prompt's for another continuation.
     `generate` with several beams or answers a prompt continues a copy with a row for each.
+    outputs: what the model gave for each text's last real token, [b, e]: its normed rows, after those of all
+    layers where hidden states were asked for. A text that is padded while others go on still ends with them.
     get_seq_length counts columns of input, padding included; the states' own lengths count real tokens.
 
     crop raises StateError: what a state has added up cannot be taken out again.
@@ -32,6 +39,7 @@ class StateCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.states: list[State] = []
+        self.outputs: list[Float[torch.Tensor, "b e"]] = []
         self.columns = 0
 
     def __len__(self) -> int:
@@ -68,17 +76,62 @@ class StateCache(Cache):
         """Whether anything was seen."""
         return bool(self.states)
 
-    def states_for(self, count: int) -> list[State]:
-        """The states, for a model that has `count` of them, or none before the first call.
+    def states_for(self, count: int, rows: int) -> list[State]:
+        """The states of so many texts, for a model that has `count` of them; none before the first call.
 
-        Raises StateError if another number of them is here: another model has seen the text.
+        Raises StateError for another number of either: another model, or other texts, were seen.
         """
         if self.states and len(self.states) != count:
             raise StateError(
                 f"past_key_values of this model hold {count} states, got {len(self.states)}: they are of "
                 "another model"
             )
+        if self.states and self.states[0].length.shape[0] != rows:
+            raise StateError(f"past_key_values are of {self.rows} texts, the input is of {rows}")
         return self.states
+
+    def begun(self) -> Int[torch.Tensor, " b"] | None:
+        """Which texts have real tokens; None before the first call."""
+        return self.states[0].length > 0 if self.states else None
+
+    def before(self, count: int, padding: Padding | None) -> Sequence[torch.Tensor | None]:
+        """The last `count` of outputs, for rows with padding; None for those that are not here.
+
+        Raises StateError where such are those of a text of which no token is new.
+        """
+        if padding is None or padding.ahead is None:
+            return [None] * count
+        found = self.outputs[-count:]
+        if len(found) < count and not torch.compiler.is_compiling():
+            bare = padding.ahead.all(1)
+            if bool(bare.any()):
+                raise StateError(
+                    f"row {int(bare.nonzero()[0])} has only padding, and its last token's outputs are not in "
+                    "past_key_values: ask for hidden states in every call, or in none"
+                )
+        return [None] * (count - len(found)) + found
+
+    def keep(self, rows: Sequence[Float[torch.Tensor, "b n e"]], borders: torch.Tensor | None = None) -> None:
+        """Keep what was given for each text's last real token: the last column, padded or not.
+
+        borders: where texts begin that lie back to back in one row, and end.
+        """
+        if not rows[-1].shape[1]:
+            return
+        if borders is None:
+            # one column is kept as it is: a copy would be a kernel a token
+            self.outputs = [row[:, 0] if row.shape[1] == 1 else row[:, -1].clone() for row in rows]
+            return
+        ends = (borders[1:] - 1).clamp(min=0)
+        after = [row[0].index_select(0, ends) for row in rows]
+        if self.outputs:
+            empty = (borders.diff() == 0)[:, None]
+            count = min(len(after), len(self.outputs))
+            after = [
+                torch.where(empty, old, new)
+                for old, new in zip(self.outputs[-count:], after[-count:], strict=True)
+            ]
+        self.outputs = after
 
     def check_seen(self, mask: torch.Tensor | None, n: int) -> None:
         """Compare a mask over everything, n new columns last, with what the states hold.
@@ -102,6 +155,7 @@ class StateCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row b goes on from what row beam_idx[b] has seen."""
         self.states = [state.select(beam_idx.to(state.kv.device)) for state in self.states]
+        self.outputs = [row.index_select(0, beam_idx.to(row.device)) for row in self.outputs]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order."""
@@ -115,7 +169,7 @@ class StateCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.states, self.columns = [], 0
+        self.states, self.outputs, self.columns = [], [], 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raise StateError unless nothing is to be removed."""

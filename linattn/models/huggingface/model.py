@@ -8,11 +8,21 @@ from typing import Any, ClassVar
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from linattn.errors import OptionError, StateError
+from linattn.errors import OptionError, ShapeError, StateError
 from linattn.models.huggingface.cache import StateCache
 from linattn.models.huggingface.loading import load_whole
 
-__all__ = ["StateExpansion", "StateGeneration", "StateModel", "named", "refuse_attentions"]
+__all__ = ["StateExpansion", "StateGeneration", "StateModel", "check_options", "named"]
+
+# what functions and layers take under other names: ignored, it would be missed
+INSTEAD = {
+    "key_mask": "attention_mask, 0 for padding",
+    "lengths": "attention_mask, 0 for padding",
+    "states": "past_key_values",
+    "initial_state": "past_key_values",
+    "return_state": "use_cache",
+    "return_states": "use_cache",
+}
 
 
 class StateModel(PreTrainedModel):
@@ -54,6 +64,16 @@ class StateModel(PreTrainedModel):
 
 class StateExpansion(GenerationMixin):
     """`generate` of several texts from each prompt: a given cache's rows are repeated as the prompts are."""
+
+    def _prepare_model_inputs(self, *arguments: Any, **named: Any) -> Any:
+        """What transformers prepares. Raises ShapeError for prompts without a token."""
+        found = super()._prepare_model_inputs(*arguments, **named)
+        if not self.config.is_encoder_decoder and found[0].shape[1] == 0:
+            raise ShapeError(
+                f"a prompt must have at least one token (such as bos_token_id), got {found[1]} of shape "
+                f"{tuple(found[0].shape)}"
+            )
+        return found
 
     def _expand_inputs_for_generation(
         self,
@@ -138,8 +158,14 @@ def named(return_dict: bool | None, config: Any) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
-def refuse_attentions(given: dict[str, Any], config: Any) -> None:
-    """Raise OptionError where a call's keywords or the configuration ask for weights of pairs."""
+def check_options(given: dict[str, Any], config: Any) -> None:
+    """Raise OptionError where a call's keywords ask for what `linattn.attention` takes, and models do not.
+
+    So they do, as the configuration may, with weights of pairs, which nothing here forms.
+    """
     weights = given.get("output_attentions")
     if config.output_attentions if weights is None else weights:
         raise OptionError("output_attentions: linear attention forms no matrix of weights to return")
+    for name, instead in INSTEAD.items():
+        if given.get(name) is not None:
+            raise OptionError(f"{name} is not taken by models of transformers, pass {instead}")

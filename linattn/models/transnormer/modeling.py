@@ -14,10 +14,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from linattn.errors import OptionError, ShapeError
+from linattn.errors import ShapeError
 from linattn.models import decoding
-from linattn.models.huggingface.model import StateGeneration, StateModel, named, refuse_attentions
-from linattn.models.huggingface.padding import IGNORED, foretold, padding_of
+from linattn.models.huggingface.inputs import check_inputs
+from linattn.models.huggingface.labels import IGNORED, asked
+from linattn.models.huggingface.model import StateGeneration, StateModel, check_options, named
+from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
@@ -107,7 +109,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         Raises ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError for
         output_attentions, which do not exist, and what `linattn.attention` raises.
         """
-        refuse_attentions(kwargs, self.config)
+        check_options(kwargs, self.config)
         x = self._embedded(input_ids, inputs_embeds)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -118,11 +120,15 @@ class TransNormerModel(TransNormerPreTrainedModel):
             borders = self._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
         if use_cache is None and borders is not None:
             use_cache = False  # it would have a row for each text
-        cache = self._cache(past_key_values, use_cache)
-        padding = padding_of(attention_mask, batch, n)
+        cache, begun = self._cache(past_key_values, use_cache), None
+        if cache is not None:
+            cache.states_for(len(self.layers), batch if borders is None else borders.shape[0] - 1)
+            begun = None if attention_mask is None else cache.begun()
+        padding = padding_of(attention_mask, batch, n, begun)
         if cache is not None:
             cache.check_seen(attention_mask, n)
-        if borders is not None and batch > 1:
+        joined = borders is not None and batch > 1
+        if joined:
             if cu_seqlens is not None or kwargs.get("cu_seq_lens_q") is not None:
                 raise ShapeError(f"cu_seqlens packs texts in one row, so b must be 1, got {batch}")
             x = x.reshape(1, batch * n, x.shape[2])  # rows of packed texts, one row after the other
@@ -130,14 +136,18 @@ class TransNormerModel(TransNormerPreTrainedModel):
             raise ShapeError("texts back to back have no padding: pass cu_seqlens or a mask with zeros")
         x = x if padding is None else padding.to_front(x)
         lengths = None if padding is None else padding.lengths
+        count = len(self.layers) + 1 if output_hidden_states else 1
+        before = [None] * count if cache is None else cache.before(count, padding)
         seen = [x]
         for row in self._layers(x, cache, lengths, borders, bool(output_hidden_states)):
             seen = [*seen, row] if output_hidden_states else [row]
         seen[-1] = self.norm(seen[-1])
         # as they are wherever possible: a gradient that somebody retains is that of what a layer took
         if padding is not None:
-            seen = [padding.back(row) for row in seen]
-        elif len(x) != batch:
+            seen = [padding.back(row, old) for row, old in zip(seen, before, strict=True)]
+        if cache is not None:
+            cache.keep(seen, borders)
+        if joined:
             seen = [row.reshape(batch, n, row.shape[2]) for row in seen]
         rows = tuple(seen)
         found = BaseModelOutputWithPast(
@@ -148,13 +158,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         return found if named(return_dict, self.config) else found.to_tuple()
 
     def _embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
-        if (ids is None) == (embeds is None):
-            raise OptionError("pass either input_ids or inputs_embeds, one of them")
-        if ids is None:
-            x = embeds
-        elif ids.ndim != 2:
-            raise ShapeError(f"input_ids must have shape [b, n], got {tuple(ids.shape)}")
-        else:
+        check_inputs(ids, embeds, self.config.decoder_embed_dim)
+        x = embeds
+        if ids is not None:
             check_ids(ids, self.embed_tokens, self.config.vocab_size)
             x = self.embed_tokens(ids)
         assert x is not None
@@ -189,7 +195,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         n = x.shape[1]
         states: list[State | None] = [None] * len(self.layers)
         if cache is not None and cache.states:
-            states = [*cache.states_for(len(self.layers))]
+            states = [*cache.states]
         stepping = n == 1 and states[0] is not None and lengths is None and borders is None
         stepping = stepping and not torch.is_grad_enabled()
         after: list[State] = []
@@ -277,7 +283,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
             output_hidden_states, True, cu_seqlens, borders=borders, **kwargs,
         )  # fmt: skip
         if labels is not None:
-            labels = foretold(labels, attention_mask, borders, kwargs.get("ignore_index", IGNORED))
+            labels, kwargs = asked(labels, attention_mask, borders, kwargs)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
         by_chunks = self.training and self.loss_chunk is not None and self.loss_function is ForCausalLMLoss

@@ -1,0 +1,63 @@
+"""What a causal model is asked: labels that a token of the same text foretells, and how many they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from linattn.models.huggingface.padding import real_tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+IGNORED = -100  # a label that asks nothing
+
+
+def asked(
+    labels: Int[torch.Tensor, "b n"],
+    attention_mask: torch.Tensor | None,
+    borders: Int[torch.Tensor, " s1"] | None,
+    options: dict[str, Any],
+) -> tuple[Int[torch.Tensor, "b n"], dict[str, Any]]:
+    """Return the labels of `foretold`, and a loss's keywords with the number of items that they leave.
+
+    num_items_in_batch counts what is asked in all passes of a step, and whoever counts (Trainer) does not
+    know which labels nothing foretells. This pass's share of it shrinks as its own labels do: exact for a
+    step of one pass; with several, passes are weighed by what was counted.
+    """
+    ignored = options.get("ignore_index", IGNORED)
+    kept = foretold(labels, attention_mask, borders, ignored)
+    items = options.get("num_items_in_batch")
+    if items is None or kept is labels or options.get("shift_labels") is not None:
+        return kept, options
+    counted, left = ((x[:, 1:] != ignored).sum() for x in (labels, kept))
+    if isinstance(items, torch.Tensor):
+        counted, left = counted.to(items.device), left.to(items.device)
+    share = torch.where(left > 0, left / counted.clamp(min=1), 1.0)  # nothing left: the sum is 0 anyway
+    return kept, {**options, "num_items_in_batch": items * share}
+
+
+def foretold(
+    labels: Int[torch.Tensor, "b n"],
+    attention_mask: torch.Tensor | None,
+    borders: Int[torch.Tensor, " s1"] | None,
+    ignored: int,
+) -> Int[torch.Tensor, "b n"]:
+    """Return labels without those of tokens that no token of their text foretells.
+
+    Those are real tokens that have only padding before them (a column of padding has the output of the real
+    token before it, or of the first one: that token's own output would be asked for itself), and where texts
+    lie back to back, in rows one after the other, the first token of each.
+    """
+    n = labels.shape[1]
+    if attention_mask is not None:
+        real = real_tokens(attention_mask, n).to(labels.device)
+        labels = labels.masked_fill(real & (real.cumsum(1) == 1), ignored)
+    if borders is not None:
+        count = labels.numel()
+        begins = borders[1:-1].long().clamp(max=count)  # that is where empty texts at the end begin
+        marked = functional.pad(labels.flatten(), (0, 1)).index_fill(0, begins, ignored)
+        labels = marked[:count].view(labels.shape)
+    return labels

@@ -1,0 +1,180 @@
+"""What models of transformers do not take: refused in a sentence, before anything has moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from linattn.errors import (
+    ArgumentTypeError,
+    DtypeError,
+    OptionError,
+    ShapeError,
+    StateError,
+    ValueRangeError,
+)
+from linattn.models import TransNormerConfig, TransNormerLM
+from linattn.models.cosformer import (
+    CosformerForCausalLM,
+    CosformerForConditionalGeneration,
+    CosformerForMaskedLM,
+    CosformerForSequenceClassification,
+)
+from tests.models.test_cosformer import build, text
+from tests.models.test_transnormer import make
+
+MODELS = {
+    "transnormer": make,
+    "causal": lambda: build(CosformerForCausalLM),
+    "masked": lambda: build(CosformerForMaskedLM),
+    "encoder-decoder": lambda: build(CosformerForConditionalGeneration),
+}
+CAUSAL = ["transnormer", "causal"]
+IDS = text(2, 6)
+causal = pytest.mark.parametrize("model", CAUSAL, indirect=True)
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+def call(model, ids=IDS, **options):
+    if model.config.is_encoder_decoder:
+        options["decoder_input_ids"] = IDS
+    with torch.no_grad():
+        return model(ids, **options)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, 0.5, 2, -1])
+def test_masks_hold_ones_and_zeros(model, value):
+    mask = torch.ones(2, 6, dtype=torch.float64)
+    mask[1, 2] = value
+    with pytest.raises(ValueRangeError, match=f"1 for real tokens and 0 for padding, got {float(value)}"):
+        call(model, attention_mask=mask)
+
+
+def test_masks_to_add_are_refused(model):
+    with pytest.raises(ValueRangeError, match="added to scores"):
+        call(model, attention_mask=torch.tensor([[0.0] * 6, [-torch.inf] * 2 + [0.0] * 4]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float64])
+def test_any_dtype_says_it(model, dtype):
+    mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    found, want = (call(model, attention_mask=mask.to(kind)).logits for kind in (dtype, torch.int64))
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("mask", [{"full": None}, [[1] * 6] * 2, IDS.numpy()], ids=["dict", "list", "NumPy"])
+def test_masks_are_tensors(model, mask):
+    with pytest.raises(
+        ArgumentTypeError, match=f"attention_mask must be a tensor, got {type(mask).__name__}"
+    ):
+        call(model, attention_mask=mask)
+
+
+@pytest.mark.parametrize("ids", [IDS.numpy(), IDS.tolist()], ids=["NumPy", "list"])
+def test_ids_are_tensors(model, ids):
+    with pytest.raises(ArgumentTypeError, match=f"input_ids must be a tensor, got {type(ids).__name__}"):
+        call(model, ids)
+
+
+def test_embeddings(model):
+    width = model.config.hidden_size
+    for embeds, error in (
+        (torch.zeros(2, 6, width + 1), ShapeError),
+        (torch.zeros(6, width), ShapeError),
+        (torch.zeros(2, 6, width, dtype=torch.int64), DtypeError),
+        ([[0.0]], ArgumentTypeError),
+    ):
+        with pytest.raises(error, match="inputs_embeds"):
+            call(model, None, inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("name", ["key_mask", "lengths", "states", "initial_state", "return_state"])
+def test_names_of_functions_and_layers_are_not_ignored(model, name):
+    with pytest.raises(OptionError, match=f"{name} is not taken by models of transformers, pass "):
+        call(model, **{name: torch.ones(2, 6)})
+    call(model, **{name: None})
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@causal
+def test_a_cache_is_of_its_own_texts(model, rows, n, masked):
+    cache = call(model, use_cache=True).past_key_values
+    before = [state.clone() for state in cache.states]
+    mask = torch.ones(rows, 6 + n) if masked else None
+    with pytest.raises(StateError, match=f"of 2 texts, the input is of {rows}"):
+        call(model, text(rows, n), past_key_values=cache, attention_mask=mask)
+    unmoved(cache, before)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(("sources", "texts"), [(1, 2), (2, 1), (2, 3)])
+def test_every_text_has_a_source(use_cache, sources, texts):
+    model = build(CosformerForConditionalGeneration)
+    with pytest.raises(ShapeError, match=f"a source for each of {texts} texts"):
+        model(text(sources, 5), decoder_input_ids=text(texts, 4), use_cache=use_cache)
+
+
+def unmoved(cache, before):
+    assert cache.columns == 6
+    for state, old in zip(cache.states, before, strict=True):
+        assert torch.equal(state.kv, old.kv) and torch.equal(state.length, old.length)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_later_layers_wrong_state_moves_no_layer(n):
+    model, other = make(linear_use_lrpe_list=[1, 0, 1]), make(linear_use_lrpe_list=[1, 0, 0])
+    cache = call(other, use_cache=True).past_key_values
+    before = [state.clone() for state in cache.states]
+    with pytest.raises(StateError, match="must have shape"):
+        call(model, IDS[:, :n], past_key_values=cache)
+    unmoved(cache, before)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_later_blocks_wrong_state_or_memory_moves_no_block(n, layer):
+    model, other = (build(CosformerForConditionalGeneration, act_fun=act_fun) for act_fun in ("relu", "elu"))
+    cache, wrong = (call(one, use_cache=True).past_key_values for one in (model, other))
+    cache.states[layer] = wrong.states[layer]
+    before = [state.clone() for state in cache.states]
+    with pytest.raises(StateError, match="its feature_map is 'elu\\+1'"), torch.no_grad():
+        model(IDS, decoder_input_ids=IDS[:, :n], past_key_values=cache)
+    unmoved(cache, before)
+
+
+def test_steps_of_the_small_model_move_no_layer_either():
+    fields = {
+        "vocab_size": 11,
+        "embed_dim": 8,
+        "hidden_dim": 8,
+        "num_heads": 2,
+        "glu_dim": 8,
+        "num_layers": 2,
+    }
+    model = TransNormerLM(TransNormerConfig(**fields, linear_use_lrpe_list=(1, 0)))
+    states = model.initial_states(2)
+    model.step(IDS[:, 0], states)
+    kept = states[0].clone()
+    with pytest.raises(StateError, match="must have shape"):
+        model.step(IDS[:, 1], [states[0], states[0]])
+    assert torch.equal(states[0].kv, kept.kv) and torch.equal(states[0].length, kept.length)
+
+
+@causal
+def test_a_prompt_has_a_token(model):
+    for options in ({}, {"num_beams": 2, "do_sample": False}):
+        with pytest.raises(ShapeError, match="at least one token"):
+            model.generate(IDS[:, :0], max_new_tokens=2, **options)
+    width = model.config.hidden_size
+    model.generate(inputs_embeds=torch.zeros(2, 3, width, dtype=torch.float64), max_new_tokens=2)
+
+
+def test_a_text_to_classify_has_a_token():
+    with pytest.raises(ShapeError, match="at least one token"):
+        build(CosformerForSequenceClassification)(IDS[:, :0])
