@@ -10,8 +10,9 @@ import torch
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 import linattn
+from linattn import registry
 from linattn.decay import minimax
-from linattn.errors import ArgumentTypeError, StateError
+from linattn.errors import ArgumentTypeError, StateError, UnsupportedError
 from linattn.registry import BackendLike
 from linattn.state import State
 
@@ -32,13 +33,17 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
     original compares slope · lag with 0. Masked positions add nothing to a state, give 0, and count as tokens
     for the decay, as in the original. A step without gradients changes the cached state in place.
 
+    Patches may be nested and undone in any order: the newest one that is left computes.
+
     model_or_class: a module that has MiniMax's lightning layers, a class of MiniMax's, or None. backend: as
     in `linattn.attention`.
 
-    Raises ArgumentTypeError for anything without such layers.
+    Raises ArgumentTypeError for anything without such layers; for a backend, at once, what
+    `linattn.attention` raises: UnknownBackendError, ArgumentTypeError, or UnsupportedError where none that it
+    names takes torch tensors.
     Source: `transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention.forward`.
     """
-    forward = functools.partialmethod(_forward, backend=backend)
+    _check_backend(backend)
     if model_or_class is None or isinstance(model_or_class, type):
         if model_or_class is not None and not model_or_class.__module__.startswith(
             "transformers.models.minimax."
@@ -46,7 +51,7 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
             raise ArgumentTypeError(
                 f"patch_minimax takes a MiniMax model or class, got class {model_or_class.__name__}"
             )
-        return Patch([MiniMaxLightningAttention], lambda _: forward)
+        return Patch([MiniMaxLightningAttention], backend)
     layers = []
     if isinstance(model_or_class, torch.nn.Module):
         layers = [part for part in model_or_class.modules() if isinstance(part, MiniMaxLightningAttention)]
@@ -54,32 +59,38 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
         raise ArgumentTypeError(
             f"patch_minimax: {type(model_or_class).__name__} has no MiniMaxLightningAttention layer"
         )
+    return Patch(layers, backend)
 
-    return Patch(layers, lambda layer: _Forward(layer, backend))
 
-
-class _Forward:
-    """`_forward` of one layer, which is copied and pickled with its layer, as no bound method would be."""
-
-    def __init__(self, layer: Any, backend: BackendLike) -> None:
-        self.__self__, self.backend = layer, backend
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-        return _forward(self.__self__, *arguments, backend=self.backend, **keywords)
+def _check_backend(backend: BackendLike) -> None:
+    """Refuse what no call could take, on no device: unknown names, backends of other arrays."""
+    names = registry.names_of(registry.key_of(backend), "torch")
+    arrays = {name: registry.get(name).arrays for name in names}
+    if not any("torch" in kinds for kinds in arrays.values()):
+        reasons = {name: f"takes {' or '.join(kinds)} arrays, got torch" for name, kinds in arrays.items()}
+        raise UnsupportedError("patch_minimax", reasons)
 
 
 class Patch:
-    """Layers, or their class, with another `forward`; `undo`, or the end of `with`, puts theirs back."""
+    """Layers, or their class, with another `forward`; `undo`, or the end of `with`, puts theirs back.
 
-    def __init__(self, places: list[Any], forward_of: Any) -> None:
-        self._before = [(place, vars(place).get("forward")) for place in places]
-        for place in places:
-            _set(place, forward_of(place))
+    Of several patches the newest that is not undone computes, in whatever order they are undone.
+    """
+
+    def __init__(self, places: list[Any], backend: BackendLike) -> None:
+        self._forwards = [_Forward(place, backend) for place in places]
+        for forward in self._forwards:
+            _set(forward.__self__, forward)
 
     def undo(self) -> None:
         """Put back what was there before; a second time does nothing."""
-        while self._before:
-            _set(*self._before.pop())
+        for forward in self._forwards:
+            forward.undone = True
+            place = forward.__self__
+            top = vars(place).get("forward")
+            while isinstance(top, _Forward) and top.undone:
+                top = top.before
+            _set(place, top)
 
     def __enter__(self) -> Patch:
         return self
@@ -88,6 +99,34 @@ class Patch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+
+class _Forward:
+    """`_forward` in place of a layer's or a class's own; once undone, what it replaced.
+
+    Something else may lie over it, and call it after it is undone. It is copied and pickled with its layer,
+    as no bound method would be.
+    """
+
+    def __init__(self, place: Any, backend: BackendLike) -> None:
+        self.__self__, self.backend = place, backend
+        self.before = vars(place).get("forward")
+        self.undone = False
+
+    def __get__(self, layer: Any, kind: type | None = None) -> Any:
+        return self._of if layer is None else functools.partial(self._of, layer)  # only where a class has it
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._of(self.__self__, *arguments, **keywords)
+
+    def _of(self, layer: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not self.undone:
+            return _forward(layer, *arguments, backend=self.backend, **keywords)
+        if self.before is None:
+            return type(layer).forward(layer, *arguments, **keywords)
+        of_class = isinstance(self.__self__, type)
+        before = self.before.__get__(layer, type(layer)) if of_class else self.before
+        return before(*arguments, **keywords)
 
 
 def _set(place: Any, forward: Any) -> None:

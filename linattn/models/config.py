@@ -9,6 +9,7 @@ from typing import Any
 
 from linattn.errors import CheckpointError, OptionError, ValueRangeError
 from linattn.features import FEATURE_MAPS
+from linattn.models.fields import check_flags, check_sizes
 
 SCHEDULES = ("released", "paper")
 NORM = "simplermsnorm"
@@ -34,8 +35,8 @@ class TransNormerConfig:
     no_scale_embedding: leave out the factor sqrt(embed_dim) on the embeddings. bias: of the layers' linear
     maps. feature_map: what acts on q and k (`linattn.attention`).
 
-    Raises ValueRangeError or OptionError for sizes below 1 and choices that do not exist or do not fit
-    together.
+    Raises ValueRangeError or OptionError for sizes below 1, flags that are no bool, and choices that do not
+    exist or do not fit together.
     Source: fields of the released TransNormerLLM code, arXiv:2307.14995, under names of this library.
     """
 
@@ -52,10 +53,8 @@ class TransNormerConfig:
     feature_map: str | None = "silu"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embed_dim", "hidden_dim", "num_heads", "num_layers", "glu_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueRangeError(f"{name} must be an int of at least 1, got {value!r}")
+        check_sizes(self, "vocab_size", "embed_dim", "hidden_dim", "num_heads", "num_layers", "glu_dim")
+        check_flags(self, "no_scale_embedding", "bias")
         if self.hidden_dim % self.num_heads:
             raise OptionError(
                 f"num_heads must divide hidden_dim, got {self.num_heads} heads, width {self.hidden_dim}"

@@ -43,6 +43,8 @@ class Graph:
                     failing.pop_all()
                 graph = _ended(raw)
                 try:
+                    if not pool.snapshot():  # type: ignore[no-untyped-call]
+                        raise RuntimeError("memory came from another pool, which this thread uses already")
                     _call("cuGraphInstantiateWithFlags", ctypes.byref(handle), graph, NO_FLAGS)
                 finally:
                     _call("cuGraphDestroy", graph)

@@ -223,6 +223,22 @@ def test_what_cannot_be_recorded_runs_as_before() -> None:
         same([got], [want])
 
 
+def test_within_a_pool_of_ones_own_steps_run_as_before() -> None:
+    """What a recording takes from it, it would give to others as well."""
+    model, ids = built(torch.bfloat16), drawn_ids(2)
+    with torch.no_grad():
+        want, _ = walked(model, ids)
+        model.graphs, pool = True, torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            got, _ = walked(model, ids)
+        assert not graphs_of(model)
+        same([got], [want])
+        replay._owned.clear()
+        got, _ = walked(model, ids)
+        assert len(graphs_of(model)) == 1
+        same([got], [want])
+
+
 def test_random_numbers_of_other_threads() -> None:
     model, ids = built(torch.bfloat16), drawn_ids(2)
     model.graphs, failed, done = True, [], threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,14 +176,11 @@ def test_it_is_undone(original: Any) -> None:
     assert MiniMaxLightningAttention.forward is plain
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("target", [None, MiniMaxForCausalLM, MiniMaxLightningAttention])
-@pytest.mark.parametrize("chosen", ["auto", "torch"])
-def test_every_model_at_once(
-    original: Any, target: Any, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids, seen = tokens(1, 9), []
-    want = original(ids).logits
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends that calls of `linattn.attention` name; MiniMax is as it was, whatever a test does."""
+    monkeypatch.setattr(MiniMaxLightningAttention, "forward", MiniMaxLightningAttention.forward)
+    seen: list[str] = []
     real = linattn.attention
 
     def noted(*args: Any, **keywords: Any) -> Any:
@@ -190,11 +188,100 @@ def test_every_model_at_once(
         return real(*args, **keywords)
 
     monkeypatch.setattr(linattn, "attention", noted)
-    with patch_minimax(target, backend=chosen):
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of_class", [False, True])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_patches_are_undone_in_any_order(
+    original: Any, chosen: list[str], of_class: bool, order: tuple[int, ...]
+) -> None:
+    """While any is left the newest computes, with its own options; then the original does."""
+    model, ids = copy.deepcopy(original), tokens(1, 9)
+    plain = MiniMaxLightningAttention.forward
+    backends = ("auto", "torch", ("torch",))
+    patches = [patch_minimax(None if of_class else model, backend=backend) for backend in backends]
+    left = [0, 1, 2]
+    for number in order:
+        patches[number].undo()
+        patches[number].undo()
+        left.remove(number)
+        chosen.clear()
+        model(ids)
+        assert chosen == ([backends[left[-1]]] * 3 if left else [])
+    assert MiniMaxLightningAttention.forward is plain
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+@torch.no_grad()
+def test_a_patch_inside_itself(original: Any, chosen: list[str]) -> None:
+    model, ids = copy.deepcopy(original), tokens(1, 9)
+    with patch_minimax(model):
+        with patch_minimax(model):
+            model(ids)
+        model(ids)
+        assert chosen == ["auto"] * 6
+    model(ids)
+    assert len(chosen) == 6 and not any("forward" in vars(part) for part in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of_class", [False, True])
+def test_a_wrapper_over_a_patch_stays_and_finds_the_original(
+    original: Any, chosen: list[str], of_class: bool
+) -> None:
+    """As the hooks of accelerate do: what lay below when they came is what they call for ever."""
+    model, ids, calls = copy.deepcopy(original), tokens(1, 9), []
+    patch = patch_minimax(None if of_class else model)
+    place = MiniMaxLightningAttention if of_class else model.model.layers[2].self_attn
+    below = place.forward
+
+    def wrapper(*args: Any, **keywords: Any) -> Any:
+        calls.append(place)
+        return below(*args, **keywords)
+
+    place.forward = wrapper
+    model(ids)
+    patch.undo()
+    got = model(ids).logits
+    assert len(chosen) == 3 and len(calls) == (6 if of_class else 2)
+    assert torch.equal(got, original(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "says"),
+    [
+        ("foo", errors.UnknownBackendError, "no backend named 'foo'; known: "),
+        (("torch", "foo"), errors.UnknownBackendError, "no backend named 'foo'"),
+        ((), errors.ArgumentTypeError, "backend must name at least one backend"),
+        (None, errors.ArgumentTypeError, "backend must be 'auto', a name"),
+        ("numpy", errors.UnsupportedError, "numpy  takes numpy arrays, got torch"),
+    ],
+)
+def test_a_backend_that_cannot_be_is_refused_at_once(
+    original: Any, named: Any, error: type[Exception], says: str
+) -> None:
+    plain = MiniMaxLightningAttention.forward
+    for target in (original, None):
+        with pytest.raises(error, match=says):
+            patch_minimax(target, backend=named)
+    assert MiniMaxLightningAttention.forward is plain
+    assert not any("forward" in vars(part) for part in original.modules())
+    patch_minimax(original, backend=linattn.registry.get("torch")).undo()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", [None, MiniMaxForCausalLM, MiniMaxLightningAttention])
+@pytest.mark.parametrize("named", ["auto", "torch"])
+def test_every_model_at_once(original: Any, target: Any, named: str, chosen: list[str]) -> None:
+    ids = tokens(1, 9)
+    want = original(ids).logits
+    with patch_minimax(target, backend=named):
         torch.testing.assert_close(original(ids).logits, want, **TOL)
-    assert seen == [chosen] * 3
+    assert chosen == [named] * 3
     original(ids)
-    assert len(seen) == 3
+    assert len(chosen) == 3
 
 
 def test_refusals(patched: Any) -> None:

@@ -63,22 +63,27 @@ def test_a_text_padded_on_the_left_has_the_loss_it_has_alone(model: Any, chunk: 
 def test_what_trainer_counts_is_what_is_asked(model: Any, chunk: int | None, kind: Any) -> None:
     """Trainer counts every label of a column after the first; nothing foretells a text's first token."""
     model.loss_chunk = chunk
-    ids, mask = pad(IDS, (3, 0)), pad(torch.ones_like(IDS), (3, 0))
+    whole_row = torch.randint(5, 64, (1, 12), generator=torch.Generator().manual_seed(2))
+    ids = torch.cat([pad(IDS, (3, 0)), whole_row])
+    mask = torch.cat([pad(torch.ones_like(IDS), (3, 0)), torch.ones_like(whole_row)])
     mask[1, :7] = 0
     labels = ids.masked_fill(mask == 0, -100)
     model.train(chunk is not None)
-    counts = [int((row[1:] != -100).sum()) for row in labels]
+    lengths, counts = [9, 5, 12], [9, 5, 11]  # of each row
 
     def loss(rows: slice, items: int) -> Any:
         return model(
             ids[rows], attention_mask=mask[rows], labels=labels[rows], num_items_in_batch=kind(items)
         ).loss
 
-    alone = [model(row[None, -n:], labels=row[None, -n:]).loss for row, n in zip(ids, counts, strict=True)]
-    whole = sum((n - 1) * one for n, one in zip(counts, alone, strict=True)) / (sum(counts) - 2)
-    torch.testing.assert_close(loss(slice(None), sum(counts)), whole)
-    shares = [loss(slice(row, row + 1), sum(counts)) for row in range(2)]  # a step of two passes
-    weighed = [n * one / sum(counts) for n, one in zip(counts, alone, strict=True)]
+    texts = [row[None, -n:] for row, n in zip(ids, lengths, strict=True)]
+    alone = [model(text, labels=text).loss for text in texts]
+    sums = [(n - 1) * mean for n, mean in zip(lengths, alone, strict=True)]
+    for rows in (slice(0, 2), slice(1, 3), slice(0, 3)):
+        want = sum(sums[rows]) / sum(n - 1 for n in lengths[rows])
+        torch.testing.assert_close(loss(rows, sum(counts[rows])), want)
+    shares = [loss(slice(row, row + 1), sum(counts)) for row in range(3)]  # a step of three passes
+    weighed = [n * mean / sum(counts) for n, mean in zip(counts, alone, strict=True)]
     torch.testing.assert_close(shares, weighed)
 
 

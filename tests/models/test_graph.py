@@ -33,7 +33,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Graph(work) on a driver of the test's, and what the driver was asked."""
     for name in ("device", "stream", "use_mem_pool"):
         monkeypatch.setattr(torch.cuda, name, lambda *given: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "MemPool", lambda: object(), raising=False)
+    pool = SimpleNamespace(snapshot=lambda: ["a segment"])
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: pool, raising=False)
     monkeypatch.setattr(graph, "_own_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
 
@@ -116,6 +117,15 @@ def test_a_driver_that_refuses(recording: Any, name: str, said: list[str]) -> No
     with pytest.raises(RuntimeError, match=f"cu{name} returned the CUDA error 900"):
         recording(lambda: torch.ones(1), driver)
     assert driver.said == said and gc.isenabled() and not graph._recording.locked()
+
+
+def test_memory_of_somebody_elses_pool_is_not_taken(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within `use_mem_pool` of one's own, that pool comes first: it would give the same memory out again."""
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: SimpleNamespace(snapshot=list), raising=False)
+    driver = Driver()
+    with pytest.raises(RuntimeError, match="another pool"):
+        recording(lambda: torch.ones(1), driver)
+    assert driver.said == [BEGIN, END, DROP] and gc.isenabled() and not graph._recording.locked()
 
 
 def test_what_a_recording_raises_is_no_matter(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:

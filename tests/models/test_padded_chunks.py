@@ -169,9 +169,17 @@ def test_hidden_states_that_were_not_asked_for_are_not_made_up(model, begun):
     assert cache.columns == 6
     for state, before in zip(cache.states, states, strict=True):
         assert torch.equal(state.kv, before.kv) and torch.equal(state.length, before.length)
-    mask[[1, 3], 6:] = 1  # now every text that has begun goes on
+    mask[[1, 3], 7] = 1  # now every text that has begun goes on
     with torch.no_grad():
         model(ids_of(2)[:4], attention_mask=mask, **options)
+
+
+@torch.no_grad()
+def test_of_hidden_states_the_last_is_what_is_asked_for_alone(model):
+    model.source = text(4, 5, seed=4)
+    first = model(ids_of(6)[:4], attention_mask=MASK[:4, :6], use_cache=True, output_hidden_states=True)
+    found, last = padded(model, first.past_key_values), first.logits[:, -1:]
+    torch.testing.assert_close(found[[0, 1, 3]], last[[0, 1, 3]].expand(-1, 2, -1))
 
 
 def test_texts_back_to_back_leave_outputs_of_their_own():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from linattn.errors import CheckpointError, OptionError
+from linattn.models.huggingface.loading import load_whole
 from linattn.models.transnormer import (
     PRESETS,
     TransNormerConfig,
@@ -108,6 +109,104 @@ def test_a_truncated_file_is_not_loaded(model, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def shard(index, change):
+    """Change the file that holds the head."""
+    file = index.parent / json.loads(index.read_text())["weight_map"]["lm_head.weight"]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def renamed(index, **places):
+    """Change what an index says."""
+    fields = json.loads(index.read_text())
+    fields["weight_map"] |= places
+    index.write_text(json.dumps(fields))
+
+
+SHARD_DAMAGES = {
+    "missing file": (
+        lambda index: next(index.parent.glob("*-00002-*.safetensors")).unlink(),
+        r"-00002-of-\d+.safetensors is missing: model.safetensors.index.json names it",
+    ),
+    "no files": (
+        lambda index: [file.unlink() for file in index.parent.glob("*.safetensors")],
+        r"-00001-of-\d+.safetensors is missing",
+    ),
+    "unknown file": (lambda index: renamed(index, other="9.safetensors"), "9.safetensors is missing"),
+    "unknown tensor": (
+        lambda index: renamed(index, other=next(index.parent.glob("*.safetensors")).name),
+        r"index.json is damaged: its files lack other \(1 in all\)",
+    ),
+    "lost tensor": (
+        lambda index: shard(index, lambda x: x.update(other=x.pop("lm_head.weight"))),
+        "is damaged: its files lack lm_head.weight",
+    ),
+    "truncated file": (
+        lambda index: (file := next(index.parent.glob("*.safetensors"))).write_bytes(file.read_bytes()[:-9]),
+        "is damaged: Error while deserializing",
+    ),
+    "no JSON": (lambda index: index.write_text("{"), "index.json is damaged: Expecting property name"),
+    "no map": (lambda index: index.write_text("{}"), "index.json is damaged: it must have a weight_map and"),
+    "no list": (lambda index: index.write_text("[]"), "index.json is damaged: it must have a weight_map and"),
+}
+
+
+@pytest.mark.parametrize("damage", SHARD_DAMAGES)
+@pytest.mark.parametrize("options", [{}, {"subfolder": "inner"}], ids=str)
+def test_several_files_that_do_not_fit_are_not_loaded(model, tmp_path, damage, options):
+    folder = tmp_path / options.get("subfolder", "")
+    model.save_pretrained(folder, max_shard_size="4kB")
+    index = folder / "model.safetensors.index.json"
+    assert TransNormerForCausalLM.from_pretrained(tmp_path, **options).config.vocab_size == VOCAB
+    change, words = SHARD_DAMAGES[damage]
+    change(index)
+    with pytest.raises(CheckpointError, match=words):
+        TransNormerForCausalLM.from_pretrained(tmp_path, **options)
+
+
+def test_a_missing_file_of_a_variant_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="4kB", variant="fp64")
+    loaded = TransNormerForCausalLM.from_pretrained(tmp_path, variant="fp64", dtype=torch.float64)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    next(tmp_path.glob("*-00002-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model.fp64-00002-of-\d+.safetensors is missing"):
+        TransNormerForCausalLM.from_pretrained(tmp_path, variant="fp64")
+    with pytest.raises(CheckpointError, match="has no safetensors"):
+        TransNormerForCausalLM.from_pretrained(tmp_path, variant="other")
+
+
+@pytest.mark.parametrize(
+    ("says", "error", "words"),
+    [
+        (
+            "a/b does not appear to have a file named model-00002-of-00003.safetensors.",
+            OSError,
+            "model-00002-of",
+        ),
+        (
+            "a/b does not appear to have a file named model.safetensors or",
+            CheckpointError,
+            "has no safetensors",
+        ),
+    ],
+)
+def test_what_a_repository_lacks_is_named(says, error, words):
+    """Where there is no folder, transformers says which file is not there."""
+
+    def load(*arguments, **options):
+        raise OSError(says)
+
+    with pytest.raises(error, match=words):
+        load_whole(load, "a/b")
+
+
+def test_one_file_is_read_whatever_an_index_beside_it_says(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    equal(TransNormerForCausalLM.from_pretrained(tmp_path), model)
 
 
 def test_pickles_are_read_only_when_asked(model, tmp_path):

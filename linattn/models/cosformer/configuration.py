@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from linattn.errors import OptionError, ValueRangeError
+from linattn.models.fields import check_choice, check_flags, check_ids, check_positive, check_sizes
+from linattn.models.huggingface.strict import StrictFields
 from linattn.nn.cosformer import FEATURE_MAPS
 
 __all__ = ["CosformerConfig"]
@@ -23,7 +25,7 @@ SIZES = (
 )
 
 
-class CosformerConfig(PreTrainedConfig):
+class CosformerConfig(StrictFields, PreTrainedConfig):
     """Sizes and choices of encoders, causal models and encoder-decoders of cosFormer attention.
 
     num_hidden_layers: of the encoder, or of a causal model. num_decoder_layers: above 0 for an
@@ -76,32 +78,18 @@ class CosformerConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise OptionError or ValueRangeError for values that do not exist or do not fit together."""
-        for name, least in (*((name, 1) for name in SIZES), ("num_decoder_layers", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueRangeError(f"{name} must be an int of at least {least}, got {value!r}")
+        check_sizes(self, *SIZES)
+        check_sizes(self, "num_decoder_layers", least=0)
+        check_flags(self, "use_cache", "tie_word_embeddings")
         if self.hidden_size % self.num_attention_heads:
             raise OptionError(
                 f"num_attention_heads must divide hidden_size, got {self.num_attention_heads} heads and "
                 f"width {self.hidden_size}"
             )
-        for name, known in (
-            ("act_fun", FEATURE_MAPS),
-            ("position_embeddings", POSITIONS),
-            ("hidden_act", ACT2FN),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise OptionError(f"{name} must be one of {', '.join(sorted(known))}, got {value!r}")
-        if not 0 <= self.dropout < 1:
+        check_choice(self, "act_fun", FEATURE_MAPS)
+        check_choice(self, "position_embeddings", POSITIONS)
+        check_choice(self, "hidden_act", ACT2FN)
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueRangeError(f"dropout must lie in [0, 1), got {self.dropout!r}")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
-                raise ValueRangeError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        self._check_ids()
-
-    def _check_ids(self) -> None:
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-            value = getattr(self, name)
-            for one in value if isinstance(value, list | tuple) else [value]:
-                if one is not None and not 0 <= one < self.vocab_size:
-                    raise ValueRangeError(f"{name} must lie in 0 … {self.vocab_size - 1}, got {one}")
+        check_positive(self, "layer_norm_eps", "initializer_range")
+        check_ids(self, "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")

@@ -6,14 +6,16 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from linattn.errors import OptionError, ValueRangeError
+from linattn.errors import OptionError
 from linattn.models.config import ACTIVATIONS, NORM
 from linattn.models.config import TransNormerConfig as Parts
+from linattn.models.fields import check_flags, check_ids, check_positive
+from linattn.models.huggingface.strict import StrictFields
 
 __all__ = ["PRESETS", "TransNormerConfig", "preset"]
 
 
-class TransNormerConfig(PreTrainedConfig):
+class TransNormerConfig(StrictFields, PreTrainedConfig):
     """The released configuration (model type "transnormer"), with one field more: decay_schedule.
 
     decoder_embed_dim: width of the residual. hidden_dim: width of q, k, v and the gate, split into
@@ -60,22 +62,23 @@ class TransNormerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # sets what came under transformers' names
+        if not isinstance(self.linear_use_lrpe_list, list | tuple | None):
+            raise OptionError(f"linear_use_lrpe_list must be a list, got {self.linear_use_lrpe_list!r}")
         self.linear_use_lrpe_list = list(self.linear_use_lrpe_list or ())
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueRangeError(
-                f"pad_token_id must lie in 0 … {self.vocab_size - 1}, got {self.pad_token_id}"
-            )
-        self.parts()  # refuses what does not fit together
+        self.parts()
 
     def parts(self) -> Parts:
-        """Return what `linattn.models.transnormer_lm` builds layers from."""
+        """Return what `linattn.models.transnormer_lm` builds layers from.
+
+        Raises OptionError or ValueRangeError for any field, its own or not, that cannot be.
+        """
         if self.norm_type != NORM:
             raise OptionError(f"norm_type must be {NORM!r}, got {self.norm_type!r}")
         act = str(self.linear_act_fun)
         if act not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise OptionError(f"linear_act_fun must be one of {known}, got {self.linear_act_fun!r}")
-        return Parts(
+        parts = Parts(
             vocab_size=self.vocab_size,
             embed_dim=self.decoder_embed_dim,
             hidden_dim=self.hidden_dim,
@@ -88,6 +91,10 @@ class TransNormerConfig(PreTrainedConfig):
             bias=self.bias,
             feature_map=ACTIVATIONS[act],
         )
+        check_flags(self, "add_bos_token", "use_cache", "tie_word_embeddings")
+        check_positive(self, "init_std")
+        check_ids(self, "pad_token_id", "bos_token_id", "eos_token_id")
+        return parts
 
 
 def _size(layers: int, width: int, heads: int, glu: int) -> dict[str, Any]:

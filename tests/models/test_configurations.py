@@ -1,0 +1,155 @@
+"""What configurations refuse: a field that cannot be, by its name, with what may be there and what came."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from linattn.errors import CheckpointError, LinattnError, OptionError, ValueRangeError
+from linattn.models import TransNormerConfig as PlainConfig
+from linattn.models.cosformer import CosformerConfig, CosformerForCausalLM
+from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
+
+SIZES = {
+    TransNormerConfig: {
+        "vocab_size": 23, "decoder_embed_dim": 8, "decoder_layers": 2, "decoder_attention_heads": 2,
+        "hidden_dim": 8, "glu_dim": 12,
+    },
+    CosformerConfig: {
+        "vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 12, "max_position_embeddings": 16,
+    },
+}  # fmt: skip
+MODELS = {TransNormerConfig: TransNormerForCausalLM, CosformerConfig: CosformerForCausalLM}
+BOTH = pytest.mark.parametrize("kind", SIZES)
+# By field: values that cannot be.
+FLAGS = ("false", "no", "maybe", 3, 0, 1, None)
+IDS = (23, -1, "2", 2.0, True)
+WRONG = {
+    **dict.fromkeys(("use_cache", "tie_word_embeddings"), FLAGS),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), (*IDS, [2])),
+    "eos_token_id": (*IDS, [2, 23], [None], ["2"]),
+    "initializer_range": (-1, 0, 0.0, "0.02", float("nan"), float("inf"), None, True),
+    "output_hidden_states": ("maybe",),  # transformers' own field and check
+    "is_encoder_decoder": ("no", "false", 1),
+}
+OWN = {
+    TransNormerConfig: {
+        **dict.fromkeys(("bias", "no_scale_embedding", "add_bos_token"), FLAGS),
+        "init_std": (-1, "0.02"),
+        "linear_use_lrpe_list": (5, "10", [1], [2, 0]),
+    },
+    CosformerConfig: {
+        "decoder_start_token_id": (*IDS, [2]),
+        "layer_norm_eps": (0, "1e-5", None),
+        "dropout": ("0.1", None, -0.1, 1),
+        "hidden_act": (["gelu"], None, "none"),
+        "act_fun": (["relu"], None),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (kind, name, value)
+        for kind in SIZES
+        for name, values in {**WRONG, **OWN[kind]}.items()
+        for value in values
+    ],
+)
+def test_a_field_that_cannot_be_is_named(kind, name, value):
+    own = kind.attribute_map.get(name, name)
+    with pytest.raises((OptionError, ValueRangeError)) as caught:
+        kind(**SIZES[kind], **{name: value})
+    says = str(caught.value)
+    shown = value[-1] if isinstance(value, list) else value
+    assert own in says and str(shown) in says, says
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "says"),
+    [
+        (TransNormerConfig, "bias", "false", "bias must be True or False, got 'false'"),
+        (TransNormerConfig, "init_std", -1, "init_std must be above 0 and finite, got -1"),
+        (TransNormerConfig, "bos_token_id", -7, "bos_token_id must lie in 0 … 22, got -7"),
+        (CosformerConfig, "use_cache", "maybe", "use_cache must be True or False, got 'maybe'"),
+        (CosformerConfig, "eos_token_id", [2, "3"], "eos_token_id must lie in 0 … 22, got '3'"),
+    ],
+)
+def test_a_refusal_says_what_may_be_there(kind, name, value, says):
+    with pytest.raises(LinattnError) as caught:
+        kind(**SIZES[kind], **{name: value})
+    assert str(caught.value) == says
+
+
+@BOTH
+def test_what_may_be_is_taken(kind):
+    none = kind(**SIZES[kind], pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    assert none.pad_token_id is none.bos_token_id is none.eos_token_id is None
+    for ids in (0, 22, [2, 22], (0, 1)):
+        assert kind(**SIZES[kind], eos_token_id=ids).eos_token_id == ids
+    for flag in (True, False):
+        assert kind(**SIZES[kind], use_cache=flag, tie_word_embeddings=flag).use_cache is flag
+
+
+@BOTH
+@pytest.mark.parametrize(("name", "value"), [("use_cache", "maybe"), ("eos_token_id", 23)])
+def test_a_folder_or_an_argument_that_cannot_be_is_refused(kind, name, value, tmp_path):
+    MODELS[kind](kind(**SIZES[kind])).save_pretrained(tmp_path)
+    with pytest.raises(LinattnError, match=name):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **{name: value})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(LinattnError, match=name):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@BOTH
+def test_a_field_that_transformers_checks_is_refused_when_it_is_set(kind):
+    config = kind(**SIZES[kind])
+    with pytest.raises(OptionError, match="is_encoder_decoder"):
+        config.is_encoder_decoder = "yes"
+    assert config.is_encoder_decoder is False
+
+
+@BOTH
+@pytest.mark.parametrize("tokens", [40, 7])
+def test_a_resized_vocabulary_is_saved_and_loaded(kind, tokens, tmp_path):
+    model = MODELS[kind](kind(**SIZES[kind])).eval()
+    model.resize_token_embeddings(tokens)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.vocab_size == tokens
+    ids = torch.tensor([[3, 4, tokens - 1]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert type(loaded)(copy.deepcopy(model.config)).config.vocab_size == tokens
+
+
+def test_the_released_configuration_is_read(tmp_path):
+    """The fields of the released 385M model, as its folder has them."""
+    fields = {
+        "architectures": ["TransnormerForCausalLM"], "model_type": "transnormer", "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 64000, "use_cache": True, "init_std": 0.02,
+        "decoder_embed_dim": 1024, "decoder_layers": 24, "decoder_attention_heads": 8,
+        "no_scale_embedding": False, "add_bos_token": False, "norm_type": "simplermsnorm",
+        "linear_use_lrpe_list": [1] + [0] * 23, "hidden_dim": 1024, "linear_act_fun": "swish",
+        "glu_dim": 2816, "bias": False, "torch_dtype": "bfloat16", "transformers_version": "4.31.0",
+        "auto_map": {"AutoConfig": "configuration_transnormer.TransnormerConfig"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.eos_token_id, config.bias, config.dtype) == (2, False, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["bias", "no_scale_embedding"])
+@pytest.mark.parametrize("value", FLAGS)
+def test_flags_of_the_plain_configuration(name, value):
+    with pytest.raises(OptionError, match=f"{name} must be True or False, got {value!r}"):
+        PlainConfig(**{name: value})
+    with pytest.raises(CheckpointError, match=f"damaged: {name} must be True or False, got {value!r}"):
+        PlainConfig.from_dict({**PlainConfig().to_dict(), name: value})
