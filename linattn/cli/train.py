@@ -89,7 +89,7 @@ def train(
         raise OptionError(f"--preset {preset} is trained on bytes by a small loop, without these options")
 
     from linattn.train import SETTINGS, Trainer, read_text
-    from linattn.train.checkpoint import alone, checkpoints
+    from linattn.train.checkpoint import alone, checkpoints, of_trainer
     from linattn.train.processes import refuse_several
     from linattn.train.report import Report
 
@@ -98,9 +98,8 @@ def train(
     place = choose_device(device)
     data = read_text(text, exclude=[out])
     with alone(out):
-        if trained := sorted(out.glob("checkpoint-*/trainer_state.json")):
-            name = trained[-1].parent.name
-            raise OptionError(f"{out} holds a run of a published size ({name}): another --out")
+        if trained := of_trainer(out):
+            raise OptionError(f"{out} holds a run of a published size ({trained[-1].name}): another --out")
         if not resume and (found := checkpoints(out)):
             raise OptionError(
                 f"{out} holds a run already ({found[-1].name}): pass --resume to go on, or another --out"

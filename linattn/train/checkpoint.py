@@ -25,9 +25,12 @@ from linattn.models import TransNormerConfig, TransNormerLM
 MODEL_TYPE = "transnormer"
 CONFIG, MODEL, TRAINING, RUN = "config.json", "model.safetensors", "training.safetensors", "training.json"
 SHARDS = "model.safetensors.index.json"  # of checkpoints in several files
+STATE = "trainer_state.json"  # what transformers' Trainer writes last
+PARTIAL = ".model.partial"  # where Trainer's model lies until it is whole
 LOCK = ".lock"  # held by the process that trains into a folder
 KEPT = 2  # the newest checkpoint and the one before it
 _NAME = re.compile(r"step-(\d{8})")
+_TRAINERS = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,20 @@ def checkpoints(out: Path) -> list[Path]:
     if not out.is_dir():
         return []
     return sorted(entry for entry in out.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
+
+
+def of_trainer(out: Path, *, whole: bool = True) -> list[Path]:
+    """Return the checkpoints of transformers' Trainer in a run's folder, oldest first.
+
+    whole: without those that it did not write to the end.
+    """
+    found = [entry for entry in out.glob("checkpoint-*") if _TRAINERS.fullmatch(entry.name)]
+    return sorted((entry for entry in found if (entry / STATE).is_file() or not whole), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint."""
+    return int(folder.name.rpartition("-")[2])
 
 
 @contextlib.contextmanager
@@ -95,7 +112,7 @@ def prepare(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for entry in out.glob(".step-*.partial"):
+        for entry in (*out.glob(".step-*.partial"), *out.glob(PARTIAL)):
             shutil.rmtree(entry)
         probe = out / ".writable"
         probe.touch()
@@ -134,14 +151,17 @@ def save(out: Path, model: TransNormerLM, run: Run) -> Path:
         _flush_folder(out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)  # gives the space back
-        last = next((entry.name for entry in reversed(checkpoints(out)) if entry != final), None)
-        kept = f"the last good checkpoint is {out / last}" if last else "there is no earlier checkpoint"
-        raise CheckpointError(
-            f"checkpoint {final} could not be written: {error.strerror or error}; {kept}"
-        ) from error
+        kept = [entry for entry in checkpoints(out) if entry != final]
+        raise not_written(f"checkpoint {final}", error.strerror or str(error), kept) from error
     for entry in checkpoints(out)[:-KEPT]:
         shutil.rmtree(entry, ignore_errors=True)
     return final
+
+
+def not_written(what: str, why: str, kept: list[Path]) -> CheckpointError:
+    """The error of what could not be written: why, and which checkpoint is left."""
+    last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+    return CheckpointError(f"{what} could not be written: {why}; {last}")
 
 
 def find(path: Path) -> Path:
@@ -153,10 +173,8 @@ def find(path: Path) -> Path:
         return path
     if found := checkpoints(path):
         return found[-1]
-    of_trainer = [one for one in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", one.name)]
-    of_trainer = [one for one in of_trainer if (one / "trainer_state.json").is_file()]
-    if of_trainer:  # a run of transformers' Trainer that has not ended
-        return max(of_trainer, key=lambda one: int(one.name.rpartition("-")[2]))
+    if found := of_trainer(path):  # a run that has not ended
+        return found[-1]
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     raise CheckpointError(f"{path} holds no checkpoint: neither {MODEL} nor a folder step-…")
@@ -169,7 +187,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TransNormerLM:
     halves.
     """
     folder = find(path)
-    fields = _read_json(folder / CONFIG)
+    fields = read_json(folder / CONFIG)
     kind = fields.pop("model_type", None)
     if kind != MODEL_TYPE:
         raise CheckpointError(f"{folder / CONFIG} is for a model of type {kind!r}, this is {MODEL_TYPE!r}")
@@ -181,16 +199,24 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TransNormerLM:
     return model.to(device)
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file, or of those that transformers' index names."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the one file with a checkpoint's tensors, or those that transformers' index names.
+
+    Raises CheckpointError for an index that is damaged.
+    """
     if not (folder / SHARDS).is_file():
-        return _read_tensors(folder / MODEL, _sums(folder))
-    places = _read_json(folder / SHARDS).get("weight_map")
+        return [folder / MODEL]
+    places = read_json(folder / SHARDS).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{folder / SHARDS} is damaged: it names no tensors")
+    return [folder / Path(str(name)).name for name in sorted(set(places.values()))]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    sums = {} if (folder / SHARDS).is_file() else _sums(folder)
     tensors: dict[str, torch.Tensor] = {}
-    for name in sorted(set(places.values())):
-        tensors |= _read_tensors(folder / Path(str(name)).name, {})
+    for path in weight_files(folder):
+        tensors |= _read_tensors(path, sums)
     return tensors
 
 
@@ -212,7 +238,7 @@ def load_weights(model: TransNormerLM, tensors: Mapping[str, torch.Tensor], sour
 
 def load_run(folder: Path) -> Run:
     """Return what continues the run of a checkpoint. Raises CheckpointError when it is missing or damaged."""
-    fields = _read_json(folder / RUN)
+    fields = read_json(folder / RUN)
     step, facts = fields.get("step"), fields.get("facts")
     if not isinstance(step, int) or not isinstance(facts, dict):
         raise CheckpointError(f"{folder / RUN} is damaged: it has no step or no facts")
@@ -248,14 +274,16 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is no whole checkpoint: it has no {path.name}") from error
+        raise missing(path) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object. Raises CheckpointError where there is none."""
+    data = _read(path)
     try:
-        fields = json.loads(_read(path))
+        fields = json.loads(data)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(fields, dict):
@@ -265,7 +293,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _sums(folder: Path) -> dict[str, int]:
     # weights that come without a run (converted, downloaded) have no checksums to compare with
-    sums = _read_json(folder / RUN).get("crc32", {}) if (folder / RUN).exists() else {}
+    sums = read_json(folder / RUN).get("crc32", {}) if (folder / RUN).exists() else {}
     return sums if isinstance(sums, dict) else {}
 
 
@@ -273,19 +301,26 @@ def _read_tensors(path: Path, sums: Mapping[str, int]) -> dict[str, torch.Tensor
     data = _read(path)
     if path.name in sums and zlib.crc32(data) != sums[path.name]:
         raise CheckpointError(
-            f"{path} is damaged: its checksum is not the one it was saved with{_instead(path.parent)}"
+            f"{path} is damaged: its checksum is not the one it was saved with{instead(path.parent)}"
         )
     try:
         tensors: dict[str, torch.Tensor] = deserialise(data)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no safetensors file: {error}{_instead(path.parent)}"
+            f"{path} is damaged or no safetensors file: {error}{instead(path.parent)}"
         ) from error
     return tensors
 
 
-def _instead(folder: Path) -> str:
-    older = [entry for entry in checkpoints(folder.parent) if entry.name < folder.name]
-    return (
-        f"; remove {folder} to go on from {older[-1].name}" if older and _NAME.fullmatch(folder.name) else ""
-    )
+def missing(path: Path) -> CheckpointError:
+    """The error of a checkpoint that lacks a file."""
+    return CheckpointError(f"{path.parent} is no whole checkpoint: it has no {path.name}")
+
+
+def instead(folder: Path) -> str:
+    """What a message about a run's checkpoint ends with: how to go on from the one before."""
+    for found in (checkpoints(folder.parent), of_trainer(folder.parent)):
+        names = [entry.name for entry in found]
+        if folder.name in names[1:]:
+            return f"; remove {folder} to go on from {names[names.index(folder.name) - 1]}"
+    return ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 import typer
 from accelerate import PartialState
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -25,7 +23,7 @@ from transformers.utils import logging
 from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
 from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerForCausalLM, preset
 from linattn.safetensors_io import write_whole
-from linattn.train import checkpoint
+from linattn.train import checkpoint, trainer_checkpoint
 from linattn.train.corpus import Corpus
 from linattn.train.processes import together
 
@@ -110,7 +108,7 @@ def model_of(size: str, vocab_size: int) -> TransNormerForCausalLM:
     if size.lower() in PRESETS:
         return TransNormerForCausalLM(preset(size, vocab_size=vocab_size, pad_token_id=None))
     known(size)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = checkpoint.read_json(folder / "config.json").get("model_type")
     if kind != TransNormerConfig.model_type:
         raise CheckpointError(f"{folder / 'config.json'} is for a model of type {kind!r}, not 'transnormer'")
     config = TransNormerConfig.from_pretrained(folder)
@@ -122,6 +120,7 @@ def model_of(size: str, vocab_size: int) -> TransNormerForCausalLM:
             )
         config.vocab_size = vocab_size
         return TransNormerForCausalLM(config)
+    trainer_checkpoint.check_model(folder)
     if config.vocab_size < vocab_size:
         raise CheckpointError(
             f"{folder} is of a vocabulary of {config.vocab_size}, the text's tokens need {vocab_size}"
@@ -194,9 +193,9 @@ def train(
     one process would, but for the order of sums, and for an epoch's last step where windows are left over,
     which are filled up with the first ones. The first process holds `out`, writes and prints.
 
-    Raises DataError for a text that is too short, CheckpointError where there is nothing to resume,
-    OptionError where another run trains into `out` or for a GPU other than the first, ValueRangeError where
-    processes cannot share a batch.
+    Raises DataError for a text that is too short, CheckpointError where there is nothing to resume, or a file
+    of it is missing or damaged, or the disk takes no more, OptionError where another run trains into `out` or
+    for a GPU other than the first, ValueRangeError where processes cannot share a batch.
     """
     if device.index:
         raise OptionError(
@@ -222,7 +221,7 @@ def train(
 
 def _begin(size: str, corpus: Corpus, plan: Plan, out: Path, resume: bool) -> list[Path]:
     """Look at a run's folder and write down what the run is; return the checkpoints to go on from."""
-    saved = whole_checkpoints(out)
+    saved = checkpoint.of_trainer(out)
     if (small := checkpoint.checkpoints(out)) or (saved and not resume):
         last = (small or saved)[-1].name
         raise OptionError(f"{out} holds a run already ({last}): pass --resume to go on, or another --out")
@@ -231,7 +230,29 @@ def _begin(size: str, corpus: Corpus, plan: Plan, out: Path, resume: bool) -> li
     checkpoint.prepare(out)
     facts = {**asdict(plan), "preset": size, "text": corpus.fingerprint, "vocab_size": corpus.vocab_size}
     _same_run(out, facts, resume=resume)
+    if saved:
+        _look_at(saved[-1], plan)
     return saved
+
+
+def _look_at(last: Path, plan: Plan) -> None:
+    """Refuse to go on from a checkpoint that is not whole; say which newer folders are no checkpoints."""
+    try:
+        if ended([last], plan):
+            trainer_checkpoint.check_model(last)
+        else:
+            trainer_checkpoint.check(last, plan.batch // plan.accumulate)
+    except CheckpointError as error:
+        advice = checkpoint.instead(last) or "; there is no other: train anew into another --out"
+        raise CheckpointError(f"{error}{advice}") from error
+    everything = checkpoint.of_trainer(last.parent, whole=False)
+    if torn := [path.name for path in everything[everything.index(last) + 1 :]]:
+        typer.echo(f"not written to the end: {', '.join(torn)}; going on from {last}", err=True)
+
+
+def ended(saved: list[Path], plan: Plan) -> bool:
+    """Whether the last step of a run is done, but for what its folder itself holds."""
+    return bool(saved) and checkpoint.step_of(saved[-1]) >= plan.steps
 
 
 def _train(
@@ -247,8 +268,8 @@ def _train(
 ) -> None:
     windows = plan.windows(processes)
     torch.manual_seed(plan.seed)
-    ended = bool(saved) and step_of(saved[-1]) >= plan.steps  # but for what `out` itself holds
-    model = model_of(str(saved[-1]) if ended else size, corpus.vocab_size)
+    done = ended(saved, plan)
+    model = model_of(str(saved[-1]) if done else size, corpus.vocab_size)
     model.loss_chunk = loss_chunk(model.config.vocab_size)
     held_out = Rows(corpus.held_out, plan.seq_len, "held-out", JUDGED)
     arguments = TrainingArguments(
@@ -291,18 +312,10 @@ def _train(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    try:
-        if not ended:
+    if not done:
+        with trainer_checkpoint.Written(trainer, out):
             trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
-        trainer.save_model(str(out))
-    except OSError as error:
-        kept = whole_checkpoints(out)
-        rest = f"the last whole checkpoint is {kept[-1]}" if kept else "there is no whole checkpoint"
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}; {rest}") from error
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{saved[-1] if saved else out} is damaged: {error}; without it --resume takes the one before"
-        ) from error
+    trainer_checkpoint.save_model(trainer, out)
 
 
 def _same_run(out: Path, facts: dict[str, Any], *, resume: bool) -> None:
@@ -311,24 +324,9 @@ def _same_run(out: Path, facts: dict[str, Any], *, resume: bool) -> None:
     if not resume:
         write_whole(place, (json.dumps(facts, indent=2) + "\n").encode())
         return
-    before = json.loads(place.read_text()) if place.is_file() else facts
+    before = checkpoint.read_json(place) if place.is_file() else facts
     for name, value in facts.items():
         if before.get(name) != value:
             raise OptionError(
                 f"{out} is a run with {name} {before.get(name)!r}, not {value!r}: resume it as it was"
             )
-
-
-def whole_checkpoints(out: Path) -> list[Path]:
-    """Return a run's checkpoints, oldest first, without what a killed run left: its state is written last."""
-    found = [
-        path
-        for path in out.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file()
-    ]
-    return sorted(found, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """Return the step of a checkpoint of Trainer's."""
-    return int(folder.name.rpartition("-")[2])

@@ -66,7 +66,7 @@ def test_two_processes_learn_what_one_does(folder, capsys):
     whole, cut = (load_file(folder / name / "model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(x, cut[name]) for name, x in whole.items())
     for name in ("whole", "cut"):
-        saved = published.whole_checkpoints(folder / name)
+        saved = published.checkpoint.of_trainer(folder / name)
         assert [path.name for path in saved] == ["checkpoint-3", "checkpoint-6"]
 
 

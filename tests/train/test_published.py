@@ -100,7 +100,7 @@ def test_a_finished_run_learns_nothing_more(sizes, text, tmp_path, capsys):
     again = run(sizes, text, out, resume=True)
     assert whole.keys() == again.keys() and capsys.readouterr().out == ""
     assert all(torch.equal(x, again[name]) for name, x in whole.items())
-    assert [path.name for path in published.whole_checkpoints(out)] == ["checkpoint-3", "checkpoint-6"]
+    assert [path.name for path in published.checkpoint.of_trainer(out)] == ["checkpoint-3", "checkpoint-6"]
 
 
 def test_a_finished_run_is_read_everywhere(sizes, text, tmp_path):
