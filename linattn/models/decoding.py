@@ -100,7 +100,7 @@ def check_states(layers: Sequence[TransNormerLayer], states: Sequence[State], x:
     known: set[Any] = set()
     for layer, state in zip(layers, states, strict=True):
         mixer = layer.token_mixer
-        if not (steps_as_written(layer, nn.Module) and steps_as_written(mixer, GatedLinearAttention)):
+        if not (isinstance(mixer, GatedLinearAttention) and steps_as_written(layer, mixer)):
             continue
         facts = (mixer.num_heads, mixer.head_dim, mixer.feature_map, mixer.lrpe is None)
         facts += kind_of_state(state) if isinstance(state, State) else ()

@@ -123,9 +123,9 @@ def facts_of(
     ), decays
 
 
-def steps_as_written(module: nn.Module, kind: type) -> bool:
-    """Whether a module takes steps as a class here was written, and not in a way of somebody's own."""
-    return isinstance(module, kind) and _as_written(type(module)) and not _replaced([module], "step")
+def steps_as_written(*modules: nn.Module) -> bool:
+    """Whether modules take steps as their classes here were written, and not in a way of somebody's own."""
+    return all(map(_as_written, map(type, modules))) and not _replaced(modules, "step")
 
 
 def kind_of_state(state: State) -> Any:

@@ -15,13 +15,10 @@ from linattn.cli import app
 from linattn.errors import LinattnError
 from linattn.train import checkpoint, corpus, published
 from tests.train import test_published
+from tests.train.stopping import killed_after
 
 CPU = torch.device("cpu")
 PLAN = dataclasses.replace(test_published.PLAN, batch=4)  # 2 windows each, of which 11 held out leave a rest
-
-
-class StoppedError(Exception):
-    """As if the process had been killed."""
 
 
 def refused(folder: Path, plan: published.Plan, out: Path, **options: bool) -> str:
@@ -52,19 +49,9 @@ def main(folder: Path) -> None:
         said["held"] = refused(folder, PLAN, folder / "held")
     train(folder, PLAN, folder / "whole")
     said["again"] = refused(folder, PLAN, folder / "whole")
-    plain = published.Trainer.training_step
-
-    def stopping(self, *arguments, **options):
-        if self.state.global_step == 4:
-            raise StoppedError
-        return plain(self, *arguments, **options)
-
-    published.Trainer.training_step = stopping
-    try:
+    with killed_after(4):
         train(folder, PLAN, folder / "cut")
-    except StoppedError:
-        said["stopped"] = True
-    published.Trainer.training_step = plain
+    said["stopped"] = True
     train(folder, PLAN, folder / "cut", resume=True)
     (folder / f"said-{state.process_index}.json").write_text(json.dumps(said))
     state.destroy_process_group()

@@ -19,6 +19,7 @@ from linattn.errors import CheckpointError, DataError, OptionError
 from linattn.models.transnormer import TransNormerConfig
 from linattn.train import checkpoint, corpus, load_model, published
 from linattn.train.evaluate import nats_of
+from tests.train.stopping import killed_after
 
 LINE = "The quick brown fox jumps over the lazy dog.\n"
 SIZES = {
@@ -68,21 +69,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(sizes, text, tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     bits = [line["held_out_bits_per_byte"] for line in lines if "held_out_bits_per_byte" in line]
     assert len(bits) == 2 and bits[1] < bits[0] < 8.5
-
-    class Stopped(Exception):
-        pass
-
-    plain = published.Trainer.training_step
-
-    def stopping(self, *arguments, **options):
-        if self.state.global_step == 4:
-            raise Stopped
-        return plain(self, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(published.Trainer, "training_step", stopping)
-        with pytest.raises(Stopped):
-            run(sizes, text, tmp_path / "cut")
+    with killed_after(4):
+        run(sizes, text, tmp_path / "cut")
     with pytest.raises(OptionError, match="checkpoint-3"):
         run(sizes, text, tmp_path / "cut")
     (tmp_path / "cut" / "checkpoint-10").mkdir()  # as a killed run leaves one

@@ -22,15 +22,12 @@ from linattn.cli import app
 from linattn.errors import CheckpointError
 from linattn.models.transnormer import TransNormerConfig
 from linattn.train import checkpoint, corpus, published, trainer_checkpoint
+from tests.train.stopping import killed_after
 from tests.train.test_published import CPU, LINE, SIZES
 
 PLAN = published.Plan(steps=6, batch=2, seq_len=16, lr=1e-2, save_every=2)
 MODEL = ("config.json", "model.safetensors")
 NEEDED = (*MODEL, "optimizer.pt", "scheduler.pt", "rng_state.pth")
-
-
-class StoppedError(Exception):
-    """As if the process had been killed."""
 
 
 def train(home, out, **options):
@@ -45,17 +42,8 @@ def home(tmp_path_factory):
     TransNormerConfig(vocab_size=256, **SIZES).save_pretrained(folder / "sizes")
     (folder / "text.txt").write_text(LINE * 60)
     train(folder, folder / "whole")
-    plain = published.Trainer.training_step
-
-    def stopping(self, *arguments, **options):
-        if self.state.global_step == 5:
-            raise StoppedError
-        return plain(self, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(published.Trainer, "training_step", stopping)
-        with pytest.raises(StoppedError):
-            train(folder, folder / "cut")
+    with killed_after(5):
+        train(folder, folder / "cut")
     return folder
 
 

@@ -70,7 +70,9 @@ class CosformerDecoder(CosformerStack):
         input its end counts. past_key_values: continues a text, by any number of tokens; what it remembers of
         the source counts, not encoder_hidden_states. encoder_attention_mask: 0 for the source's padding.
 
-        Raises OptionError where a source is missing or not taken, and what `CosformerModel.forward` raises.
+        Raises OptionError where a source is missing or not taken, ShapeError unless there is one for every
+        text, StateError for a cache of other texts or another model, and what
+        `CosformerModel.forward` raises.
         """
         check_options(kwargs, self.config)
         if output_hidden_states is None:

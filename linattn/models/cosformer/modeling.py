@@ -47,8 +47,9 @@ class CosformerModel(CosformerStack):
         their positions too; a column of padding has the output of the last real token before it (of the
         first, where there is none). inputs_embeds: instead of ids, before positions are added.
 
-        Raises ShapeError, DtypeError or ValueRangeError for bad ids and masks, ValueRangeError for
-        texts above max_position_embeddings, OptionError for output_attentions and position_ids.
+        Raises ArgumentTypeError, ShapeError, DtypeError or ValueRangeError for bad ids and masks,
+        ValueRangeError for texts above max_position_embeddings, OptionError for output_attentions,
+        position_ids and keywords of `linattn.attention`.
         """
         check_options(kwargs, self.config)
         if output_hidden_states is None:

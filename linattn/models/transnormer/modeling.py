@@ -106,8 +106,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         which do not see each other; position_ids that begin again say the same. Otherwise position_ids say
         nothing here. inputs_embeds: instead of ids, before the factor sqrt(decoder_embed_dim).
 
-        Raises ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError for
-        output_attentions, which do not exist, and what `linattn.attention` raises.
+        Raises ArgumentTypeError, ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError
+        for output_attentions, which do not exist, and for keywords of `linattn.attention`, StateError for a
+        cache of other texts or another model, and what `linattn.attention` raises.
         """
         check_options(kwargs, self.config)
         x = self._embedded(input_ids, inputs_embeds)
