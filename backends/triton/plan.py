@@ -95,8 +95,11 @@ def fitting(blocks: Blocks, summed: bool, wide_output: bool) -> Blocks:
 GRAIN = 128
 """Segments are multiples of this many tokens."""
 
-LEAST_SEGMENT = 512
-"""Tokens below which a segment is not worth the state that it costs."""
+FOLDED = 8
+"""Segments up to which each adds up what those before it add: another launch would cost more."""
+
+LEAST_SEGMENT = 256
+"""Tokens below which a segment more than FOLDED is not worth the state that it costs."""
 
 FULL = 8
 """Warps for each multiprocessor with which it is busy."""
@@ -110,10 +113,13 @@ def segments(warps: int, length: int, multiprocessors: int, least: int) -> tuple
     over the states.
     """
     room = FULL * multiprocessors // max(warps, 1)
-    count = min(room, length // LEAST_SEGMENT)
-    if count < least:
+
+    def most(tokens: int) -> int:
+        return min(room, max(tokens // LEAST_SEGMENT, min(FOLDED, tokens // GRAIN)))
+
+    if most(length) < least:
         return 1, max(length, 1)
-    size = -(-length // count)
+    size = -(-length // most(length + GRAIN - 1))
     size = -(-size // GRAIN) * GRAIN
     return -(-length // size), size
 
@@ -131,10 +137,6 @@ def cut(problem: Problem, blocks: Blocks, e: int, multiprocessors: int) -> tuple
         return 1, max(length, 1)
     programs = problem.sequences * problem.heads * -(-e // blocks.block_e)
     return segments(programs * blocks.warps, length, multiprocessors, least)
-
-
-FOLDED = 8
-"""Segments up to which each adds up what those before it add: another launch would cost more."""
 
 
 def folds(problem: Problem, count: int) -> bool:

@@ -107,6 +107,19 @@ def test_a_configuration_fits_what_it_is_used_for() -> None:
     assert plan.fitting(plan.Blocks(64, 16, 4, 3, across=False), False, True) == plan.Blocks(64, 16, 4, 3)
 
 
+@pytest.mark.parametrize(
+    ("length", "count"),
+    [(256, 1), (383, 1), (384, 3), (500, 4), (1000, 8), (2048, 8), (4095, 16), (1 << 17, 16)],
+)
+def test_few_heads_are_cut_as_far_as_states_cost_less(length: int, count: int) -> None:
+    few, many, hopper = 8 * 8, 128 * 8, 132  # warps of 8 and of 128 heads, multiprocessors
+    found, size = plan.segments(few, length, hopper, 3)
+    assert found == count
+    assert (found - 1) * size < length <= found * size
+    assert found == 1 or size % plan.GRAIN == 0
+    assert plan.segments(many, length, hopper, 3) == (1, length)
+
+
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize(
     "sizes",
