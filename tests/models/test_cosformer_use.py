@@ -278,6 +278,15 @@ def beyond(steps):
     return model(text(2, steps), past_key_values=cache)
 
 
+@torch.no_grad()
+def elsewhere(reset=False):
+    """A text goes on in a model with another M."""
+    cache = build(CosformerForCausalLM)(few).past_key_values
+    if reset:
+        cache.reset()
+    return build(CosformerForCausalLM, max_position_embeddings=2 * M)(few, past_key_values=cache)
+
+
 few, long = text(2, 3), text(2, M + 1)
 REFUSED = [
     (lambda: config(num_attention_heads=5), OptionError, "num_attention_heads must divide hidden_size, got"),
@@ -296,6 +305,7 @@ REFUSED = [
     (lambda: build(CosformerForSequenceClassification, num_labels=0), ValueRangeError, "num_labels must"),
     (lambda: encoder(long), ValueRangeError, "of 17 tokens is longer than max_position_embeddings = 16"),
     (lambda: causal(long), ValueRangeError, "a text of 17 tokens is longer than"),
+    (lambda: elsewhere(), StateError, "were begun with max_position_embeddings = 16, this model has 32"),
     (lambda: beyond(8), ValueRangeError, "a text of 17 tokens is longer"),
     (lambda: beyond(1), ValueRangeError, "a text of 17 tokens is"),
     (lambda: paired(few, decoder_input_ids=long), ValueRangeError, "a text of 17 tokens"),
@@ -342,3 +352,7 @@ REFUSED = [
 def test_refusals(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call()
+
+
+def test_a_cache_that_was_reset_serves_any_model() -> None:
+    assert elsewhere(reset=True).past_key_values.get_seq_length() == few.shape[1]

@@ -101,7 +101,9 @@ class CosformerStack(CosformerPreTrainedModel):
         """Return the rows that the first block takes, at the positions where a cache's texts end."""
         x = self.embed(ids, embeds)
         arrived = x.shape[1]
-        before, columns = None, 0
+        before, columns, limit = None, 0, self.config.max_position_embeddings
+        if cache is not None:
+            cache.begin(limit)
         if cache is not None and cache.states_for(len(self.layers) * (2 if self.crosses else 1), x.shape[0]):
             before, columns = cache.states[0].length, cache.columns
         begun = None if mask is None or cache is None else cache.begun()
@@ -112,7 +114,6 @@ class CosformerStack(CosformerPreTrainedModel):
         positions = torch.arange(x.shape[1], device=x.device)[None]
         if before is not None:
             positions = positions + before[:, None]
-        limit = self.config.max_position_embeddings
         if columns + x.shape[1] > limit:  # the values are read only where they may be too large
             total = positions[:, -1] + 1 if lengths is None else positions[:, 0] + lengths
             if not traced() and total.numel() and int(total.max()) > limit:

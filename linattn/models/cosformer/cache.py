@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from linattn.errors import StateError
 from linattn.models.huggingface.cache import StateCache
 
 __all__ = ["CosformerCache"]
@@ -12,4 +13,21 @@ class CosformerCache(StateCache):
 
     states: one `linattn.State` for each layer's own text, then, in an encoder-decoder, one for each layer's
     view of the source, which never changes.
+    max_len: max_position_embeddings of the model that began them, the cosine's M; 0 before the first call.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_len = 0
+
+    def begin(self, max_len: int) -> None:
+        """Take the M of a model that is about to read more.
+
+        Raises StateError where another one has begun: angles are part of what states add up.
+        """
+        if self.states and self.max_len != max_len:
+            raise StateError(
+                f"past_key_values were begun with max_position_embeddings = {self.max_len}, this model has "
+                f"{max_len}"
+            )
+        self.max_len = max_len
