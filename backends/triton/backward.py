@@ -27,11 +27,13 @@ from linattn.backends.triton.launch import (
     operand_name,
     planned,
     planned_for,
+    shared,
     side_of,
     sums,
     total_size,
 )
 from linattn.backends.triton.launcher import Launcher, one, repeatable, room, spoil
+from linattn.backends.triton.overlap import ALONE, BEHIND, BESIDE, FIRST
 from linattn.backends.triton.starts import Side, run
 from linattn.problem import Problem
 from linattn.state import State
@@ -190,12 +192,17 @@ def _one_way(
     if problem.initial_state:
         dstart = empty_state(problem, do, problem.e, problem.normalize)
     forth = back = None
+    first, beside, behind = (FIRST, BESIDE, BEHIND) if shared(side, grad_blocks, problem.d) else (ALONE,) * 3
     if side.split:
         fold = not want_theta  # whose gradient needs the states themselves
-        forth = carried(side, x.k, x.v, start, final, normalize=problem.normalize, reverse=flip, fold=fold)
-        back = carried(
-            side, x.q, late.do, dstate, dstart, extra=late.extra, reverse=not flip, mask=0, fold=fold
+        forth = carried(
+            side, x.k, x.v, start, final, normalize=problem.normalize, reverse=flip, fold=fold, overlap=first
         )
+        back = carried(
+            side, x.q, late.do, dstate, dstart, extra=late.extra, reverse=not flip, mask=0, fold=fold,
+            overlap=beside,
+        )  # fmt: skip
+        first = behind
     rows_q = rows_k = turn_q = turn_k = None
     if want_decay:
         rows_q, rows_k = (_rows(problem, t, grad_blocks) for t in (x.q, x.k))
@@ -211,17 +218,17 @@ def _one_way(
     run(
         side, do, x.v, x.k, out.q, raw=x.q, blocks=grad_blocks, extra=extra,
         extra_on=int(extra is not None), **from_keys, reverse=flip, strict=strict, gradient=True,
-        sums=sums_, rows=rows_q, want_rows=want_decay, turn=turn_q, centre=centre,
+        sums=sums_, rows=rows_q, want_rows=want_decay, turn=turn_q, centre=centre, overlap=first,
     )  # fmt: skip
     run(
         side, x.v, late.do, x.q, out.k, raw=x.k, blocks=grad_blocks, extra=late.extra, scale=1.0,
         extra_on=0 if extra is None else 2, **to_keys, reverse=back_to, strict=strict, gradient=True, mask=2,
-        sums=sums_, rows=rows_k, want_rows=want_decay, turn=turn_k, centre=centre,
+        sums=sums_, rows=rows_k, want_rows=want_decay, turn=turn_k, centre=centre, overlap=beside,
     )  # fmt: skip
     to_keys |= {"final": None, "final_z": None}  # who wrote it once need not write it again
     run(
         side, x.k, x.q, late.do, out.v, blocks=value_blocks, scale=1.0, **to_keys, reverse=back_to,
-        strict=strict, mask=2, sums=sums_,
+        strict=strict, mask=2, sums=sums_, overlap=beside,
     )  # fmt: skip
     out.start = dstart
     if rows_q is not None and rows_k is not None:

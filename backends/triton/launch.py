@@ -11,6 +11,7 @@ import torch
 
 from linattn.backends.triton import plan
 from linattn.backends.triton.launcher import repeatable, room, spoil
+from linattn.backends.triton.overlap import ALONE, possible
 from linattn.backends.triton.starts import Pool, Side, run, through
 from linattn.problem import Problem
 from linattn.state import State, tokens_seen
@@ -62,6 +63,13 @@ def planned(side: Side, blocks: plan.Blocks, e: int, size: int = 0) -> Side:
     return side if count == 1 else split_side(side, count, size)
 
 
+def shared(side: Side, blocks: plan.Blocks, e: int) -> bool:
+    """Whether launches of a pass may run side by side: one alone leaves multiprocessors without work."""
+    problem = side.problem
+    programs = (side.units or problem.sequences) * problem.heads * -(-e // blocks.block_e)
+    return programs <= multiprocessors(problem.device) and possible(problem.device)
+
+
 NO_STATE = State(None, None, None)
 
 
@@ -91,6 +99,7 @@ def carried(
     total: bool = False,
     pool: Pool | None = None,
     fold: bool = False,
+    overlap: int = ALONE,
 ) -> Carried:
     """States of segments, carried through each sequence; `total` sums them up instead, [S H F E].
 
@@ -113,7 +122,7 @@ def carried(
     run(
         side, y, y, w, w, n=length, blocks=blocks, extra=extra, extra_on=0 if extra is None else 2,
         final=kv, final_z=z, rows=logs, reverse=reverse, normalize=normalize, mask=mask, output=False,
-        all_parts=everywhere, slots=pool,
+        all_parts=everywhere, slots=pool, overlap=overlap,
     )  # fmt: skip
     if fold and start is None and final is None and plan.folds(problem, side.segments):
         return Carried(kv, z, True)

@@ -15,6 +15,7 @@ of w (a slice). A trailing [i e] is the shape of the block on that line, without
 import triton
 import triton.language as tl
 
+from linattn.backends.triton.overlap import entered, left
 from linattn.backends.triton.pieces import (
     at_end,
     begun,
@@ -66,17 +67,17 @@ def product(
     NORMALIZE: tl.constexpr, EXTRA: tl.constexpr, MASK: tl.constexpr, BORDERS: tl.constexpr,
     SPLIT: tl.constexpr, TOTAL: tl.constexpr, OUTPUT: tl.constexpr, RAW: tl.constexpr, ROWS: tl.constexpr,
     TURN: tl.constexpr, SLOTS: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr, ACROSS: tl.constexpr,
-    STATES: tl.constexpr,
+    STATES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: a slice of w's features, one head, one sequence or a segment of it.
 
     D contracted features, E of w and out. FEATURE maps x and y, or w if GRADIENT. ANGLES: 0 none, 1 one for
     all, 2 per feature. DECAY: 0 none, 1 per head, 2 per token. STRICT: i is not its own j. NORMALIZE divides
     by the sum of weights. EXTRA: one more contracted feature, `extra` on x's side (1) or y's (2), ones on the
-    other. MASK: 1 hides keys among y and w, 2 among x and out. BORDERS: see `sequence_of`. SPLIT: segments,
-    each from a state of its own. TOTAL: every x reads one whole state. OUTPUT=False: states only. RAW: sums
-    undivided in float32, 2 adds them to those that are there. ROWS with NORMALIZE keeps denominators. SLOTS:
-    states are rows of a pool, in place. FOLD: `start` holds what segments add. STATES=False: no states.
+    other. MASK: 1 hides keys among y and w, 2 among x and out. BORDERS: `sequence_of`. SPLIT: segments, each
+    from a state of its own. TOTAL: every x reads one whole state. OUTPUT=False: states only. RAW: sums not
+    divided, in float32, 2 adds them to what is there. ROWS with NORMALIZE keeps denominators. SLOTS: states
+    are rows of a pool, in place. FOLD: `start` holds what segments add. STATES=False: none. OVERLAP: `left`.
     """
     INNER: tl.constexpr = ANGLES == 1 or (ANGLES == 2 and not GRADIENT)  # angles turn x and y
     OUTER: tl.constexpr = ANGLES == 2 and GRADIENT  # angles turn w and out
@@ -97,6 +98,7 @@ def product(
     EARLY: tl.constexpr = ANGLES == 2 and INNER and OUTPUT and not TOTAL  # the state goes on before o ends
     SLICES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
 
+    entered(OVERLAP)
     pid = tl.program_id(0)
     part = pid % SLICES
     h = ((pid // SLICES) % H).to(tl.int64)
@@ -210,10 +212,8 @@ def product(
             extra = extra_next
             ahead = at_n - C if REVERSE else at_n + C
             extra_next = tl.load(extra_ptr + ahead, mask=(ahead >= low) & (ahead < last), other=0.0)
-        pairs, near, far, whole, log_whole = decays(
-            g_ptr, g2, g_n, t, high - t, r, at_n < high, C, DECAY, REVERSE, STRICT,
-            OUTPUT and not TOTAL, ACROSS,
-        )  # fmt: skip
+        pairs, near, far, whole, log_whole = decays(g_ptr, g2, g_n, t, high - t, r, at_n < high, C, DECAY,
+                                                  REVERSE, STRICT, OUTPUT and not TOTAL, ACROSS)  # fmt: skip
         if TWO:
             cos, sin = cos_sin(phases(turn_step, (t + 1).to(tl.int64), r), FAST)  # [n d], [n e] or [n 1]
 
@@ -397,3 +397,4 @@ def product(
             once = (h == 0) & (part == 0)
             seen = tl.load(length_ptr + slot, mask=once, other=0)
             tl.store(length_ptr + slot, seen + n, mask=once)
+    left(OVERLAP)

@@ -12,6 +12,7 @@ from linattn.backends.triton import plan
 from linattn.backends.triton import product as kernels
 from linattn.backends.triton import segments as between
 from linattn.backends.triton.launcher import Launcher, one
+from linattn.backends.triton.overlap import ALONE, BEHIND, BESIDE
 from linattn.problem import Problem
 
 Tensor = torch.Tensor
@@ -99,8 +100,9 @@ def run(
     all_parts: bool = True,
     slots: Pool | None = None,
     fold: bool = False,
+    overlap: int = ALONE,
 ) -> None:
-    """Launch `product` once; shapes as it says, `sums` is its RAW."""
+    """Launch `product` once; shapes as it says, `sums` is its RAW, `overlap` as in overlap.py."""
     problem = side.problem
     blocks = plan.fitting(
         blocks, normalize or extra_on > 0, out.dtype == torch.float32 and problem.dtype != "float32"
@@ -135,8 +137,11 @@ def run(
         d, e, blocks.c, plan.padded(d), blocks.block_e, OPERANDS[problem.dtype], precision(problem),
         problem.feature_map or "none", angles, kind, reverse, strict, gradient, normalize, extra_on, mask,
         borders, side.split, total, output, sums, want_rows, turn is not None, slots is not None,
-        fold, blocks.stages, blocks.across, states,
+        fold, blocks.stages, blocks.across, states, overlap,
     )  # fmt: skip
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    if overlap in (BESIDE, BEHIND):
+        options["launch_pdl"] = True
     product(
         units * problem.heads * slices,
         (x.dtype, do_dtype(y, w), out.dtype, g.dtype, None if marks is None else marks.dtype,
@@ -154,8 +159,7 @@ def run(
             problem.batch, problem.sequences, n, m, problem.heads, side.segments, side.size, int(all_parts),
             float(centre), float(problem.scale if scale is None else scale), problem.eps,
         ),
-        constants,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        constants, **options,
     )  # fmt: skip
 
 
