@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 import linattn
@@ -32,6 +33,10 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
     tokens after a cache are one call instead of a loop over tokens; a causal mask by position, where the
     original compares slope · lag with 0. Masked positions add nothing to a state, give 0, and count as tokens
     for the decay, as in the original. A step without gradients changes the cached state in place.
+
+    Two mistakes of the original's cache are not repeated: where layer 0 is a lightning layer it counts no
+    tokens, so that full attention hides the wrong ones where texts are padded or go on by several tokens; and
+    beams leave their states behind.
 
     Patches may be nested and undone in any order: the newest one that is left computes.
 
@@ -74,7 +79,8 @@ def _check_backend(backend: BackendLike) -> None:
 class Patch:
     """Layers, or their class, with another `forward`; `undo`, or the end of `with`, puts theirs back.
 
-    Of several patches the newest that is not undone computes, in whatever order they are undone.
+    Of several patches the newest that is not undone computes, in whatever order they are undone. `with`
+    raises StateError for one that is undone.
     """
 
     def __init__(self, places: list[Any], backend: BackendLike) -> None:
@@ -93,6 +99,8 @@ class Patch:
             _set(place, top)
 
     def __enter__(self) -> Patch:
+        if all(forward.undone for forward in self._forwards):
+            raise StateError("this patch was undone and computes nothing: call patch_minimax again")
         return self
 
     def __exit__(
@@ -174,7 +182,41 @@ def _forward(
     o = self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * self.norm(o))
     if past_key_values is not None:
         past_key_values.set_linear_cache(self.layer_idx, state.kv)
+        _take_place(past_key_values, self.layer_idx)
     return o, state.kv
+
+
+class _NoKeys(DynamicLayer):
+    """A lightning layer's place among a cache's layers: it has seen as many tokens as those with keys."""
+
+    def __init__(self, cache: Any, layer: int) -> None:
+        super().__init__()
+        self.cache, self.layer = cache, layer
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, by the layers that can count; 0 where none can."""
+        others = (one for one in self.cache.layers if not isinstance(one, _NoKeys))
+        return max((one.get_seq_length() for one in others), default=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b goes on from what row beam_idx[b] has seen."""
+        known = self.cache.linear_cache
+        known[self.layer] = known[self.layer].index_select(0, beam_idx.to(known[self.layer].device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Nothing: the cache repeats states itself."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Nothing: the cache selects states itself."""
+
+
+def _take_place(cache: Any, layer: int) -> None:
+    """Let a cache that asks a lightning layer for its number of tokens find one."""
+    layers = cache.layers
+    while len(layers) <= layer:
+        layers.append(DynamicLayer())
+    if not isinstance(layers[layer], _NoKeys):
+        layers[layer] = _NoKeys(cache, layer)
 
 
 def _recorded(*given: Tensor) -> bool:

@@ -29,15 +29,20 @@ TOL = {"rtol": 1e-5, "atol": 1e-5}  # in float64; the original's slopes are roun
 def original() -> Any:
     """Four layers, three of them lightning, blocks of 8 tokens: lengths below cross several.
 
-    The first is another: the cache counts its tokens, and where it is a lightning layer it counts none, so
-    that the mask of several tokens after a cache is wrong.
+    The first is another: where it is a lightning layer, the original's cache counts no tokens.
     """
+    return of_layers("flll")
+
+
+def of_layers(kinds: str) -> Any:
+    """A model of lightning (l) and full attention (f) layers."""
     torch.manual_seed(0)
-    kinds = ["full_attention", "linear_attention", "linear_attention", "linear_attention"]
     config = MiniMaxConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, block_size=8,
-        layer_types=kinds, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=len(kinds),
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        block_size=8,
+        layer_types=[{"l": "linear_attention", "f": "full_attention"}[kind] for kind in kinds],
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = MiniMaxForCausalLM(config).eval().double()
     model.set_experts_implementation("eager")  # the others know no float64
@@ -112,7 +117,7 @@ def test_a_sequence_may_be_continued_in_pieces(patched: Any, cuts: tuple[int, ..
     torch.testing.assert_close(torch.cat([x.logits for x in found], 1), whole, **TOL)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5}], ids=str)
 def test_it_generates_what_the_original_does(original: Any, patched: Any, options: dict[str, Any]) -> None:
     ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.int64)
     mask[1, :5] = 0
@@ -128,6 +133,52 @@ def test_it_generates_what_the_original_does(original: Any, patched: Any, option
     assert torch.equal(mine.sequences, theirs.sequences)
     for x, y in zip(mine.logits, theirs.logits, strict=True):
         torch.testing.assert_close(x, y, **TOL)
+
+
+LIGHTNING_FIRST = ("lf", "lllf", "lfl", "lflf")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", LIGHTNING_FIRST)
+def test_a_lightning_layer_first_counts_tokens(kinds: str) -> None:
+    """Padded texts generate what they would alone, and texts go on by any number of tokens."""
+    model = of_layers(kinds)
+    ids, mask = tokens(2, 17), torch.ones(2, 17, dtype=torch.int64)
+    mask[0, :6] = 0
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": False}
+    alone = [
+        model.generate(row[None], use_cache=False, **options)[0, len(row) :] for row in (ids[0, 6:], ids[1])
+    ]
+    with patch_minimax(model):
+        whole = model(ids[1:], use_cache=False).logits
+        found = model.generate(ids, attention_mask=mask, **options)[:, 17:]
+        assert torch.equal(found, torch.stack(alone))
+        cache, pieces = MiniMaxCache(), []
+        for piece in ids[1:].split((9, 1, 5, 2), 1):  # no position_ids: the cache says where they are
+            pieces.append(model(piece, past_key_values=cache, use_cache=True).logits)
+        assert cache.get_seq_length() == 17
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, **TOL)
+
+
+@pytest.mark.parametrize("kinds", ["flll", *LIGHTNING_FIRST])
+def test_beams_take_their_states_along(kinds: str) -> None:
+    model = of_layers(kinds)
+    ids = tokens(2, 12)
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "num_beams": 3, "do_sample": False}
+    whole = model.generate(ids, use_cache=False, **options)
+    with patch_minimax(model):
+        assert torch.equal(model.generate(ids, **options), whole)
+        several = model.generate(ids, num_return_sequences=2, **options)
+    assert torch.equal(several[::2], whole)
+
+
+def test_a_cache_without_keys_counts_nothing_and_serves() -> None:
+    model = of_layers("ll")
+    ids = tokens(1, 9)
+    with patch_minimax(model):
+        found = model.generate(ids, max_new_tokens=5, eos_token_id=None, do_sample=False)
+        whole = model.generate(ids, max_new_tokens=5, eos_token_id=None, do_sample=False, use_cache=False)
+    assert torch.equal(found, whole)
 
 
 def test_gradients_are_the_original_s(original: Any, patched: Any) -> None:

@@ -107,7 +107,7 @@ class CosformerStack(CosformerPreTrainedModel):
         if cache is not None and cache.states_for(len(self.layers) * (2 if self.crosses else 1), x.shape[0]):
             before, columns = cache.states[0].length, cache.columns
         begun = None if mask is None or cache is None else cache.begun()
-        padding = padding_of(mask, x.shape[0], arrived, begun)
+        padding = padding_of(mask, x.shape[0], arrived, begun, columns)
         lengths = None
         if padding is not None:
             x, lengths = _to_front(x, padding), padding.lengths

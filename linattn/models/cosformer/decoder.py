@@ -23,7 +23,7 @@ from linattn.models.cosformer.base import (
 from linattn.models.cosformer.block import CosformerBlock, remember
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
-from linattn.models.huggingface.labels import asked
+from linattn.models.huggingface.labels import asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, named
 from linattn.nn.norm import unseen
 from linattn.state import State
@@ -191,6 +191,9 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
         last so many columns only, or of these; 0 for all. Everything else: `CosformerDecoder.forward`.
         """
+        check_labels(
+            labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size, kwargs
+        )
         found = self.decoder(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache,
             output_hidden_states=output_hidden_states, return_dict=True, **kwargs,

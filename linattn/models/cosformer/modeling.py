@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seque
 from linattn.errors import ShapeError, ValueRangeError
 from linattn.models.cosformer.base import CosformerPreTrainedModel, CosformerStack, check_options
 from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.models.huggingface.labels import check_labels
 from linattn.models.huggingface.model import named
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class CosformerForMaskedLM(CosformerPreTrainedModel):
 
         labels: the ids in each column, -100 where nothing is asked. The rest: `CosformerModel.forward`.
         """
+        given = inputs_embeds if input_ids is None else input_ids
+        check_labels(labels, given, self.config.vocab_size, kwargs)
         found = self.encoder(input_ids, attention_mask, inputs_embeds, output_hidden_states, True, **kwargs)
         logits = self.lm_head(found.last_hidden_state)
         loss = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.cosformer.decoder import CosformerDecoder
 from linattn.models.cosformer.modeling import CosformerModel
+from linattn.models.huggingface.labels import check_labels
 from linattn.models.huggingface.model import StateExpansion, check_unseen, named
 
 if TYPE_CHECKING:
@@ -84,12 +86,14 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         their place. labels: the ids that each column of the decoder is to give, -100 where nothing is asked;
         without decoder_input_ids those are the labels, one later. The rest: `CosformerDecoder.forward`.
         """
+        given = decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids
+        check_labels(labels, given, self.config.vocab_size, kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids, attention_mask, inputs_embeds, output_hidden_states, True, **kwargs
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
+            encoder_outputs = _outputs_of(encoder_outputs)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
@@ -144,3 +148,14 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         if kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
             inputs["decoder_attention_mask"] = None
         return inputs
+
+
+def _outputs_of(given: Any) -> BaseModelOutput:
+    """What an encoder gave, with names or as a tuple. Raises OptionError where its rows are not in it."""
+    if isinstance(given, Mapping):
+        rows, hidden = given.get("last_hidden_state"), given.get("hidden_states")
+    else:
+        rows, hidden = (*(given if isinstance(given, tuple | list) else ()), None, None)[:2]
+    if not isinstance(rows, torch.Tensor):
+        raise OptionError("encoder_outputs must have last_hidden_state, by that name or first of a tuple")
+    return BaseModelOutput(last_hidden_state=rows, hidden_states=hidden)

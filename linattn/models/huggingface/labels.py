@@ -7,12 +7,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from linattn.arrays import traced
+from linattn.errors import ArgumentTypeError, ShapeError, ValueRangeError
 from linattn.models.huggingface.padding import real_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Int
 
 IGNORED = -100  # a label that asks nothing
+
+
+def check_labels(labels: Any, given: Any, vocab_size: int, options: dict[str, Any]) -> None:
+    """Refuse labels that are not [b, n], as the columns of `given` (ids or embeddings; None: any), or no ids.
+
+    Values are read only where they lie on the host. Raises ArgumentTypeError, ShapeError or ValueRangeError.
+    """
+    if labels is None:
+        return
+    if not isinstance(labels, torch.Tensor):
+        raise ArgumentTypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    rows = given.shape[:2] if isinstance(given, torch.Tensor) and given.ndim > 1 else None
+    if labels.ndim != 2 or (rows is not None and labels.shape != rows):
+        wanted = "[b, n]" if rows is None else f"{list(rows)}, as the input"
+        raise ShapeError(f"labels must have shape {wanted}, got {list(labels.shape)}")
+    if labels.device.type != "cpu" or traced():
+        return
+    ignored = options.get("ignore_index", IGNORED)
+    wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != ignored)
+    if bool(wrong.any()):
+        raise ValueRangeError(
+            f"labels must lie in 0 … {vocab_size - 1}, or be {ignored} where nothing is asked, got "
+            f"{labels[wrong][0].item()}"
+        )
 
 
 def asked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from linattn.errors import CheckpointError
 __all__ = ["ShapeMismatchError", "load_whole"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (pickle.UnpicklingError, EOFError, KeyError, RuntimeError)  # what torch.load raises for damage
+READER = "PytorchStreamReader"
 
 
 class ShapeMismatchError(CheckpointError, RuntimeError):
@@ -49,7 +52,18 @@ def load_whole(
         )
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    except PICKLED as error:
+        if options["use_safetensors"] or (isinstance(error, RuntimeError) and READER not in str(error)):
+            raise
+        if isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{path}: its pickled weights are damaged, or hold more than tensors"
+            ) from error
+        name = type(error).__name__
+        raise CheckpointError(f"{path}: its pickled weights are damaged ({name}: {error})") from error
     except OSError as error:
+        if not options["use_safetensors"] and error.errno is not None:
+            raise CheckpointError(f"{path}: its pickled weights cannot be read: {error}") from error
         if options["use_safetensors"] and f" named {_named(WEIGHTS, options)}" in str(error):
             raise CheckpointError(
                 f"{path} has no safetensors; pickled weights can run code: where you trust them, pass "

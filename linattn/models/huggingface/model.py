@@ -136,11 +136,16 @@ class StateGeneration(StateExpansion):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
     ) -> None:
+        piece = generation_config.prefill_chunk_size
+        if piece is not None and (type(piece) is not int or piece < 1):
+            raise OptionError(f"prefill_chunk_size must be a number of tokens, got {piece!r}")
+        if piece is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise OptionError("prefill_chunk_size cuts ids into pieces: not with inputs_embeds")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
         cache = model_kwargs.get("past_key_values")
         if generation_config.use_cache and cache is None:
             model_kwargs["past_key_values"] = self.cache_class()
-        elif cache is not None and cache.get_seq_length() and generation_config.prefill_chunk_size:
+        elif cache is not None and cache.get_seq_length() and piece:
             raise OptionError("prefill_chunk_size reads a prompt from its beginning: not with a cache of it")
 
 

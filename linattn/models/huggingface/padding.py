@@ -47,11 +47,16 @@ class Padding:
 
 
 def padding_of(
-    attention_mask: torch.Tensor | None, batch: int, n: int, begun: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None,
+    batch: int,
+    n: int,
+    begun: torch.Tensor | None = None,
+    before: int = 0,
 ) -> Padding | None:
-    """Return the padding among the last n columns of a mask (1 for real tokens); None where there is none.
+    """Return the padding among n columns, of a mask of those (1 for real tokens) or of those and all before.
 
-    begun: [b], which rows had real tokens in earlier calls. On a device this reads two numbers back, unless a
+    None where there is none. begun: [b], which rows had real tokens in earlier calls. before: columns that
+    earlier calls have read. On a device this reads two numbers back, unless a
     compiler looks. Raises ArgumentTypeError for what is no tensor, ShapeError for masks of pairs and of other
     sizes, ValueRangeError for other values than 0 and 1.
     """
@@ -59,10 +64,12 @@ def padding_of(
         return None
     if not isinstance(attention_mask, torch.Tensor):
         raise ArgumentTypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < n:
+    shape = attention_mask.shape
+    if len(shape) != 2 or shape[0] != batch or (shape[1] != n and shape[1] != before + n):
+        wide = f"{n} or {before + n}" if before else f"{n}"
         raise ShapeError(
-            f"attention_mask must have shape [{batch}, {n} or more], 1 for real tokens, 0 for padding, got "
-            f"{tuple(attention_mask.shape)}; there is no matrix of pairs to mask"
+            f"attention_mask must have shape [{batch}, {wide}], 1 for real tokens, 0 for padding, got "
+            f"{tuple(shape)}; there is no matrix of pairs to mask"
         )
     real = real_tokens(attention_mask, n)
     if not traced():

@@ -125,10 +125,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str, **fields: Any) -> TransNormerConfig:
     """Return the configuration of a published size ("385m", …), with `fields` in place of its own.
 
-    Raises OptionError for a name that is not in `PRESETS`.
+    Raises OptionError for a name that is not in `PRESETS`, and for fields that no configuration has.
     Source: layers, widths and heads are those of TransNormerLLM, arXiv:2307.14995; of "15b", those of the
     released TransNormerLLM3.
     """
     if name.lower() not in PRESETS:
         raise OptionError(f"no preset named {name!r}; known: {', '.join(PRESETS)}")
+    made = TransNormerConfig(**PRESETS[name.lower()])
+    unknown = [field for field in fields if not hasattr(made, field)]
+    if unknown:
+        raise OptionError(f"TransNormerConfig has no field {unknown[0]!r}")
     return TransNormerConfig(**{**PRESETS[name.lower()], **fields})

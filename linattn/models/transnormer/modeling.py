@@ -14,14 +14,15 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from linattn.errors import ShapeError
+from linattn.errors import ShapeError, ValueRangeError
 from linattn.models import decoding
 from linattn.models.huggingface.inputs import check_inputs
-from linattn.models.huggingface.labels import IGNORED, asked
+from linattn.models.huggingface.labels import IGNORED, asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, StateModel, check_options, named
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
+from linattn.models.transnormer.packing import packed_at
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
 from linattn.nn.norm import only_matrix
@@ -101,10 +102,11 @@ class TransNormerModel(TransNormerPreTrainedModel):
         """Return BaseModelOutputWithPast, or a tuple without return_dict.
 
         attention_mask: 0 for padding, wherever it is: such a token leaves no trace, in decays and positions
-        neither; of a mask longer than the input its end counts. past_key_values: continues a text, by any
-        number of tokens. cu_seqlens (or transformers' cu_seq_lens_q): b is 1 and n holds texts back to back,
-        which do not see each other; position_ids that begin again say the same. Otherwise position_ids say
-        nothing here. inputs_embeds: instead of ids, before the factor sqrt(decoder_embed_dim).
+        neither; as wide as the input, or as that and all that a cache has seen. past_key_values: continues a
+        text, by any number of tokens. cu_seqlens (or transformers' cu_seq_lens_q): b is 1 and n holds texts
+        back to back, which do not see each other; position_ids [b or 1, n] that begin again say the same,
+        without a cache and without padding. Otherwise position_ids say nothing here. inputs_embeds: instead
+        of ids, before the factor sqrt(decoder_embed_dim).
 
         Raises ArgumentTypeError, ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError
         for output_attentions, which do not exist, and for keywords of `linattn.attention`, StateError for a
@@ -118,14 +120,15 @@ class TransNormerModel(TransNormerPreTrainedModel):
         if "borders" in kwargs:  # a head has looked for them already
             borders = kwargs["borders"]
         else:
-            borders = self._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
+            borders = packed_at(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values, x)
         if use_cache is None and borders is not None:
             use_cache = False  # it would have a row for each text
         cache, begun = self._cache(past_key_values, use_cache), None
         if cache is not None:
             cache.states_for(len(self.layers), batch if borders is None else borders.shape[0] - 1)
             begun = None if attention_mask is None else cache.begun()
-        padding = padding_of(attention_mask, batch, n, begun)
+        seen = 0 if cache is None else cache.columns
+        padding = padding_of(attention_mask, batch, n, begun, seen)
         if cache is not None:
             cache.check_seen(attention_mask, n)
         joined = borders is not None and batch > 1
@@ -166,20 +169,6 @@ class TransNormerModel(TransNormerPreTrainedModel):
             x = self.embed_tokens(ids)
         assert x is not None
         return x if self.config.no_scale_embedding else x * math.sqrt(self.config.decoder_embed_dim)
-
-    def _borders(
-        self,
-        options: dict[str, Any],
-        cu_seqlens: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        cache: TransNormerCache | None,
-    ) -> torch.Tensor | None:
-        """Where texts begin that lie back to back, however that is said; None for one text a row."""
-        given = options.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-        if given is not None or cache is not None or mask is not None:
-            return given
-        return borders_of(position_ids, options.get("seq_idx"))
 
     def _layers(
         self,
@@ -278,7 +267,9 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
         last so many columns only, or of these; 0 for all. Everything else: `TransNormerModel.forward`.
         """
-        borders = self.model._borders(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values)
+        given = inputs_embeds if input_ids is None else input_ids
+        check_labels(labels, given, self.config.vocab_size, kwargs)
+        borders = packed_at(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values, given)
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             output_hidden_states, True, cu_seqlens, borders=borders, **kwargs,
@@ -312,6 +303,10 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         **kwargs: Any,
     ) -> torch.Tensor:
         """The mean over what is asked, here or (num_items_in_batch) in all passes of a step."""
+        if type(self.loss_chunk) is not int or self.loss_chunk < 0:
+            raise ValueRangeError(
+                f"loss_chunk must be None or a number of tokens, 0 for all, got {self.loss_chunk!r}"
+            )
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
         x, wanted = rows.flatten(0, 1), shift_labels.flatten().to(rows.device)
@@ -335,17 +330,3 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
     def _summed_loss(self, x: torch.Tensor, wanted: torch.Tensor, ignore_index: int) -> torch.Tensor:
         logits = self.lm_head(x).float()
         return nn.functional.cross_entropy(logits, wanted, ignore_index=ignore_index, reduction="sum")
-
-
-def borders_of(position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Where texts begin that lie back to back, in rows one after the other; None for one text a row."""
-    if seq_idx is not None:
-        again = seq_idx[:, 1:] != seq_idx[:, :-1]
-    elif position_ids is not None and position_ids.ndim == 2:
-        again = position_ids[:, 1:] == 0
-    else:
-        return None
-    if not bool(again.any()):
-        return None
-    begins = nn.functional.pad(again, (1, 0), value=True).flatten().nonzero()[:, 0]
-    return torch.cat([begins, begins.new_full((1,), again.shape[0] * (again.shape[1] + 1))])
