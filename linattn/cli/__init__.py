@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -32,7 +34,11 @@ EXTRAS = {
 WITH_MODELS = ("train", "generate", "eval", "demo")
 MODULES = {"eval": "evaluate"}  # a name that Python has for something else
 DEBUG = "--debug"
+REFUSED = 2  # the exit status of what is said in a sentence
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended
+# what is said where memory is full by errors without a class for it: of torch on a CPU, of CUDA
+OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|can't allocate memory|not enough memory|out of memory", re.I)
+ASKED = re.compile(r"allocate ([\d.]+ \w+)")  # what there was no room for
 # name -> what `linattn NAME --help` ends with; in this order, each finds what it needs
 EXAMPLES = {
     "backends": "linattn backends --json",
@@ -121,6 +127,16 @@ def _run(name: str, arguments: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
+def _sentence(error: Exception) -> str | None:
+    """What to say of an error instead of a traceback, or None: then it is a bug."""
+    if isinstance(error, LinattnError):
+        return str(error)
+    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        return None
+    asked = f", {found[1]} more were asked for" if (found := ASKED.search(str(error))) else ""
+    return f"out of memory{asked}: give a smaller model, batch, length or text"
+
+
 def _subcommand(name: str, summary: str) -> None:
     # the light stand-in that `linattn --help` lists; options, --help included, go through to the real one
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -130,11 +146,12 @@ def _subcommand(name: str, summary: str) -> None:
         debug = ctx.obj or DEBUG in ctx.args
         try:
             status = _run(name, [argument for argument in ctx.args if argument != DEBUG])
-        except LinattnError as error:
-            if debug:
+        except (LinattnError, MemoryError, RuntimeError) as error:
+            said = _sentence(error)
+            if debug or said is None:
                 raise
-            typer.echo(f"error: {error}", err=True)
-            status = 2
+            typer.echo(f"error: {said}", err=True)
+            status = REFUSED
         except typer.Abort:
             status = INTERRUPTED
         if status == INTERRUPTED:
@@ -148,4 +165,11 @@ for _name, _summary in COMMANDS.items():
 
 def main() -> None:
     """Run the command line: what the console script and `python -m linattn` call."""
-    app(prog_name="linattn")
+    from linattn.cli.output import guarded_output
+
+    with guarded_output():
+        try:
+            app(prog_name="linattn")
+        except LinattnError as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(REFUSED)

@@ -24,8 +24,8 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     tokens: Annotated[int, typer.Option(help="How many tokens to add: bytes, or a tokenizer's.")] = 500,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample among so many likeliest bytes only.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample among so many likeliest tokens only.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="The same seed gives the same text.")
     ] = 0,
@@ -64,7 +64,8 @@ def _continued(checkpoint: Path, prompt: str, tokens: int, device: torch.device,
     from linattn.train.generate import continue_ids, decoded, pieces
 
     folder = find(checkpoint)
-    model, words = load_model(folder, device), own_tokenizer(folder)
+    model = load_model(folder, device)
+    words = own_tokenizer(folder, model.config.vocab_size)
     if words is None:
         yield from decoded(generate(model, prompt.encode("utf-8", "surrogateescape"), tokens, **how))
         return
@@ -75,6 +76,6 @@ def _continued(checkpoint: Path, prompt: str, tokens: int, device: torch.device,
 
 def on_screen(text: str) -> str:
     """Return text that cannot steer a terminal; where the output is no terminal, the text as it is."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():  # None where it is closed
         return text
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import typer
@@ -11,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from linattn.errors import LinattnError
 
 PIPED_WIDTH = 1000  # columns where nobody sees a screen: lines stay whole, for grep
 
@@ -86,3 +91,53 @@ def waiting(text: str) -> Iterator[None]:
         return
     with on_screen.status(Text(text)):
         yield
+
+
+class Output(io.TextIOWrapper):
+    """Text to a stream that says in a sentence why the system takes no more; a closed pipe stays one."""
+
+    def write(self, text: str) -> int:
+        """Write text. Raises LinattnError where it cannot be."""
+        with _said():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Write what waits. Raises LinattnError where it cannot be."""
+        with _said():
+            super().flush()
+
+    def end(self) -> None:
+        """Write what waits, or drop it where it cannot be: Python would tell of it once more at its end."""
+        try:
+            self.flush()
+        except (BrokenPipeError, LinattnError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # who reads has read enough, which the command's frame takes for an end
+        raise
+    except OSError as error:
+        raise LinattnError(f"standard output: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def guarded_output() -> Iterator[None]:
+    """Make standard output an `Output`, where it is a stream of the system, as long as a command runs."""
+    plain = sys.stdout
+    if not isinstance(plain, io.TextIOWrapper):  # None where it is closed
+        yield
+        return
+    settings = {
+        name: getattr(plain, name) for name in ("encoding", "errors", "line_buffering", "write_through")
+    }
+    sys.stdout = output = Output(plain.buffer, **settings)
+    try:
+        yield
+    finally:
+        output.end()

@@ -12,7 +12,10 @@ from linattn.cli.names import LARGEST_SEED
 
 def train(
     text: Annotated[
-        Path, typer.Option(help="A text file, a folder of them, or a folder that `datasets` wrote.")
+        list[Path],
+        typer.Option(
+            metavar="<path>", help="A text file, a folder of them, or a folder that `datasets` wrote."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The run's folder, for checkpoints.")] = Path("out"),
     preset: Annotated[
@@ -27,7 +30,12 @@ def train(
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. [default: the preset's]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: the preset's]")] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Fixes the first weights and the order of the text.")
+        int,
+        typer.Option(
+            min=0,
+            max=LARGEST_SEED,
+            help="Fixes the first weights and the order of the text; with Trainer, below 2^32.",
+        ),
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     save_every: Annotated[
@@ -55,6 +63,8 @@ def train(
     from linattn.models import PRESETS
     from linattn.train.device import choose_device
 
+    if len(text) > 1:
+        raise OptionError(f"--text is one file or folder, got {len(text)}: put the files into one folder")
     if save_every is not None and save_every < 1:
         raise ValueRangeError(f"--save-every must be at least 1, got {save_every}")
     given = {"batch": batch, "seq_len": seq_len, "lr": lr, "steps": steps, "seed": seed}
@@ -75,7 +85,7 @@ def train(
         words = None if tokenizer is None else load_tokenizer(tokenizer)
         published.train(
             preset,
-            read_corpus(text, words, exclude=[out]),
+            read_corpus(text[0], words, exclude=[out]),
             plan,
             out,
             device=choose_device(device),
@@ -96,7 +106,7 @@ def train(
     refuse_several(preset)
     settings = dataclasses.replace(SETTINGS[preset], **changes)
     place = choose_device(device)
-    data = read_text(text, exclude=[out])
+    data = read_text(text[0], exclude=[out])
     with alone(out):
         if trained := of_trainer(out):
             raise OptionError(f"{out} holds a run of a published size ({trained[-1].name}): another --out")

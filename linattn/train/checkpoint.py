@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ from linattn.models import TransNormerConfig, TransNormerLM
 MODEL_TYPE = "transnormer"
 CONFIG, MODEL, TRAINING, RUN = "config.json", "model.safetensors", "training.safetensors", "training.json"
 SHARDS = "model.safetensors.index.json"  # of checkpoints in several files
+PICKLES = "pytorch_model*.bin"  # weights as other libraries keep them
 STATE = "trainer_state.json"  # what transformers' Trainer writes last
 PARTIAL = ".model.partial"  # where Trainer's model lies until it is whole
 LOCK = ".lock"  # held by the process that trains into a folder
 KEPT = 2  # the newest checkpoint and the one before it
 _NAME = re.compile(r"step-(\d{8})")
 _TRAINERS = re.compile(r"checkpoint-(\d+)")
+_PIECE = 1 << 24  # bytes that are read at once for a checksum
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ def prepare(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise _unwritable(out, error) from error
+
+
+def refuse_model(out: Path) -> None:
+    """Raise OptionError where a run's folder holds a model, which the run would replace or be taken for."""
+    if found := sorted([*out.glob("*.safetensors"), *out.glob(PICKLES)]):
+        raise OptionError(f"{out} holds a model already ({found[0].name}): choose another --out")
 
 
 def save(out: Path, model: TransNormerLM, run: Run) -> Path:
@@ -212,8 +221,45 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / Path(str(name)).name for name in sorted(set(places.values()))]
 
 
+def write_sums(folder: Path) -> None:
+    """Write down, beside the weights of a checkpoint that another library wrote, what `check_sum` compares.
+
+    Raises OSError.
+    """
+    sums = {path.name: _crc(path) for path in weight_files(folder)}
+    _write(folder / RUN, _json({"step": step_of(folder), "crc32": sums}))
+
+
+def check_sum(path: Path) -> None:
+    """Raise CheckpointError unless a file has the checksum that its checkpoint has for it, if any.
+
+    Raises OSError where it cannot be read.
+    """
+    sums = _sums(path.parent)
+    if path.name in sums and _crc(path) != sums[path.name]:
+        raise _altered(path)
+
+
+def readable(path: Path, other: Path) -> None:
+    """Give a file that only its owner may read the permissions of another, where the system has some."""
+    with contextlib.suppress(OSError):
+        path.chmod(stat.S_IMODE(other.stat().st_mode))
+
+
+def _crc(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            total = zlib.crc32(piece, total)
+    return total
+
+
+def _altered(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: its checksum is not the one it was saved with")
+
+
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    sums = {} if (folder / SHARDS).is_file() else _sums(folder)
+    sums = _sums(folder)
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         tensors |= _read_tensors(path, sums)
@@ -300,9 +346,7 @@ def _sums(folder: Path) -> dict[str, int]:
 def _read_tensors(path: Path, sums: Mapping[str, int]) -> dict[str, torch.Tensor]:
     data = _read(path)
     if path.name in sums and zlib.crc32(data) != sums[path.name]:
-        raise CheckpointError(
-            f"{path} is damaged: its checksum is not the one it was saved with{instead(path.parent)}"
-        )
+        raise CheckpointError(f"{_altered(path)}{instead(path.parent)}")
     try:
         tensors: dict[str, torch.Tensor] = deserialise(data)
     except (SafetensorError, ValueError) as error:

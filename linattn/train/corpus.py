@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from linattn.errors import DataError
-from linattn.train.data import HELD_OUT, read_text, read_whole
+from linattn.errors import CheckpointError, DataError, OptionError
+from linattn.train.data import HELD_OUT, Bytes, File, read_text, text_files
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
 
+BYTES = 256  # a vocabulary of them
 PIECE = 1 << 20  # characters of a text that a tokenizer gets at once
+TOKENIZER = "tokenizer_config.json"  # what every saved tokenizer has
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,27 @@ def load_tokenizer(folder: Path) -> Any:
         raise DataError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
 
 
-def own_tokenizer(checkpoint: Path) -> Any:
-    """Return the tokenizer that lies in a checkpoint's folder, or None: its text is bytes."""
-    return load_tokenizer(checkpoint) if (checkpoint / "tokenizer_config.json").is_file() else None
+def own_tokenizer(checkpoint: Path, vocab_size: int) -> Any:
+    """Return the tokenizer that lies in the folder of a checkpoint, or None: its text is bytes.
+
+    vocab_size: the model's. Raises CheckpointError for a tokenizer that lacks a file, OptionError where there
+    is none and the model is not over bytes.
+    """
+    if (checkpoint / TOKENIZER).is_file():
+        return load_tokenizer(checkpoint)
+    if found := [name for name in ("tokenizer.json", "tokenizer.model") if (checkpoint / name).is_file()]:
+        raise CheckpointError(
+            f"{checkpoint} has a {found[0]} but no {TOKENIZER}, which names its special tokens: save the "
+            "tokenizer into the folder again"
+        )
+    check_bytes(vocab_size)
+    return None
+
+
+def check_bytes(vocab_size: int) -> None:
+    """Raise OptionError for a model that is not over bytes."""
+    if vocab_size != BYTES:
+        raise OptionError(f"text is bytes, so the model's vocabulary must be {BYTES}, it is {vocab_size}")
 
 
 def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = ()) -> Corpus:
@@ -66,7 +87,7 @@ def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = 
             [part.tobytes().decode("utf-8", "replace")] for part in (text.train, text.held_out)
         )
         fingerprint = text.fingerprint
-    size = 256 if tokenizer is None else max(tokenizer.get_vocab().values()) + 1  # there may be holes
+    size = BYTES if tokenizer is None else max(tokenizer.get_vocab().values()) + 1  # there may be holes
     return Corpus(
         encoded(train, tokenizer),
         encoded(held_out, tokenizer),
@@ -76,17 +97,36 @@ def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = 
     )
 
 
-def read_all(path: Path, tokenizer: Any = None) -> tuple[Int32[np.ndarray, " n"], int]:
-    """Return the ids of all text of a file, a folder or a dataset, none held out, and how many bytes it has.
+def read_all(
+    paths: Sequence[Path], tokenizer: Any = None, *, exclude: Sequence[Path] = ()
+) -> tuple[Int32[np.ndarray, " n"] | Bytes, int]:
+    """Return the ids of all text of files, folders and datasets in this order, and how many bytes it has.
 
-    Raises DataError when there is none.
+    Nothing is held out. Bytes of files and folders are read as they are asked for; the ids of a tokenizer and
+    what datasets hold are held whole; of the text of files, one file's at a time. exclude: as in
+    `read_text`.
+
+    Raises DataError where a path has no text.
     """
-    if is_dataset(path):
-        train, held_out, _ = _dataset(path)
-        texts = [*train, *held_out]
-    else:
-        texts = [part.decode("utf-8", "replace") for part in read_whole(path)]
-    return encoded(texts, tokenizer), sum(len(one.encode()) for one in texts)
+    parts: list[File | list[str]] = []
+    for path in paths:
+        if is_dataset(path):
+            train, held_out, _ = _dataset(path)
+            parts.append([*train, *held_out])
+        else:
+            parts += text_files(path, exclude=exclude)[0]
+    files = [part for part in parts if isinstance(part, File)]
+    size = sum(
+        part.size if isinstance(part, File) else sum(len(one.encode()) for one in part) for part in parts
+    )
+    if tokenizer is None and len(files) == len(parts):
+        return Bytes(files), size
+    return encoded(_texts(parts), tokenizer), size
+
+
+def _texts(parts: Iterable[File | list[str]]) -> Iterator[str]:
+    for part in parts:
+        yield from [part.read().decode("utf-8", "replace")] if isinstance(part, File) else part
 
 
 def is_dataset(path: Path) -> bool:
@@ -120,21 +160,50 @@ def _pieces(text: str) -> Iterator[str]:
 def _dataset(path: Path) -> tuple[list[str], list[str], str]:
     import datasets
 
-    try:
+    with _readable(path):
         found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a dataset: {error}") from error
     splits = found if isinstance(found, dict) else {"train": found}
-    main = splits.get("train", next(iter(splits.values())))
-    if "text" not in main.column_names:
-        raise DataError(f'{path} has no column "text", only {", ".join(main.column_names)}')
-    for name, split in splits.items():
-        if any(one is None for one in split["text"]):
-            raise DataError(f"{path} has a row without text in its split {name!r}")
-    other = next((splits[name] for name in ("validation", "test") if name in splits), None)
-    if other is None:
-        cut = len(main) - max(1, len(main) // HELD_OUT)
-        train, held_out = list(main[:cut]["text"]), list(main[cut:]["text"])
-    else:
-        train, held_out = list(main["text"]), list(other["text"])
-    return train, held_out, str(main._fingerprint)
+    if not splits:
+        raise DataError(f"{path} is a dataset without splits: give it some text")
+    main = "train" if "train" in splits else next(iter(splits))
+    train = _rows(path, splits, main)
+    if not train:
+        raise DataError(f"{path} has a split without rows: give it some text")
+    fingerprint = str(splits[main]._fingerprint)
+    other = next((name for name in ("validation", "test") if name in splits and name != main), None)
+    if other is not None:
+        return train, _rows(path, splits, other), fingerprint
+    cut = len(train) - max(1, len(train) // HELD_OUT)
+    return train[:cut], train[cut:], fingerprint
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except IndexError as error:  # datasets has no table of nothing
+        raise DataError(f"{path} has a split without rows: give it some text") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = str(error).partition("\n")[0]
+        if not isinstance(error, (OSError, ValueError)):  # JSON without the fields that datasets expects
+            why = f"its JSON files are damaged ({type(error).__name__}: {why})"
+        raise DataError(f"{path} cannot be read as a dataset: {why}") from error
+
+
+def _rows(path: Path, splits: Mapping[str, Any], name: str) -> list[str]:
+    """Return the texts of a split of a dataset. Raises DataError where a row has none."""
+    split = splits[name]
+    if "text" not in split.column_names:
+        others = ", ".join(split.column_names) or "none at all"
+        raise DataError(f'{path} has no column "text", only {others}, in its split {name!r}')
+    with _readable(path):
+        rows = list(split["text"])
+    for number, row in enumerate(rows):
+        if row is None:
+            raise DataError(f"{path} has a row without text in its split {name!r}: row {number}")
+        if not isinstance(row, str):
+            kind = type(row).__name__
+            raise DataError(
+                f'{path} has a column "text" of {kind} in its split {name!r}: it must be of strings'
+            )
+    return rows

@@ -1,10 +1,13 @@
-"""Text as bytes: reading it, holding some of it out, and cutting training windows."""
+"""Text as bytes: finding it, reading it, holding some of it out, and cutting training windows."""
 
 from __future__ import annotations
 
+import bisect
+import codecs
+import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 16  # one part in so many is held out
 FILES_TO_SPLIT_BY_FILE = 64  # below this many files, a whole file is too coarse a part
+BLOCK = 1 << 20  # bytes of a file that are looked at, or kept, at once
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,59 @@ class Text:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class File:
+    """A file that was found to be text. name: below its folder, with slashes. size: the bytes it had then."""
+
+    path: Path
+    name: str
+    size: int
+
+    def read(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Return its bytes, or some of them. Raises DataError where they can no longer be read."""
+        stop = self.size if stop is None else stop
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                data = file.read(stop - start)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if len(data) < stop - start:
+            raise DataError(f"{self.path} became shorter while it was read: leave it alone, and start again")
+        return data
+
+
+class Bytes:
+    """The bytes of files one after the other, read from the disk where they are asked for.
+
+    It has a length, and a slice of it, forwards, is uint8 [n]. Memory is that of a slice and a block.
+    """
+
+    def __init__(self, files: Sequence[File]) -> None:
+        self.files = files
+        self._starts = np.cumsum([0, *(file.size for file in files)]).tolist()
+        self._first, self._block = 0, b""  # what was read last, and where it begins
+
+    def __len__(self) -> int:
+        """How many bytes."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, where: slice) -> UInt8[np.ndarray, " n"]:
+        start, stop, step = where.indices(len(self))
+        stop = max(start, stop)
+        if not self._first <= start <= stop <= self._first + len(self._block):
+            self._first = start
+            self._block = b"".join(self._read(start, min(len(self), max(stop, start + BLOCK))))
+        return np.frombuffer(self._block, np.uint8)[start - self._first : stop - self._first : step]
+
+    def _read(self, start: int, stop: int) -> Iterator[bytes]:
+        index = bisect.bisect_right(self._starts, start) - 1
+        while start < stop:
+            end = min(stop, self._starts[index + 1])
+            yield self.files[index].read(start - self._starts[index], end - self._starts[index])
+            start, index = end, index + 1
+
+
 def read_text(
     path: Path,
     *,
@@ -44,19 +101,22 @@ def read_text(
 ) -> Text:
     """Read a file, or every text file under a folder in the order of their names, and hold a sixteenth out.
 
-    A folder of many files is split by file, chosen by a checksum of the relative path, so that adding a file
-    moves no other one. A single file, or each file of a small folder, gives up its last sixteenth. Names that
-    begin with a dot, links to folders, files that are not UTF-8 text and whatever is excluded are left out of
-    a folder; suffixes, if given, are the only ones taken.
+    A folder of many files is split by file, chosen by a hash of the relative path, so that adding a file
+    moves no other one; where it chooses none or all, one file is held out. A single file, or each file of a
+    small folder, gives up its last sixteenth. Names that begin with a dot, links to folders, files that are
+    not UTF-8 text and whatever is excluded are left out of a folder; suffixes, if given, are the only ones
+    taken.
 
     Raises DataError when the path is missing, unreadable or empty, or when there is no text in it.
     """
-    parts, skipped = _read(path, exclude, exclude_names, suffixes)
+    files, skipped = text_files(path, exclude=exclude, exclude_names=exclude_names, suffixes=suffixes)
+    chosen = _held_out([file.name for file in files]) if len(files) >= FILES_TO_SPLIT_BY_FILE else None
     train: list[bytes] = []
     held_out: list[bytes] = []
-    for name, data in parts:
-        if len(parts) >= FILES_TO_SPLIT_BY_FILE:
-            (held_out if zlib.crc32(name.encode()) % HELD_OUT == 0 else train).append(data)
+    for file in files:
+        data = file.read()
+        if chosen is not None:
+            (held_out if file.name in chosen else train).append(data)
         else:
             cut = len(data) - len(data) // HELD_OUT
             while cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside of a character
@@ -66,59 +126,73 @@ def read_text(
     both = b"".join(train), b"".join(held_out)
     fingerprint = f"{len(both[0])}+{len(both[1])}:{zlib.crc32(both[1], zlib.crc32(both[0])):08x}"
     return Text(
-        np.frombuffer(both[0], np.uint8), np.frombuffer(both[1], np.uint8), len(parts), skipped, fingerprint
+        np.frombuffer(both[0], np.uint8), np.frombuffer(both[1], np.uint8), len(files), skipped, fingerprint
     )
 
 
-def read_whole(path: Path) -> list[bytes]:
-    """Read what `read_text` does, a file or every text file under a folder, without holding anything out."""
-    return [data for _, data in _read(path, (), (), ())[0]]
+def _held_out(names: Sequence[str]) -> set[str]:
+    """Choose about a sixteenth of names, each by itself; at least one, and not all."""
+    # a hash of which every bit depends on every letter: names that count up are spread, too
+    numbers = {
+        name: int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+        for name in names
+    }
+    chosen = {name for name, number in numbers.items() if number % HELD_OUT == 0}
+    return chosen if 0 < len(chosen) < len(names) else {min(names, key=numbers.__getitem__)}
 
 
-def _read(
-    path: Path, exclude: Sequence[Path], exclude_names: Sequence[str], suffixes: Sequence[str]
-) -> tuple[list[tuple[str, bytes]], int]:
+def text_files(
+    path: Path,
+    *,
+    exclude: Sequence[Path] = (),
+    exclude_names: Sequence[str] = (),
+    suffixes: Sequence[str] = (),
+) -> tuple[list[File], int]:
+    """Return the files that `read_text` reads, none of them empty, and how many of a folder are no text.
+
+    They are looked at in blocks: memory does not grow with them. Raises DataError as `read_text` does.
+    """
     if not path.exists():
         raise DataError(f"{path} does not exist; --text needs a text file or a folder of them")
-    if not path.is_dir():
-        return [("", _read_file(path))], 0
-    return _read_folder(path, exclude, exclude_names, suffixes)
-
-
-def _read_file(path: Path) -> bytes:
+    if path.is_dir():
+        return _folder_files(path, exclude, exclude_names, suffixes)
     if not path.is_file():
         raise DataError(f"{path} is neither a file nor a folder")
     try:
-        data = path.read_bytes()
+        size, reason = _look(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if not data:
-        raise DataError(f"{path} is empty")
-    if reason := _not_text(data):
+        raise _unreadable(path, error) from error
+    if reason:
         raise DataError(f"{path} is not text: {reason}")
-    return data
+    if not size:
+        raise DataError(f"{path} is empty")
+    return [File(path, "", size)], 0
 
 
-def _read_folder(
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror}")
+
+
+def _folder_files(
     path: Path, exclude: Sequence[Path], exclude_names: Sequence[str], suffixes: Sequence[str]
-) -> tuple[list[tuple[str, bytes]], int]:
-    parts, skipped = [], 0
+) -> tuple[list[File], int]:
+    found, skipped = [], 0
     for file in _walk(path, {entry.resolve() for entry in exclude}, set(exclude_names)):
         if suffixes and file.suffix not in suffixes:
             continue
         try:
-            data = file.read_bytes()
+            size, reason = _look(file)
         except OSError:
             skipped += 1
             continue
-        if _not_text(data) is not None:
+        if reason is not None:
             skipped += 1
-        elif data:
-            parts.append((file.relative_to(path).as_posix(), data))
-    if not parts:
-        found = f"{skipped} files that are not UTF-8 text" if skipped else "no files"
-        raise DataError(f"{path} holds no text: {found}")
-    return parts, skipped
+        elif size:
+            found.append(File(file, file.relative_to(path).as_posix(), size))
+    if not found:
+        what = f"{skipped} files that are not UTF-8 text" if skipped else "no files"
+        raise DataError(f"{path} holds no text: {what}")
+    return found, skipped
 
 
 def _walk(path: Path, exclude: set[Path], exclude_names: set[str]) -> Iterator[Path]:
@@ -139,14 +213,35 @@ def _walk(path: Path, exclude: set[Path], exclude_names: set[str]) -> Iterator[P
         )
 
 
-def _not_text(data: bytes) -> str | None:
-    """Say why these bytes are not UTF-8 text, or None if they are."""
-    if (where := data.find(0)) >= 0:
-        return f"byte {where} is NUL (a binary file, or UTF-16: convert it with iconv -t utf-8)"
+def _look(path: Path) -> tuple[int, str | None]:
+    """Return how many bytes a file has, and why they are not UTF-8 text, or None if they are."""
+    with path.open("rb") as file:
+        return _not_text(iter(lambda: file.read(BLOCK), b""))
+
+
+def _not_text(blocks: Iterable[bytes]) -> tuple[int, str | None]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    begin = 0
+    for block in blocks:
+        if (where := block.find(0)) >= 0:
+            return begin, (
+                f"byte {begin + where} is NUL (a binary file, or UTF-16: convert it with iconv -t utf-8)"
+            )
+        if (reason := _not_utf8(decoder, block, begin)) is not None:
+            return begin, reason
+        begin += len(block)
+    return begin, _not_utf8(decoder, b"", begin, final=True)
+
+
+def _not_utf8(
+    decoder: codecs.IncrementalDecoder, block: bytes, begin: int, *, final: bool = False
+) -> str | None:
+    begin -= len(decoder.getstate()[0])  # of a character that the last block cut
     try:
-        data.decode("utf-8")
+        decoder.decode(block, final)
     except UnicodeDecodeError as error:
-        return f"byte {error.start} (0x{data[error.start]:02x}) is not UTF-8 (convert it with iconv -t utf-8)"
+        where, byte = begin + error.start, error.object[error.start]
+        return f"byte {where} (0x{byte:02x}) is not UTF-8 (convert it with iconv -t utf-8)"
     return None
 
 

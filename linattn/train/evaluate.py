@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from linattn.errors import DataError, ValueRangeError
 from linattn.models import TransNormerLM
+from linattn.train.data import Bytes
 
 if TYPE_CHECKING:
     from jaxtyping import Int32, UInt8
@@ -44,29 +45,32 @@ def bits_per_byte(
         raise DataError("there is no held-out text to measure: give more text")
     rows = min(ROWS, max(1, len(text) // CHUNK))
     width = len(text) // rows
-    body = torch.from_numpy(text[: rows * width].astype(np.int64)).view(rows, width).to(device)
-    rest = torch.from_numpy(text[rows * width :].astype(np.int64)).to(
-        device
-    )  # goes on where the last row ends
+    body, rest = text[: rows * width].reshape(rows, width), text[rows * width :]
     nats = 8.0 * math.log(2) * rows
     with torch.no_grad():
         states = model.initial_states(rows)
         for start in range(0, width - 1, CHUNK):
-            piece = body[:, start : start + CHUNK + 1]
+            piece = _ids(body[:, start : start + CHUNK + 1], device)
             logits, states = model(piece[:, :-1], states, return_states=True)
             nats += F.cross_entropy(
                 logits.flatten(0, 1).float(), piece[:, 1:].flatten(), reduction="sum"
             ).item()
-        if len(rest):
+        if len(rest):  # goes on where the last row ends
             last = [state.select([rows - 1]) for state in states]
-            logits = model(torch.cat([body[-1, -1:], rest[:-1]])[None], last)
-            nats += F.cross_entropy(logits[0].float(), rest, reduction="sum").item()
+            piece = _ids(text[rows * width - 1 :], device)
+            logits = model(piece[None, :-1], last)
+            nats += F.cross_entropy(logits[0].float(), piece[1:], reduction="sum").item()
     return nats / math.log(2) / len(text)
+
+
+def _ids(text: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """A piece of a text as the model takes it; only pieces, as it is eight times as large."""
+    return torch.from_numpy(text.astype(np.int64)).to(device)
 
 
 def nats_of(
     model: TransNormerLM,
-    ids: Int32[np.ndarray, " n"],
+    ids: Int32[np.ndarray, " n"] | Bytes,
     context: int | None = None,
     chunk: int = 4096,
     *,
@@ -74,8 +78,9 @@ def nats_of(
 ) -> float:
     """Return what the model pays for a text's tokens, in nats; a context's first costs log(vocabulary).
 
-    context: forget everything after so many tokens; None: never. The text is read in chunks, the states
-    carried on, so memory does not grow with it. progress: told after each chunk how many tokens it had.
+    ids: held, or bytes of files, which are read as they are asked for. context: forget everything after so
+    many tokens; None: never. The text is read in chunks, the states carried on, so nothing here grows with
+    it. progress: told after each chunk how many tokens it had.
 
     Raises DataError for an empty text, ValueRangeError for ids outside the vocabulary or a context below 1.
     """
@@ -88,11 +93,11 @@ def nats_of(
     nats = 0.0
     with torch.no_grad():
         for begin in range(0, len(ids), context or len(ids)):
-            part = torch.from_numpy(ids[begin : begin + (context or len(ids))].astype(np.int64)).to(device)
+            end = min(begin + (context or len(ids)), len(ids))
             nats += math.log(size)
             states = model.initial_states(1)
-            for start in range(0, len(part) - 1, chunk):
-                piece = part[start : start + chunk + 1]
+            for start in range(begin, end - 1, chunk):
+                piece = _ids(ids[start : min(start + chunk + 1, end)], device)
                 logits, states = model(piece[None, :-1], states, return_states=True)
                 nats += F.cross_entropy(logits[0].float(), piece[1:], reduction="sum").item()
                 progress(len(piece) - 1)

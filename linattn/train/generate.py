@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linattn.errors import OptionError, ValueRangeError
+from linattn.errors import ValueRangeError
 from linattn.models import TransNormerLM
+from linattn.train.corpus import check_bytes
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,12 +36,9 @@ def generate(
     seed gives the same bytes. The model reads the prompt in chunks, then moves its states one step per byte.
 
     Raises OptionError for a model that is not over bytes, ValueRangeError for arguments outside their domain;
-    both before the first byte.
+    both before the first byte. Raises ValueRangeError, too, at a prediction that is no finite number.
     """
-    if model.config.vocab_size != 256:
-        raise OptionError(
-            f"text is bytes, so the model's vocabulary must be 256, it is {model.config.vocab_size}"
-        )
+    check_bytes(model.config.vocab_size)
     return continue_ids(model, list(prompt or START), tokens, temperature=temperature, top_k=top_k, seed=seed)
 
 
@@ -84,12 +82,21 @@ def _generate(
 def pick(
     logits: Float[torch.Tensor, " v"], temperature: float, top_k: int | None, generator: torch.Generator
 ) -> int:
-    """Draw one token. On the CPU in float64, so that every device draws the same from the same logits."""
+    """Draw one token. On the CPU in float64, so that every device draws the same from the same logits.
+
+    top_k: how many tokens at most may be drawn, where logits are equal, too. Raises ValueRangeError for
+    logits that are no finite numbers.
+    """
     wide = logits.detach().cpu().double()
+    if not wide.isfinite().all():
+        raise ValueRangeError(
+            "the model predicts NaN or infinity: its training diverged; take an earlier checkpoint"
+        )
     if temperature == 0:
         return int(wide.argmax())
     if top_k is not None and top_k < len(wide):
-        wide = wide.masked_fill(wide < wide.topk(top_k).values[-1], -math.inf)
+        kept = wide.topk(top_k)
+        wide = torch.full_like(wide, -math.inf).scatter(0, kept.indices, kept.values)
     weights = torch.softmax((wide - wide.max()) / temperature, 0)
     return int(torch.multinomial(weights, 1, generator=generator))
 

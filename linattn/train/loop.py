@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -91,7 +92,7 @@ class Trainer:
     out: the run's folder; None saves nothing. seconds: learn for this time (measuring and saving not counted)
     rather than for settings.steps, the learning rate following the clock; such a run cannot be continued.
 
-    Raises ValueRangeError unless seconds is above 0.
+    Raises ValueRangeError unless seconds is above 0, OptionError where `out` holds a model that is no run's.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class Trainer:
     ) -> None:
         if seconds is not None and not seconds > 0:
             raise ValueRangeError(f"seconds must be above 0, got {seconds}")
+        if out is not None:
+            checkpoint.refuse_model(out)
         self.text, self.settings, self.out, self.seconds = text, settings, out, seconds
         self.device = torch.device(device)
         self.judged = spread(text.held_out, JUDGED)
@@ -174,8 +177,8 @@ class Trainer:
         save_every: steps between checkpoints; 0 saves only at the end. evaluations: how often in the whole
         run the held-out text is measured; always at the end.
 
-        Raises OptionError when `out` holds a run that went further, ValueRangeError when the loss is no
-        longer a number, CheckpointError when a checkpoint cannot be written.
+        Raises OptionError when `out` holds a run that went further, ValueRangeError when a loss is no longer
+        finite, before what gives it is saved, CheckpointError when a checkpoint cannot be written.
         """
         if self.out is not None and any(
             entry > checkpoint.folder_of(self.out, self.step) for entry in checkpoint.checkpoints(self.out)
@@ -198,23 +201,33 @@ class Trainer:
             measure = done or math.floor(fraction * evaluations) > math.floor(before * evaluations)
             rate = (self.step - first) * self.settings.batch * self.settings.seq_len / max(elapsed, 1e-9)
             paused = time.monotonic()
-            held_out = bits_per_byte(self.model, self.judged, self.device) if measure else None
+            held_out = self._held_out() if measure else None
             due = self.out is not None and (done or (save_every > 0 and self.step % save_every == 0))
+            if due:
+                refuse_weights(self.model, self.step)
+                with torch.no_grad():
+                    self._loss()
             saved = self.save() if due else None
             began += time.monotonic() - paused
             steps = self.settings.steps if self.seconds is None else None
             yield Progress(self.step, steps, fraction, train_bits, held_out, rate, saved)
 
+    def _loss(self) -> tuple[torch.Tensor, float]:
+        """The loss of the next step's batch, and in bits per byte."""
+        ids = torch.from_numpy(self.windows(self.step)).to(self.device)
+        with diverging(self.model, self.step):
+            logits = self.model(ids[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        return loss, finite(loss.item() / math.log(2), f"the loss of step {self.step + 1}")
+
+    def _held_out(self) -> float:
+        with diverging(self.model, self.step):
+            bits = bits_per_byte(self.model, self.judged, self.device)
+        return finite(bits, f"the held-out loss after step {self.step}")
+
     def _take_step(self, fraction: float) -> float:
         settings = self.settings
-        ids = torch.from_numpy(self.windows(self.step)).to(self.device)
-        logits = self.model(ids[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-        value = loss.item() / math.log(2)
-        if not math.isfinite(value):
-            raise ValueRangeError(
-                f"the loss of step {self.step + 1} is {value}: training diverged; lower the learning rate"
-            )
+        loss, value = self._loss()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
@@ -225,6 +238,33 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         return value
+
+
+def _diverged(what: str) -> ValueRangeError:
+    return ValueRangeError(f"{what}: training diverged; lower the learning rate")
+
+
+def finite(value: float, what: str) -> float:
+    """Return a loss; raise ValueRangeError, which says that training diverged, unless it is finite."""
+    if not math.isfinite(value):
+        raise _diverged(f"{what} is {value}")
+    return value
+
+
+def refuse_weights(model: torch.nn.Module, step: int) -> None:
+    """Raise ValueRangeError, which says that training diverged, unless all weights are finite."""
+    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+        raise _diverged(f"weights are no longer finite after step {step}")
+
+
+@contextlib.contextmanager
+def diverging(model: torch.nn.Module, step: int) -> Iterator[None]:
+    """Around a call of the model: where it refuses values because training diverged, says so instead."""
+    try:
+        yield
+    except ValueRangeError:
+        refuse_weights(model, step)
+        raise
 
 
 def _optimizer(model: TransNormerLM, settings: Settings) -> torch.optim.AdamW:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import typer
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
@@ -26,10 +27,12 @@ from linattn.safetensors_io import write_whole
 from linattn.train import checkpoint, trainer_checkpoint
 from linattn.train.corpus import Corpus
 from linattn.train.processes import together
+from linattn.train.trainer_checkpoint import Trainer
 
 FACTS = "run.json"  # what a run is, beside its checkpoints
 LOSS_CHUNK = 8192  # tokens whose logits are there at once,
 LOGITS = 1 << 29  # or fewer: so many logits, 1 GiB in bfloat16
+SEEDS = 1 << 32  # that transformers takes
 JUDGED = 64  # windows of the held-out text that are measured, spread over all of it
 
 
@@ -57,6 +60,10 @@ class Plan:
                 raise ValueRangeError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
             raise ValueRangeError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueRangeError(
+                f"seed must be from 0 to {SEEDS - 1} for transformers' Trainer, got {self.seed}"
+            )
         if self.batch % self.accumulate:
             raise ValueRangeError(f"accumulate must divide batch, got {self.accumulate} and {self.batch}")
 
@@ -195,7 +202,8 @@ def train(
 
     Raises DataError for a text that is too short, CheckpointError where there is nothing to resume, or a file
     of it is missing or damaged, or the disk takes no more, OptionError where another run trains into `out` or
-    for a GPU other than the first, ValueRangeError where processes cannot share a batch.
+    left a model there, or for a GPU other than the first, ValueRangeError where processes cannot share a
+    batch, or where training diverged, before that is saved.
     """
     if device.index:
         raise OptionError(
@@ -211,7 +219,7 @@ def train(
             if resume and not out.exists():
                 raise CheckpointError(f"{out} holds no checkpoint to go on from")
             held.enter_context(checkpoint.alone(out))
-            return _begin(size, corpus, plan, out, resume)
+            return _begin(size, corpus, plan, out, resume, tokenizer)
 
         saved = together(processes, begin)
         _train(size, corpus, plan, out, device, saved, count, as_json, tokenizer)
@@ -219,7 +227,7 @@ def train(
         typer.echo(f"saved {out}")
 
 
-def _begin(size: str, corpus: Corpus, plan: Plan, out: Path, resume: bool) -> list[Path]:
+def _begin(size: str, corpus: Corpus, plan: Plan, out: Path, resume: bool, tokenizer: Any) -> list[Path]:
     """Look at a run's folder and write down what the run is; return the checkpoints to go on from."""
     saved = checkpoint.of_trainer(out)
     if (small := checkpoint.checkpoints(out)) or (saved and not resume):
@@ -227,12 +235,24 @@ def _begin(size: str, corpus: Corpus, plan: Plan, out: Path, resume: bool) -> li
         raise OptionError(f"{out} holds a run already ({last}): pass --resume to go on, or another --out")
     if resume and not saved:
         raise CheckpointError(f"{out} holds no checkpoint to go on from")
+    if not resume:
+        checkpoint.refuse_model(out)
     checkpoint.prepare(out)
     facts = {**asdict(plan), "preset": size, "text": corpus.fingerprint, "vocab_size": corpus.vocab_size}
+    facts["tokenizer"] = None if tokenizer is None else _fingerprint(tokenizer, corpus)
     _same_run(out, facts, resume=resume)
     if saved:
         _look_at(saved[-1], plan)
     return saved
+
+
+def _fingerprint(tokenizer: Any, corpus: Corpus) -> str:
+    """What tells a tokenizer from others of its size: its vocabulary, and what it makes of the text."""
+    words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    total = zlib.crc32(words)
+    for ids in (corpus.train, corpus.held_out):
+        total = zlib.crc32(ids.data, total)
+    return f"{total:08x}"
 
 
 def _look_at(last: Path, plan: Plan) -> None:
@@ -267,6 +287,12 @@ def _train(
     tokenizer: Any,
 ) -> None:
     windows = plan.windows(processes)
+    rows = Rows(corpus.train, plan.seq_len, "training")
+    if len(rows) < plan.batch:
+        raise DataError(
+            f"the training text has {len(rows)} windows of {plan.seq_len} tokens, a batch needs "
+            f"{plan.batch}: give more text, or a smaller batch"
+        )
     torch.manual_seed(plan.seed)
     done = ended(saved, plan)
     model = model_of(str(saved[-1]) if done else size, corpus.vocab_size)
@@ -292,6 +318,7 @@ def _train(
         eval_strategy="steps",
         eval_steps=plan.save_every,
         logging_steps=max(1, plan.steps // 100),
+        logging_nan_inf_filter=False,  # it shows a loss that is not finite as 0
         seed=plan.seed,
         report_to=[],
         disable_tqdm=True,
@@ -304,7 +331,7 @@ def _train(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Rows(corpus.train, plan.seq_len, "training"),
+        train_dataset=rows,
         eval_dataset=held_out,
         data_collator=default_data_collator,
         processing_class=tokenizer,
@@ -313,8 +340,7 @@ def _train(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if not done:
-        with trainer_checkpoint.Written(trainer, out):
-            trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     trainer_checkpoint.save_model(trainer, out)
 
 
@@ -323,8 +349,10 @@ def _same_run(out: Path, facts: dict[str, Any], *, resume: bool) -> None:
     place = out / FACTS
     if not resume:
         write_whole(place, (json.dumps(facts, indent=2) + "\n").encode())
+        checkpoint.readable(place, out / checkpoint.LOCK)
         return
     before = checkpoint.read_json(place) if place.is_file() else facts
+    before.setdefault("tokenizer", facts["tokenizer"])  # runs once did not write it down
     for name, value in facts.items():
         if before.get(name) != value:
             raise OptionError(

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer: what is missing or damaged, and what could not be written."""
+"""transformers' Trainer and its checkpoints: what is missing, damaged, diverged, or could not be written."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from linattn.errors import CheckpointError
 from linattn.train import checkpoint
+from linattn.train.loop import diverging, finite, refuse_weights
 
 UNFIT = (EOFError, RuntimeError, ValueError)  # what zipfile and torch say to garbage, too
 MORE = 1 << 20  # bytes that a disk is asked to take once more
@@ -32,7 +34,7 @@ def check_model(folder: Path) -> None:
         _there(path)
         try:
             with safe_open(path, framework="pt"):
-                pass
+                checkpoint.check_sum(path)
         except OSError as error:
             raise _unreadable(path, error) from error
         except SafetensorError as error:
@@ -91,14 +93,13 @@ def _check_archive(path: Path) -> None:
 class Written:
     """Around what Trainer writes: where the system takes no more, says so and removes the torn part.
 
-    folder: what is written; None is the checkpoint that Trainer writes by itself while it trains. Every other
-    error passes as it is.
+    folder: what is written. what: its name in a sentence. Every other error passes as it is.
 
     Raises CheckpointError.
     """
 
-    def __init__(self, trainer: Any, out: Path, folder: Path | None = None) -> None:
-        self.trainer, self.out, self.folder = trainer, out, folder
+    def __init__(self, trainer: Any, folder: Path, what: str) -> None:
+        self.trainer, self.folder, self.what = trainer, folder, what
 
     def __enter__(self) -> None:
         return
@@ -106,28 +107,60 @@ class Written:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        folder = self.folder
-        if folder is None and self.trainer.control.should_save:  # until the checkpoint is written
-            folder = self.out / f"checkpoint-{self.trainer.state.global_step}"
-        if error is None or folder is None:
-            return
-        why = _refusal(folder, error)
+        why = None if error is None else _refusal(self.folder, error)
         if why is None:
             return
         if self.trainer.args.should_save:  # of several processes, the one that writes
-            shutil.rmtree(folder, ignore_errors=True)  # gives the space back
-        kept = [entry for entry in checkpoint.of_trainer(self.out) if entry != folder]
-        what = f"checkpoint {folder}" if self.folder is None else f"the model in {self.out}"
-        raise checkpoint.not_written(what, why, kept) from error
+            shutil.rmtree(self.folder, ignore_errors=True)  # gives the space back
+        kept = [entry for entry in checkpoint.of_trainer(self.folder.parent) if entry != self.folder]
+        raise checkpoint.not_written(self.what, why, kept) from error
+
+
+class Trainer(transformers.Trainer):  # type: ignore[misc]
+    """transformers' Trainer: it ends when training diverges, and its checkpoints have checksums.
+
+    Raises ValueRangeError for a loss or weights that are not finite, before they are saved; CheckpointError
+    for a checkpoint that could not be written.
+    """
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """What transformers' Trainer computes."""
+        with diverging(self.model, self.state.global_step):
+            return super().compute_loss(*arguments, **options)
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Tell the callbacks, unless training diverged."""
+        for name, loss in (("loss", "loss"), ("eval_loss", "held-out loss")):
+            finite(logs.get(name, 0.0), f"the {loss} at step {self.state.global_step}")
+        super().log(logs, *arguments, **options)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, and the checksums of a checkpoint."""
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        for path in checkpoint.weight_files(folder):
+            checkpoint.readable(path, folder / checkpoint.CONFIG)
+        if _internal_call:
+            checkpoint.write_sums(folder)
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        step = self.state.global_step
+        refuse_weights(self.model, step)
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        with Written(self, folder, f"checkpoint {folder}"):
+            super()._save_checkpoint(*arguments, **options)
 
 
 def save_model(trainer: Any, out: Path) -> None:
     """Write a model into a run's folder; one that is there stays until the new one is whole.
 
-    Raises CheckpointError where it cannot be written.
+    Raises ValueRangeError where its weights are not finite, CheckpointError where it cannot be written.
     """
+    refuse_weights(trainer.model, trainer.args.max_steps)
     partial = out / checkpoint.PARTIAL
-    with Written(trainer, out, partial):
+    with Written(trainer, partial, f"the model in {out}"):
         trainer.save_model(str(partial))
         if not trainer.args.should_save:
             return

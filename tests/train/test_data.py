@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from linattn.errors import DataError
 from linattn.train import Windows, read_text
+from linattn.train.data import BLOCK, FILES_TO_SPLIT_BY_FILE, HELD_OUT, text_files
 
 
 def test_a_file_gives_up_its_end(tmp_path):
@@ -35,6 +37,37 @@ def test_a_folder_is_split_by_file_and_new_files_move_no_old_ones(tmp_path):
     assert after.held_out.tobytes().replace(b"new", b"") == whole
     assert after.fingerprint != before.fingerprint
     assert not set(before.train.tobytes().split()) & set(whole.split())
+
+
+NAMES = ["f{}.txt", "{:02}.txt", "{:03}.txt", "part-{:05}.txt", "chunk_{}.md", "page-{:02}.html", "deep/{}"]
+
+
+@pytest.mark.parametrize("pattern", NAMES)
+@pytest.mark.parametrize("count", [FILES_TO_SPLIT_BY_FILE, 80, 1000])
+def test_names_that_count_up_are_held_out_as_often_as_others(tmp_path, pattern, count):
+    (tmp_path / "deep").mkdir()
+    for index in range(count):
+        (tmp_path / pattern.format(index)).write_text(f"{index:04}")
+    text = read_text(tmp_path)
+    held_out = len(text.held_out) // 4
+    spread = np.sqrt(count / HELD_OUT * (1 - 1 / HELD_OUT))
+    assert held_out >= 1 and abs(held_out - count / HELD_OUT) <= 3 * spread
+    assert 4 * count == len(text.train) + len(text.held_out)
+
+
+def test_one_file_is_held_out_where_the_hash_chooses_none_or_all(tmp_path):
+    def number(name):
+        return int.from_bytes(hashlib.sha256(name.encode()).digest())
+
+    names = [f"{index:05}" for index in range(3000)]
+    for folder, chosen in (("none", False), ("all", True)):
+        (tmp_path / folder).mkdir()
+        alike = [name for name in names if (number(name) % HELD_OUT == 0) == chosen][:FILES_TO_SPLIT_BY_FILE]
+        for name in alike:
+            (tmp_path / folder / name).write_text(name)
+        text = read_text(tmp_path / folder)
+        assert text.held_out.tobytes().decode() == min(alike, key=number)
+        assert len(text.train) == 5 * (len(alike) - 1)
 
 
 def test_the_order_of_creation_does_not_matter(tmp_path):
@@ -84,6 +117,33 @@ def test_refusals(tmp_path):
     refused(file, "UTF-16")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path / "pipe", "neither a file nor a folder")
+
+
+@pytest.mark.parametrize("before", [0, 1, BLOCK - 1, BLOCK])
+@pytest.mark.parametrize(
+    ("data", "where", "why"),
+    [
+        (b"\xff", 0, "(0xff) is not UTF-8"),
+        ("é".encode() + b"\xc3", 2, "(0xc3) is not UTF-8"),
+        ("€".encode()[:2] + b"a", 0, "(0xe2) is not UTF-8"),
+        ("€".encode()[:2], 0, "(0xe2) is not UTF-8"),
+        ("€€".encode() + b"\0", 6, "is NUL"),
+    ],
+)
+def test_what_is_no_text_is_found_where_it_is(tmp_path, before, data, where, why):
+    """In any block, and where a block cuts a character."""
+    (tmp_path / "file").write_bytes(b"a" * before + data)
+    with pytest.raises(DataError) as caught:
+        read_text(tmp_path / "file")
+    assert f"file is not text: byte {before + where} {why}" in str(caught.value)
+
+
+def test_a_character_that_a_block_cuts_is_text(tmp_path):
+    content = "a" * (BLOCK - 1) + "€" * BLOCK
+    (tmp_path / "file").write_text(content)
+    files, skipped = text_files(tmp_path / "file")
+    assert (files[0].size, skipped) == (len(content.encode()), 0)
+    assert files[0].read().decode() == content
 
 
 def test_an_epoch_visits_every_window_once_whatever_step_it_starts_from():

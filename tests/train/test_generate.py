@@ -58,6 +58,27 @@ def test_pick_follows_temperature_and_top_k():
     assert pick(logits * 1e30, 1e-30, None, generator) == 2  # no overflow
 
 
+def test_top_k_is_a_bound_where_logits_are_equal():
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 3):
+        assert len({pick(torch.zeros(50), 1.0, count, generator) for _ in range(200)}) == count
+    tied = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0])
+    drawn = {pick(tied, 100.0, 2, generator) for _ in range(200)}
+    assert len(drawn) == 2 and 0 in drawn and 4 not in drawn
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_prediction_that_is_no_number_is_refused(value, temperature):
+    model = drawn()
+    with torch.no_grad():
+        model.lm_head.weight[3] = value
+    with pytest.raises(ValueRangeError, match="the model predicts NaN or infinity"):
+        list(generate(model, b"ab", 3, temperature=temperature))
+    with pytest.raises(ValueRangeError, match="the model predicts NaN or infinity"):
+        pick(torch.tensor([0.0, value, 1.0]), temperature, None, torch.Generator())
+
+
 def test_text_appears_when_its_characters_are_whole():
     assert list(decoded(iter("aé€".encode()))) == ["a", "é", "€"]
     assert "".join(decoded(iter(b"a\xff\xe2"))) == "a\ufffd\ufffd"

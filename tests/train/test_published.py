@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from linattn.cli import app
-from linattn.errors import CheckpointError, DataError, OptionError
+from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
 from linattn.models.transnormer import TransNormerConfig
 from linattn.train import checkpoint, corpus, load_model, published
 from linattn.train.evaluate import nats_of
@@ -180,22 +181,61 @@ def test_a_run_goes_on_as_what_it_was(sizes, text, tmp_path):
         run(sizes, text, tmp_path / "file")
 
 
-def test_whole_texts_are_judged(tmp_path):
-    """Of a folder and of a dataset, none cut, characters neither."""
-    (tmp_path / "two").mkdir()
-    for name in "ab":
-        (tmp_path / "two" / f"{name}.txt").write_text("äöü" * 33 + name)
-    ids, size = corpus.read_all(tmp_path / "two")
-    assert bytes(ids.astype(np.uint8)).decode() == "äöü" * 33 + "a" + "äöü" * 33 + "b" and size == len(ids)
-    parts = corpus.read_corpus(tmp_path / "two")
-    for part in (parts.train, parts.held_out):
-        bytes(part.astype(np.uint8)).decode()
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "data")
-    assert bytes(corpus.read_all(tmp_path / "data")[0].astype(np.uint8)) == b"onetwo"
-    datasets.Dataset.from_dict({"text": ["one", None]}).save_to_disk(tmp_path / "none")
-    with pytest.raises(DataError, match="a row without text"):
-        corpus.read_all(tmp_path / "none")
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_that_is_no_run_s_is_not_replaced(sizes, text, tmp_path, name):
+    """Neither the weights to fine-tune nor others; nor is a run of the small loop hidden behind them."""
+    out = tmp_path / "out"
+    published.model_of(str(sizes), 256).save_pretrained(out)
+    (out / "model.safetensors").rename(out / name)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    said = rf"out holds a model already \({name}\): choose another --out$"
+    presets = [sizes, out] if name.endswith("safetensors") else [sizes]
+    for preset in presets:
+        with pytest.raises(OptionError, match=said):
+            run(preset, text, out)
+    command = ["train", "--text", str(text), "--out", str(out), "--steps", "1", "--device", "cpu"]
+    for more in ([], ["--resume"]):
+        small = CliRunner().invoke(app, [*command, "--batch", "1", "--seq-len", "16", *more])
+        assert small.exit_code == 2 and f"holds a model already ({name})" in small.stderr
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.name != checkpoint.LOCK}
+
+
+def test_a_tokenizer_is_part_of_a_run(sizes, text, tmp_path):
+    """Another of the same size, whose tokens have other ids, is not the one."""
+    out, folder = tmp_path / "out", tmp_path / "words"
+    words(folder)
+
+    def go_on(**options):
+        tokenizer = corpus.load_tokenizer(folder)
+        ids = corpus.read_corpus(text, tokenizer)
+        plan = dataclasses.replace(PLAN, steps=2)
+        published.train(str(sizes), ids, plan, out, device=CPU, as_json=True, tokenizer=tokenizer, **options)
+
+    go_on()
+    go_on(resume=True)
+    place = folder / "tokenizer.json"
+    before, fields = place.read_text(), json.loads(place.read_text())
+    ids = fields["model"]["vocab"]
+    ids["fox"], ids["dog."] = ids["dog."], ids["fox"]
+    place.write_text(json.dumps(fields))
+    with pytest.raises(OptionError, match=r"out is a run with tokenizer '\w{8}', not '\w{8}'"):
+        go_on(resume=True)
+    place.write_text(before)
+    facts = json.loads((out / published.FACTS).read_text())
+    assert facts.pop("tokenizer")
+    (out / published.FACTS).write_text(json.dumps(facts))  # as runs were once written down
+    go_on(resume=True)
+
+
+def test_what_a_text_and_transformers_cannot_give(sizes, text, tmp_path):
+    with pytest.raises(DataError, match=r"has 158 windows of 16 tokens, a batch needs 159: give more text"):
+        run(sizes, text, tmp_path / "out", dataclasses.replace(PLAN, batch=159))
+    run(sizes, text, tmp_path / "all", dataclasses.replace(PLAN, batch=158, steps=1, seed=2**32 - 1))
+    command = ["train", "--preset", str(sizes), "--text", str(text), "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, [*command, "--seed", str(2**32)])
+    assert found.exit_code == 2 and f"seed must be from 0 to {2**32 - 1} for" in found.stderr
+    with pytest.raises(ValueRangeError, match="seed must be from 0"):
+        dataclasses.replace(PLAN, seed=-1)
 
 
 def test_bad_runs(sizes, text, tmp_path):

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from linattn.cli import app
 from linattn.errors import CheckpointError
 from linattn.models.transnormer import TransNormerConfig
-from linattn.train import checkpoint, corpus, published, trainer_checkpoint
+from linattn.train import checkpoint, corpus, load_model, published, trainer_checkpoint
 from tests.train.stopping import killed_after
 from tests.train.test_published import CPU, LINE, SIZES
 
@@ -122,6 +122,44 @@ def test_what_else_is_damaged(home, cut):
         train(home, cut, resume=True)
 
 
+def test_a_bit_of_the_weights_that_is_another_one(home, cut):
+    """It leaves the file what safetensors reads."""
+    folder = cut / "checkpoint-4"
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1001] + bytes([whole[-1001] ^ 1]) + whole[-1000:])
+    said = r"checkpoint-4/model.safetensors is damaged: its checksum is not the one it was saved with; remove"
+    for refused in (lambda: train(home, cut, resume=True), lambda: load_model(folder)):
+        with pytest.raises(CheckpointError, match=said):
+            refused()
+    path.write_bytes(whole)
+    (folder / checkpoint.RUN).unlink()  # as checkpoints were once written
+    ends_as_the_whole(home, cut)
+
+
+def test_weights_in_several_files_have_checksums(home, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    published.model_of(str(home / "sizes"), 256).save_pretrained(folder, max_shard_size="20KB")
+    checkpoint.write_sums(folder)
+    files = checkpoint.weight_files(folder)
+    assert len(files) > 1
+    trainer_checkpoint.check_model(folder)
+    load_model(folder)
+    whole = files[-1].read_bytes()
+    files[-1].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for read in (trainer_checkpoint.check_model, load_model):
+        with pytest.raises(CheckpointError, match=f"{files[-1].name} is damaged: its checksum"):
+            read(folder)
+
+
+def test_files_are_read_by_whom_the_system_lets(home):
+    """Not by their owner alone, as temporary files are."""
+    whole = home / "whole"
+    mode = (whole / "config.json").stat().st_mode
+    for path in (whole / published.FACTS, whole / "model.safetensors", *whole.glob("checkpoint-*/model*")):
+        assert path.stat().st_mode == mode, path
+
+
 def test_every_process_has_its_random_numbers(cut):
     folder = cut / "checkpoint-4"
     fields = json.loads((folder / checkpoint.STATE).read_text())
@@ -203,6 +241,31 @@ def test_a_disk_that_is_full_at_the_last_file(home, cut, monkeypatch):
             train(home, cut, resume=True)
     assert checkpoint.of_trainer(cut, whole=False) == [cut / "checkpoint-2", cut / "checkpoint-4"]
     ends_as_the_whole(home, cut)
+
+
+def test_a_disk_that_is_full_at_the_checksums(home, cut, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_sums", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: No space left on device;"):
+        train(home, cut, resume=True)
+    assert checkpoint.of_trainer(cut, whole=False) == [cut / "checkpoint-2", cut / "checkpoint-4"]
+
+
+def test_an_output_that_is_full_is_no_full_disk(home, tmp_path, monkeypatch):
+    """What is printed at a step that is saved cannot be; the disk is not to blame."""
+    plain = published.typer.echo
+
+    def full(message, **options):
+        if json.loads(message)["step"] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(message, **options)
+
+    monkeypatch.setattr(published.typer, "echo", full)
+    with pytest.raises(OSError, match="No space left on device"):  # a CheckpointError is none
+        train(home, tmp_path / "out")
+    assert checkpoint.of_trainer(tmp_path / "out") == [tmp_path / "out" / "checkpoint-2"]
 
 
 def test_a_model_that_is_there_stays_until_the_new_one_is_whole(home, tmp_path):
