@@ -68,7 +68,7 @@ def test_help_and_version_say_so_too():
 def test_a_closed_standard_output_is_quiet(way):
     lines = PRINTS.format(WAYS[way])
     done = start(
-        f"import os, subprocess, sys\nos.close(1)\nos.execv(sys.executable, ['python', '-c', {lines!r}])"
+        f"import os, subprocess, sys\nos.close(1)\nos.execv(sys.executable, [sys.executable, '-c', {lines!r}])"
     )
     assert (done.returncode, done.stderr) == (0, "")
 
