@@ -67,9 +67,8 @@ def test_help_and_version_say_so_too():
 @pytest.mark.parametrize("way", WAYS)
 def test_a_closed_standard_output_is_quiet(way):
     lines = PRINTS.format(WAYS[way])
-    done = start(
-        f"import os, subprocess, sys\nos.close(1)\nos.execv(sys.executable, [sys.executable, '-c', {lines!r}])"
-    )
+    again = f"os.execv(sys.executable, [sys.executable, '-c', {lines!r}])"
+    done = start(f"import os, sys\nos.close(1)\n{again}")
     assert (done.returncode, done.stderr) == (0, "")
 
 
