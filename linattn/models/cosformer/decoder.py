@@ -191,9 +191,7 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
         last so many columns only, or of these; 0 for all. Everything else: `CosformerDecoder.forward`.
         """
-        check_labels(
-            labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size, kwargs
-        )
+        check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs)
         found = self.decoder(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache,
             output_hidden_states=output_hidden_states, return_dict=True, **kwargs,

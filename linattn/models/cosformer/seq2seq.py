@@ -86,8 +86,7 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         their place. labels: the ids that each column of the decoder is to give, -100 where nothing is asked;
         without decoder_input_ids those are the labels, one later. The rest: `CosformerDecoder.forward`.
         """
-        given = decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids
-        check_labels(labels, given, self.config.vocab_size, kwargs)
+        check_labels(labels, decoder_input_ids, decoder_inputs_embeds, self.config.vocab_size, kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids, attention_mask, inputs_embeds, output_hidden_states, True, **kwargs

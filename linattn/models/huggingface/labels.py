@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 IGNORED = -100  # a label that asks nothing
 
 
-def check_labels(labels: Any, given: Any, vocab_size: int, options: dict[str, Any]) -> None:
-    """Refuse labels that are not [b, n], as the columns of `given` (ids or embeddings; None: any), or no ids.
+def check_labels(labels: Any, ids: Any, embeds: Any, vocab_size: int, options: dict[str, Any]) -> None:
+    """Refuse labels that are no ids, or not [b, n] as the call's ids or embeddings are, where it has any.
 
-    Values are read only where they lie on the host. Raises ArgumentTypeError, ShapeError or ValueRangeError.
+    options: the loss's, of which ignore_index counts. Values are read only where they lie on the host. Raises
+    ArgumentTypeError, ShapeError or ValueRangeError.
     """
     if labels is None:
         return
     if not isinstance(labels, torch.Tensor):
         raise ArgumentTypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    given = embeds if ids is None else ids
     rows = given.shape[:2] if isinstance(given, torch.Tensor) and given.ndim > 1 else None
     if labels.ndim != 2 or (rows is not None and labels.shape != rows):
         wanted = "[b, n]" if rows is None else f"{list(rows)}, as the input"

@@ -267,8 +267,8 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
         last so many columns only, or of these; 0 for all. Everything else: `TransNormerModel.forward`.
         """
+        check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs)
         given = inputs_embeds if input_ids is None else input_ids
-        check_labels(labels, given, self.config.vocab_size, kwargs)
         borders = packed_at(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values, given)
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
