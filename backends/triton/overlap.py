@@ -18,6 +18,8 @@ FIRST = 1  # begins when everything before has ended, and lets the next one begi
 BESIDE = 2  # reads nothing that the one in front writes: begins with it, ends after it
 BEHIND = 3  # waits for what the one in front writes, then lets the next one begin
 
+_ALONE, _BEHIND = tl.constexpr(ALONE), tl.constexpr(BEHIND)  # as kernels read them
+
 
 @functools.cache
 def possible(device: str) -> bool:
@@ -28,14 +30,14 @@ def possible(device: str) -> bool:
 @triton.jit
 def entered(OVERLAP: tl.constexpr):
     """What a kernel does first."""
-    if OVERLAP == 3:
+    if OVERLAP == _BEHIND:
         gdc_wait()
-    if OVERLAP > 0:
+    if OVERLAP != _ALONE:
         gdc_launch_dependents()
 
 
 @triton.jit
 def left(OVERLAP: tl.constexpr):
     """What it does last."""
-    if (OVERLAP == 1) | (OVERLAP == 2):
+    if (OVERLAP != _ALONE) & (OVERLAP != _BEHIND):
         gdc_wait()
