@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 import linattn
-from linattn.bench.gpu_measure import Cuda
+from linattn.bench.gpu_measure import STEPS, Cuda, captured
 from linattn.bench.systems import OURS, Judge, Row, Task, Verdict, faster, memory, peak_of, timed
 from linattn.nn import SimpleRMSNorm
 
 LIGHTNING, QUADRATIC = "linattn.lightning_attention", "(Q Kᵀ ∘ decay) V in torch"
 FORWARD, BOTH = "attention", "attention, forward + backward"
+GRAPH = f"{BOTH}, in a CUDA graph"  # at the shortest length, where Python takes longer than the GPU
 LENGTHS = 2048, 8192, 16384
 HEADS, WIDTH = 8, 128
 PLAIN = f"{OURS}, norms and gates not fused"
@@ -34,10 +35,15 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 def tasks(device: torch.device, divide: int = 1, *, width: int) -> Iterator[Task]:
     """Rows of attention alone, and of the norm and the gate alone, rows of `width`."""
+    whats: dict[int, tuple[str, ...]] = dict.fromkeys(LENGTHS, (FORWARD, BOTH))
+    if device.type == "cuda":
+        whats[LENGTHS[0]] += (GRAPH,)
     for n in LENGTHS:
-        for what in (FORWARD, BOTH):
+        for what in whats[n]:
             for who in (LIGHTNING, QUADRATIC):
-                run = functools.partial(attention, device, n // divide, who, backward=what == BOTH)
+                run = functools.partial(
+                    attention, device, n // divide, who, backward=what != FORWARD, graph=what == GRAPH
+                )
                 yield Task(Row(what, who, 1, n // divide, claim=SPEED), run)
     for what in ("norm", "norm and gate"):
         for fused in (True, False):
@@ -48,7 +54,9 @@ def tasks(device: torch.device, divide: int = 1, *, width: int) -> Iterator[Task
             yield Task(row, run)
 
 
-def attention(device: torch.device, n: int, who: str, *, backward: bool) -> dict[str, Any]:
+def attention(
+    device: torch.device, n: int, who: str, *, backward: bool, graph: bool = False
+) -> dict[str, Any]:
     """One sequence, decay per head; what the plain sum multiplies by is made beforehand, and not counted."""
     log_decay = torch.tensor(linattn.decay.alibi(HEADS), dtype=torch.float32, device=device)
     plain = who == QUADRATIC
@@ -61,7 +69,7 @@ def attention(device: torch.device, n: int, who: str, *, backward: bool) -> dict
         run = functools.partial(quadratic, q, k, v, weights)
     else:
         run = functools.partial(linattn.lightning_attention, q, k, v, log_decay)
-    return cost(run, (q, k, v), device, backward=backward)
+    return cost(run, (q, k, v), device, backward=backward, graph=graph)
 
 
 def decays(log_decay: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -86,9 +94,17 @@ def norm(device: torch.device, rows: int, width: int, *, gated: bool, fused: boo
 
 
 def cost(
-    run: Callable[[], torch.Tensor], given: tuple[torch.Tensor, ...], device: torch.device, *, backward: bool
+    run: Callable[[], torch.Tensor],
+    given: tuple[torch.Tensor, ...],
+    device: torch.device,
+    *,
+    backward: bool,
+    graph: bool = False,
 ) -> dict[str, Any]:
-    """Time, on CUDA the device's with a cold cache; memory: what is given, and the most held beside."""
+    """Time, on CUDA the device's with a cold cache; memory: what is given, and the most held beside.
+
+    graph: the time is that of one of `STEPS` calls in a CUDA graph, the first with a cold cache.
+    """
     do = torch.randn_like(run()) if backward else None
 
     def work() -> tuple[Any, ...]:
@@ -100,14 +116,18 @@ def cost(
     clock = Cuda()
     held = [*given] if do is None else [*given, do]
     own = sum(x.numel() * x.element_size() for x in held)
-    return {"peak": own + clock.peak_bytes(work), "seconds": clock.milliseconds(work) / 1e3}
+    peak = own + clock.peak_bytes(work)
+    if graph:
+        calls, _ = captured(work, STEPS)
+        return {"peak": peak, "seconds": clock.milliseconds(lambda: (calls.replay(),)) / STEPS / 1e3}
+    return {"peak": peak, "seconds": clock.milliseconds(work) / 1e3}
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """Whether the claims hold, where their rows are there."""
     judge = Judge(rows)
     for n in LENGTHS:
-        for what in (FORWARD, BOTH):
+        for what in (FORWARD, BOTH, GRAPH):
             ours, peer = (judge.at.get((what, who, 1, n)) for who in (LIGHTNING, QUADRATIC))
             claim = f"{what.replace('attention', 'Lightning Attention')}, N = {n}"
             judge(f"{claim}: 2 times as fast as plain", [ours], faster, " times", peers=(peer,), least=2)
