@@ -116,7 +116,7 @@ class Written:
         raise checkpoint.not_written(self.what, why, kept) from error
 
 
-class Trainer(transformers.Trainer):  # type: ignore[misc]
+class Trainer(transformers.Trainer):
     """transformers' Trainer: it ends when training diverges, and its checkpoints have checksums.
 
     Raises ValueRangeError for a loss or weights that are not finite, before they are saved; CheckpointError
