@@ -38,6 +38,7 @@ REFUSED = 2  # the exit status of what is said in a sentence
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended
 # what is said where memory is full by errors without a class for it: of torch on a CPU, of CUDA
 OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|can't allocate memory|not enough memory|out of memory", re.I)
+LONGEST_NAME = 100  # characters of a file's name in a sentence
 ASKED = re.compile(r"allocate ([\d.]+ \w+)")  # what there was no room for
 # name -> what `linattn NAME --help` ends with; in this order, each finds what it needs
 EXAMPLES = {
@@ -131,6 +132,8 @@ def _sentence(error: Exception) -> str | None:
     """What to say of an error instead of a traceback, or None: then it is a bug."""
     if isinstance(error, LinattnError):
         return str(error)
+    if isinstance(error, OSError):  # of what was named: too long a name, a folder that must not be read
+        return f"{str(error.filename)[:LONGEST_NAME]}: {error.strerror}" if error.filename else None
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
         return None
     asked = f", {found[1]} more were asked for" if (found := ASKED.search(str(error))) else ""
@@ -146,7 +149,7 @@ def _subcommand(name: str, summary: str) -> None:
         debug = ctx.obj or DEBUG in ctx.args
         try:
             status = _run(name, [argument for argument in ctx.args if argument != DEBUG])
-        except (LinattnError, MemoryError, RuntimeError) as error:
+        except (LinattnError, MemoryError, RuntimeError, OSError) as error:
             said = _sentence(error)
             if debug or said is None:
                 raise

@@ -43,9 +43,10 @@ def evaluate(
         from linattn.errors import ValueRangeError
         from linattn.train import load_model
         from linattn.train.checkpoint import find
-        from linattn.train.corpus import own_tokenizer, read_all
+        from linattn.train.corpus import read_all
         from linattn.train.device import choose_device
         from linattn.train.evaluate import nats_of
+        from linattn.train.tokenizers import own_tokenizer
 
         folder = find(checkpoint)
         model = load_model(folder, choose_device(device))
@@ -78,5 +79,6 @@ def _run_around(folder: Path) -> list[Path]:
     """The folder of the run that a checkpoint belongs to, if it is one of several there."""
     from linattn.train.checkpoint import checkpoints, of_trainer
 
-    run = folder.resolve().parent
+    folder = folder.resolve()
+    run = folder.parent
     return [run] if folder.name in {entry.name for entry in (*checkpoints(run), *of_trainer(run))} else []

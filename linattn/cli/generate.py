@@ -60,8 +60,8 @@ def _continued(checkpoint: Path, prompt: str, tokens: int, device: torch.device,
     """The text after the prompt, in pieces; of a checkpoint with a tokenizer until its end of text."""
     from linattn.train import generate, load_model
     from linattn.train.checkpoint import find
-    from linattn.train.corpus import own_tokenizer
     from linattn.train.generate import continue_ids, decoded, pieces
+    from linattn.train.tokenizers import own_tokenizer
 
     folder = find(checkpoint)
     model = load_model(folder, device)
@@ -69,6 +69,7 @@ def _continued(checkpoint: Path, prompt: str, tokens: int, device: torch.device,
     if words is None:
         yield from decoded(generate(model, prompt.encode("utf-8", "surrogateescape"), tokens, **how))
         return
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no UTF-8
     start = words(prompt, add_special_tokens=False)["input_ids"] or [words.eos_token_id or 0]
     ids = continue_ids(model, start, tokens, **how)
     yield from pieces(words, start, itertools.takewhile(lambda one: one != words.eos_token_id, ids))

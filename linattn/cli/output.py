@@ -136,6 +136,8 @@ def guarded_output() -> Iterator[None]:
     settings = {
         name: getattr(plain, name) for name in ("encoding", "errors", "line_buffering", "write_through")
     }
+    if settings["errors"] == "strict":  # letters that the stream's encoding lacks do not end a command
+        settings["errors"] = "backslashreplace"
     sys.stdout = output = Output(plain.buffer, **settings)
     try:
         yield

@@ -73,7 +73,8 @@ def train(
         from accelerate import PartialState
 
         from linattn.train import published
-        from linattn.train.corpus import load_tokenizer, read_corpus
+        from linattn.train.corpus import read_corpus
+        from linattn.train.tokenizers import load_tokenizer
 
         plan = published.Plan(
             **changes,

@@ -8,15 +8,19 @@ from typing import Any
 
 from linattn.errors import OptionError, ValueRangeError
 
+MOST = 2**31 - 1  # of a size
+
 __all__ = ["check_choice", "check_flags", "check_ids", "check_positive", "check_sizes"]
 
 
 def check_sizes(config: Any, *names: str, least: int = 1) -> None:
-    """Refuse sizes that are no int of at least `least`, with ValueRangeError."""
+    """Refuse sizes that are no int from `least` to `MOST`, with ValueRangeError."""
     for name in names:
         value = getattr(config, name)
         if not _is_int(value) or value < least:
             raise ValueRangeError(f"{name} must be an int of at least {least}, got {value!r}")
+        if value > MOST:
+            raise ValueRangeError(f"{name} must be at most {MOST}, got {value}")
 
 
 def check_flags(config: Any, *names: str) -> None:

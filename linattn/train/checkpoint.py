@@ -21,7 +21,7 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 
 from linattn.errors import CheckpointError, OptionError
-from linattn.models import TransNormerConfig, TransNormerLM
+from linattn.models import TransNormerLM
 
 MODEL_TYPE = "transnormer"
 CONFIG, MODEL, TRAINING, RUN = "config.json", "model.safetensors", "training.safetensors", "training.json"
@@ -186,26 +186,11 @@ def find(path: Path) -> Path:
         return found[-1]
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    raise CheckpointError(f"{path} holds no checkpoint: neither {MODEL} nor a folder step-…")
-
-
-def load_model(path: Path, device: torch.device | str = "cpu") -> TransNormerLM:
-    """Return the model of a checkpoint or of a run's newest one, float32; also of a transformers folder.
-
-    Raises CheckpointError when anything is missing, damaged, or does not fit together; nothing is loaded by
-    halves.
-    """
-    folder = find(path)
-    fields = read_json(folder / CONFIG)
-    kind = fields.pop("model_type", None)
-    if kind != MODEL_TYPE:
-        raise CheckpointError(f"{folder / CONFIG} is for a model of type {kind!r}, this is {MODEL_TYPE!r}")
-    tensors = {name.removeprefix("model."): x for name, x in _weights(folder).items()}
-    if fields.get("tie_word_embeddings") and "embed_tokens.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
-    model = TransNormerLM(TransNormerConfig.from_dict(fields))
-    load_weights(model, tensors, folder / MODEL)
-    return model.to(device)
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file: give the folder of the checkpoint, {path.parent}")
+    raise CheckpointError(
+        f"{path} holds no checkpoint: neither {MODEL} nor a folder step-… or checkpoint-… of a run"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -218,7 +203,10 @@ def weight_files(folder: Path) -> list[Path]:
     places = read_json(folder / SHARDS).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{folder / SHARDS} is damaged: it names no tensors")
-    return [folder / Path(str(name)).name for name in sorted(set(places.values()))]
+    names = [*places.values()]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(f"{folder / SHARDS} is damaged: it names no files of its folder")
+    return [folder / name for name in sorted(set(names))]
 
 
 def write_sums(folder: Path) -> None:
@@ -258,37 +246,15 @@ def _altered(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: its checksum is not the one it was saved with")
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    sums = _sums(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        tensors |= _read_tensors(path, sums)
-    return tensors
-
-
-def load_weights(model: TransNormerLM, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Put tensors into a model once every name and shape is right; raise CheckpointError otherwise."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        what = [f"lacks {', '.join(missing[:3])}"] * bool(missing) + [
-            f"has unknown {', '.join(extra[:3])}"
-        ] * bool(extra)
-        raise CheckpointError(f"{source} is of another model: it {' and '.join(what)}")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            shapes = f"{tuple(tensor.shape)}, this model's is {tuple(own[name].shape)}"
-            raise CheckpointError(f"{source} is of another model: {name} has shape {shapes}")
-    model.load_state_dict(dict(tensors))
-
-
 def load_run(folder: Path) -> Run:
     """Return what continues the run of a checkpoint. Raises CheckpointError when it is missing or damaged."""
     fields = read_json(folder / RUN)
     step, facts = fields.get("step"), fields.get("facts")
-    if not isinstance(step, int) or not isinstance(facts, dict):
+    if type(step) is not int or not isinstance(facts, dict):
         raise CheckpointError(f"{folder / RUN} is damaged: it has no step or no facts")
-    return Run(step, _read_tensors(folder / TRAINING, _sums(folder)), facts)
+    if step != step_of(folder):
+        raise CheckpointError(f"{folder / RUN} is damaged: its step is {step}{instead(folder)}")
+    return Run(step, read_tensors(folder / TRAINING), facts)
 
 
 def _json(fields: Mapping[str, Any]) -> bytes:
@@ -330,7 +296,7 @@ def read_json(path: Path) -> dict[str, Any]:
     data = _read(path)
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object")
@@ -343,8 +309,9 @@ def _sums(folder: Path) -> dict[str, int]:
     return sums if isinstance(sums, dict) else {}
 
 
-def _read_tensors(path: Path, sums: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    data = _read(path)
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file. Raises CheckpointError where it is damaged, or not as it was saved."""
+    data, sums = _read(path), _sums(path.parent)
     if path.name in sums and zlib.crc32(data) != sums[path.name]:
         raise CheckpointError(f"{_altered(path)}{instead(path.parent)}")
     try:

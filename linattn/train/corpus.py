@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from linattn.errors import CheckpointError, DataError, OptionError
+from linattn.errors import DataError
 from linattn.train.data import HELD_OUT, Bytes, File, read_text, text_files
+from linattn.train.tokenizers import vocabulary
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
 
-BYTES = 256  # a vocabulary of them
 PIECE = 1 << 20  # characters of a text that a tokenizer gets at once
-TOKENIZER = "tokenizer_config.json"  # what every saved tokenizer has
 
 
 @dataclass(frozen=True)
@@ -33,43 +32,6 @@ class Corpus:
     held_out_bytes: int
     vocab_size: int
     fingerprint: str
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a folder. Raises DataError where there is none."""
-    from transformers import AutoTokenizer
-
-    import linattn.models.transnormer  # noqa: F401 (the Auto classes know it then)
-
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; --tokenizer needs one that save_pretrained wrote")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
-
-
-def own_tokenizer(checkpoint: Path, vocab_size: int) -> Any:
-    """Return the tokenizer that lies in the folder of a checkpoint, or None: its text is bytes.
-
-    vocab_size: the model's. Raises CheckpointError for a tokenizer that lacks a file, OptionError where there
-    is none and the model is not over bytes.
-    """
-    if (checkpoint / TOKENIZER).is_file():
-        return load_tokenizer(checkpoint)
-    if found := [name for name in ("tokenizer.json", "tokenizer.model") if (checkpoint / name).is_file()]:
-        raise CheckpointError(
-            f"{checkpoint} has a {found[0]} but no {TOKENIZER}, which names its special tokens: save the "
-            "tokenizer into the folder again"
-        )
-    check_bytes(vocab_size)
-    return None
-
-
-def check_bytes(vocab_size: int) -> None:
-    """Raise OptionError for a model that is not over bytes."""
-    if vocab_size != BYTES:
-        raise OptionError(f"text is bytes, so the model's vocabulary must be {BYTES}, it is {vocab_size}")
 
 
 def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = ()) -> Corpus:
@@ -87,12 +49,11 @@ def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = 
             [part.tobytes().decode("utf-8", "replace")] for part in (text.train, text.held_out)
         )
         fingerprint = text.fingerprint
-    size = BYTES if tokenizer is None else max(tokenizer.get_vocab().values()) + 1  # there may be holes
     return Corpus(
         encoded(train, tokenizer),
         encoded(held_out, tokenizer),
         sum(len(one.encode()) for one in held_out),
-        size,
+        vocabulary(tokenizer),
         fingerprint,
     )
 

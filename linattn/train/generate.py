@@ -11,7 +11,7 @@ import torch
 
 from linattn.errors import ValueRangeError
 from linattn.models import TransNormerLM
-from linattn.train.corpus import check_bytes
+from linattn.train.tokenizers import check_bytes
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -19,6 +19,7 @@ from linattn.models import TransNormerConfig, TransNormerLM
 from linattn.train import checkpoint
 from linattn.train.data import Text, Windows
 from linattn.train.evaluate import bits_per_byte, spread
+from linattn.train.loading import load_model
 
 BETAS = (0.9, 0.95)
 JUDGED = 1 << 17  # bytes of the held-out text that are measured, spread over all of it
@@ -155,7 +156,7 @@ class Trainer:
             raise CheckpointError(
                 f"{folder} is of another run: its {what} is {saved!r} there and {own!r} here"
             )
-        loaded = checkpoint.load_model(folder, self.device)
+        loaded = load_model(folder, self.device)
         moments = _moments(self.model, self.optimizer, run.optimizer, folder)
         self.model.load_state_dict(loaded.state_dict())
         self.optimizer.load_state_dict(moments)

@@ -16,7 +16,7 @@ import torch
 
 from linattn.errors import CheckpointError, OptionError, ValueRangeError
 from linattn.models import TransNormerConfig
-from linattn.train import Settings, Text, Trainer, checkpoint, load_model
+from linattn.train import Settings, Text, Trainer, checkpoint, load_model, loading
 
 CONFIG = TransNormerConfig(
     embed_dim=8, hidden_dim=8, num_heads=2, num_layers=2, glu_dim=8, linear_use_lrpe_list=(1, 0)
@@ -195,7 +195,7 @@ def test_weights_without_a_run_are_checked_too(tmp_path):
         ),
     ):
         with pytest.raises(CheckpointError, match=sentence):
-            checkpoint.load_weights(load_model(folder), tensors, folder)
+            loading.load_weights(load_model(folder), tensors, folder)
     damaged(folder, "model.safetensors", "short")
     with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
         load_model(folder)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from linattn.errors import CheckpointError, DataError, OptionError
-from linattn.train import corpus
+from linattn.train import corpus, tokenizers
 from linattn.train.data import BLOCK, Bytes, text_files
 
 
@@ -146,12 +146,12 @@ def test_a_split_is_not_judged_twice(tmp_path):
 
 
 def test_a_checkpoint_s_tokens_are_a_whole_tokenizer_s_or_bytes(tmp_path):
-    assert corpus.own_tokenizer(tmp_path, 256) is None
+    assert tokenizers.own_tokenizer(tmp_path, 256) is None
     with pytest.raises(OptionError, match="vocabulary must be 256, it is 4"):
-        corpus.own_tokenizer(tmp_path, 4)
+        tokenizers.own_tokenizer(tmp_path, 4)
     words(tmp_path)
-    assert corpus.own_tokenizer(tmp_path, 4).eos_token_id == 0
+    assert tokenizers.own_tokenizer(tmp_path, 4).eos_token_id == 0
     (tmp_path / "tokenizer_config.json").unlink()
     for size in (4, 256):
         with pytest.raises(CheckpointError, match=r"has a tokenizer\.json but no tokenizer_config\.json"):
-            corpus.own_tokenizer(tmp_path, size)
+            tokenizers.own_tokenizer(tmp_path, size)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from linattn.cli import app
 from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
 from linattn.models.transnormer import TransNormerConfig
-from linattn.train import checkpoint, corpus, load_model, published
+from linattn.train import checkpoint, corpus, load_model, published, tokenizers
 from linattn.train.evaluate import nats_of
 from tests.train.stopping import killed_after
 
@@ -206,7 +206,7 @@ def test_a_tokenizer_is_part_of_a_run(sizes, text, tmp_path):
     words(folder)
 
     def go_on(**options):
-        tokenizer = corpus.load_tokenizer(folder)
+        tokenizer = tokenizers.load_tokenizer(folder)
         ids = corpus.read_corpus(text, tokenizer)
         plan = dataclasses.replace(PLAN, steps=2)
         published.train(str(sizes), ids, plan, out, device=CPU, as_json=True, tokenizer=tokenizer, **options)
@@ -261,7 +261,7 @@ def test_bad_runs(sizes, text, tmp_path):
             run(sizes, text, tmp_path / "b")
         assert [path.name for path in (tmp_path / "b").iterdir()] == [checkpoint.LOCK]
     with pytest.raises(DataError, match="holds no tokenizer"):
-        corpus.load_tokenizer(tmp_path)
+        tokenizers.load_tokenizer(tmp_path)
     published.model_of(str(sizes), 256).bfloat16().save_pretrained(tmp_path / "weights")
     assert published.model_of(str(tmp_path / "weights"), 256).dtype == torch.float32
     with pytest.raises(CheckpointError, match="a vocabulary of 256, the text's tokens need 300"):
@@ -279,7 +279,7 @@ def test_what_a_tokenizer_pads_and_cuts_is_not_learned(sizes, text, tmp_path, si
     tokenizer.save_pretrained(tmp_path / "padding")
     saved = json.loads((tmp_path / "padding" / "tokenizer.json").read_text())
     assert saved["padding"]["direction"].lower() == side and saved["truncation"]["max_length"] == 8
-    tokenizer = corpus.load_tokenizer(tmp_path / "padding")
+    tokenizer = tokenizers.load_tokenizer(tmp_path / "padding")
     assert np.array_equal(corpus.encoded([LINE * 3, "fox", LINE], tokenizer), whole)
     seen, plain = [], published.Trainer.training_step
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from linattn.cli import app, generate
 from linattn.models import TransNormerConfig, TransNormerLM
-from linattn.train import checkpoint
+from linattn.train import checkpoint, load_model
 
 SIZES = {"embed_dim": 8, "hidden_dim": 8, "num_heads": 2, "num_layers": 1, "glu_dim": 8}
 
@@ -81,7 +81,7 @@ def test_the_checkpoint_s_own_run_is_no_text(tmp_path, text):
     run = saved(tmp_path / "run")
     alone = measured(run, text)
     inside = saved(text / "run")
-    checkpoint.save(inside, checkpoint.load_model(inside), checkpoint.Run(2, {}, {}))
+    checkpoint.save(inside, load_model(inside), checkpoint.Run(2, {}, {}))
     for path in (inside, checkpoint.find(inside)):
         assert measured(path, text) == alone
     assert measured(run, text)["bytes"] > alone["bytes"]  # somebody else's files are text
@@ -92,7 +92,7 @@ def test_the_checkpoint_s_own_run_is_no_text(tmp_path, text):
 def test_what_is_no_number_is_not_printed(tmp_path, text, scale, more):
     """A perplexity that overflows, neither."""
     run = saved(tmp_path / "run", scale=1.0)
-    model = checkpoint.load_model(run)
+    model = load_model(run)
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
     checkpoint.save(run, model, checkpoint.Run(2, {}, {}))
