@@ -46,7 +46,7 @@ def evaluate(
         from linattn.train.corpus import read_all
         from linattn.train.device import choose_device
         from linattn.train.evaluate import nats_of
-        from linattn.train.tokenizers import own_tokenizer
+        from linattn.train.tokenizers import own_tokenizer, unknown
 
         folder = find(checkpoint)
         model = load_model(folder, choose_device(device))
@@ -65,6 +65,7 @@ def evaluate(
         "bytes": size,
         "bits_per_byte": nats / math.log(2) / size,
         "perplexity": math.exp(nats / len(ids)),
+        "unknown_tokens": unknown(ids, words),
     }
     if as_json:
         typer.echo(json.dumps(found))
@@ -73,6 +74,11 @@ def evaluate(
         f"{found['bits_per_byte']:.4f} bits per byte, perplexity {found['perplexity']:.4f} per token, "
         f"over {len(ids):,} tokens of {size:,} bytes"
     )
+    if found["unknown_tokens"]:
+        typer.echo(
+            f"{found['unknown_tokens']:,} of them stand for words that the tokenizer does not know; which, "
+            "bits per byte do not pay for"
+        )
 
 
 def _run_around(folder: Path) -> list[Path]:

@@ -204,7 +204,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{folder / SHARDS} is damaged: it names no tensors")
     names = [*places.values()]
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not all(isinstance(name, str) and Path(name).name == name != ".." for name in names):
         raise CheckpointError(f"{folder / SHARDS} is damaged: it names no files of its folder")
     return [folder / name for name in sorted(set(names))]
 

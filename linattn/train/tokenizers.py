@@ -59,6 +59,13 @@ def own_tokenizer(checkpoint: Path, vocab_size: int) -> Any:
     return None
 
 
+def unknown(ids: Any, tokenizer: Any) -> int:
+    """Return how many ids stand for what a tokenizer does not know: int32 [n]; 0 for bytes."""
+    if tokenizer is None or tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
+        return 0  # some tokenizers name their end of text there, for want of another
+    return int((ids == tokenizer.unk_token_id).sum())
+
+
 def vocabulary(tokenizer: Any) -> int:
     """Return what all ids are below; None stands for bytes. There may be holes."""
     return BYTES if tokenizer is None else max(tokenizer.get_vocab().values()) + 1

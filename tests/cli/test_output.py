@@ -83,6 +83,13 @@ def test_a_reader_that_has_read_enough_is_quiet():
     assert (process.returncode, said) == (1, "")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
+def test_letters_that_an_encoding_lacks_do_not_end_a_command(encoding, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    done = start(PRINTS.format(r"typer.echo('a\u20ac\udce9b')"), stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("a") and "b" in done.stdout
+
+
 CPU = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
     "allocate 38400000000 bytes. Error code 12 (Cannot allocate memory)"

@@ -1,0 +1,218 @@
+"""Checkpoints and tokenizers that are read: whatever is wrong with them is said before anything is used."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from linattn.cli import app
+from linattn.errors import CheckpointError, DataError
+from linattn.models import TransNormerConfig, TransNormerLM
+from linattn.train import checkpoint, load_model, tokenizers
+
+SIZES = {"embed_dim": 8, "hidden_dim": 8, "num_heads": 2, "num_layers": 1, "glu_dim": 8}
+WORDS = {"<eos>": 0, "one": 1, "two": 2, "?": 3}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of a run."""
+    model = TransNormerLM(TransNormerConfig(**SIZES, linear_use_lrpe_list=(1,)))
+    return checkpoint.save(tmp_path, model, checkpoint.Run(1, {}, {}))
+
+
+@pytest.fixture
+def bare(folder):
+    """The same without checksums, as somebody else's."""
+    (folder / checkpoint.RUN).unlink()
+    return folder
+
+
+def words(folder, vocabulary=WORDS, **more):
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, **more).save_pretrained(folder)
+    return folder
+
+
+def of_words(folder, **more):
+    """A checkpoint with a tokenizer."""
+    folder.mkdir(exist_ok=True)
+    model = TransNormerLM(TransNormerConfig(vocab_size=4, **SIZES))
+    found = checkpoint.save(folder, model, checkpoint.Run(1, {}, {}))
+    return words(found, **{"eos_token": "<eos>", "unk_token": "?", **more})
+
+
+def changed(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refused(folder, sentence):
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def said(*arguments):
+    """The sentence of a command that refuses."""
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def measured(run, *texts):
+    given = [part for text in texts for part in ("--text", text)]
+    result = invoke("eval", "--checkpoint", run, *given, "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("fields", [{"decay_schedule": "paper"}, {"linear_act_fun": "relu"}])
+def test_a_configuration_is_the_one_that_was_saved(folder, fields):
+    changed(folder / "config.json", **fields)
+    refused(folder, r"config\.json is damaged: its checksum")
+    (folder / checkpoint.RUN).unlink()
+    load_model(folder)  # of somebody else
+
+
+@pytest.mark.parametrize("step", [0, 2, -1, True, "1", None])
+def test_a_step_is_the_one_of_its_folder(folder, step):
+    assert checkpoint.load_run(folder).step == 1
+    changed(folder / checkpoint.RUN, step=step)
+    with pytest.raises(CheckpointError, match=r"training\.json is damaged"):
+        checkpoint.load_run(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lm_head.weight", "layers.0.token_mixer.lrpe.theta"])
+def test_weights_are_finite(bare, name, value):
+    tensors = load_file(bare / checkpoint.MODEL)
+    tensors[name].flatten()[-1] = value
+    save_file(tensors, bare / checkpoint.MODEL)
+    refused(bare, f"NaN or infinite, in {name}: its training diverged; take an earlier")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_are_floating_point_numbers(bare, dtype):
+    tensors = load_file(bare / checkpoint.MODEL)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+    save_file(tensors, bare / checkpoint.MODEL)
+    refused(bare, "no floating point numbers: lm_head.weight is")
+
+
+def test_a_tensor_is_there_once(bare):
+    tensors = load_file(bare / checkpoint.MODEL)
+    tensors["model.lm_head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, bare / checkpoint.MODEL)
+    refused(bare, r"lm_head\.weight is there twice")
+
+
+@pytest.mark.parametrize("name", [None, ["model.safetensors"], "..", "a/b.safetensors", 3])
+@pytest.mark.parametrize("others", [{}, {"lm_head.weight": "model.safetensors"}])
+def test_an_index_names_files(bare, name, others):
+    places = {"weight_map": {"embed_tokens.weight": name, **others}}
+    (bare / checkpoint.SHARDS).write_text(json.dumps(places))
+    refused(bare, "it names no files of its folder")
+
+
+def test_sizes_and_flags_of_a_configuration(bare):
+    changed(bare / "config.json", tie_word_embeddings="false", eos_token_id=0)
+    refused(bare, "tie_word_embeddings must be true or false, got 'false'")
+    changed(bare / "config.json", tie_word_embeddings=False, vocab_size=10**30)
+    refused(bare, "vocab_size must be at most 2147483647")
+    (bare / "config.json").write_text("[" * 100000)
+    refused(bare, r"config\.json is damaged")
+
+
+def test_a_file_is_no_folder(folder):
+    refused(folder / checkpoint.MODEL, f"is a file: give the folder of the checkpoint, {folder}")
+    refused(folder.parent / "nowhere", "does not exist")
+    shutil.rmtree(folder)
+    refused(folder.parent, r"neither model\.safetensors nor a folder step-… or checkpoint-…")
+
+
+def test_the_run_around_a_checkpoint_by_other_names(folder, tmp_path, monkeypatch):
+    text = tmp_path.parent / f"{tmp_path.name} text"
+    text.mkdir()
+    (text / "a.txt").write_text("The quick brown fox.\n" * 9)
+    alone = measured(folder, text)
+    shutil.move(tmp_path, text / "run")
+    step = text / "run" / folder.name
+    (text / "run" / "latest").symlink_to(folder.name)
+    os.utime(step)
+    monkeypatch.chdir(step)
+    for path in (step, text / "run" / "latest", "."):
+        assert measured(path, text) == alone
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--out", "run", "--text"), ("eval", "--checkpoint", "step-00000001", "--text"),
+        ("eval", "--text", "run", "--checkpoint"), ("generate", "--checkpoint"),
+        ("train", "--text", "run", "--out", "out", "--preset"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_text_where_a_path_belongs(tmp_path, folder, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").write_text("text")
+    assert "aaa" in said(*arguments, "a" * 400)
+
+
+def test_damaged_tokenizers_are_sentences(tmp_path):
+    def fails(name, content, sentence):
+        folder = words(tmp_path / "words")
+        (folder / name).write_text(content)
+        with pytest.raises(DataError, match=sentence) as caught:
+            tokenizers.load_tokenizer(folder)
+        assert "\n" not in str(caught.value)
+
+    fails("tokenizer.json", "{}", "holds no tokenizer: ")
+    fails("tokenizer_config.json", "[]", "holds no tokenizer: ")
+    fails("tokenizer_config.json", '{"tokenizer_class": 5}', "holds no tokenizer: ")
+    remote = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    fails("tokenizer_config.json", json.dumps(remote), "holds no tokenizer: .*custom code")
+    folder = words(tmp_path / "none", {}, eos_token=None)
+    with pytest.raises(DataError, match="without a vocabulary"):
+        tokenizers.load_tokenizer(folder)
+
+
+def test_a_tokenizer_that_the_model_does_not_know(tmp_path):
+    folder = of_words(tmp_path)
+    assert tokenizers.own_tokenizer(folder, 4) is not None
+    with pytest.raises(CheckpointError, match="a tokenizer of 4 tokens for a model of 3"):
+        tokenizers.own_tokenizer(folder, 3)
+
+
+def test_unknown_words_are_counted(tmp_path):
+    folder = of_words(tmp_path / "run")
+    (tmp_path / "known").write_text("one two one")
+    (tmp_path / "unknown").write_text("one three four")
+    assert measured(folder, tmp_path / "known")["unknown_tokens"] == 0
+    assert measured(folder, tmp_path / "unknown")["unknown_tokens"] == 2
+    spoken = invoke("eval", "--checkpoint", folder, "--text", tmp_path / "unknown", "--device", "cpu")
+    assert "2 of them stand for words that the tokenizer does not know" in spoken.stdout
+    assert "unknown_tokens" in measured(of_words(tmp_path / "end", unk_token="<eos>"), tmp_path / "known")
+    found = measured(of_words(tmp_path / "same", unk_token="<eos>"), tmp_path / "known")
+    assert found["unknown_tokens"] == 0  # the end of a text is not a word
+
+
+def test_a_prompt_that_is_no_utf8(tmp_path):
+    found = invoke("generate", "--checkpoint", of_words(tmp_path), "--prompt", "one \udce9", "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["prompt"] == "one \udce9"
