@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from linattn.train.data import HELD_OUT, Bytes, File, read_text, text_files
 from linattn.train.tokenizers import vocabulary
 
 if TYPE_CHECKING:
-    from jaxtyping import Int32
+    from jaxtyping import Int32, UInt8
 
 PIECE = 1 << 20  # characters of a text that a tokenizer gets at once
 
@@ -37,25 +38,32 @@ class Corpus:
 def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = ()) -> Corpus:
     """Read text (`read_text`) or a folder that `datasets` wrote (`save_to_disk`, a column "text").
 
-    tokenizer: None for bytes. Its end-of-text token, where it has one, follows every text of a dataset.
+    tokenizer: None for bytes. Its end-of-text token, where it has one, follows every text of a dataset, and
+    what every file gave to be learned, and to be held out: as in `read_all`.
 
     Raises DataError when there is no text, or ids do not fit.
     """
+    size = vocabulary(tokenizer)
     if is_dataset(path):
-        train, held_out, fingerprint = _dataset(path)
-    else:
-        text = read_text(path, exclude=list(exclude))
-        train, held_out = (
-            [part.tobytes().decode("utf-8", "replace")] for part in (text.train, text.held_out)
-        )
-        fingerprint = text.fingerprint
-    return Corpus(
-        encoded(train, tokenizer),
-        encoded(held_out, tokenizer),
-        sum(len(one.encode()) for one in held_out),
-        vocabulary(tokenizer),
-        fingerprint,
+        rows, held, fingerprint = _dataset(path)
+        held_out_bytes = sum(len(one.encode()) for one in held)
+        return Corpus(encoded(rows, tokenizer), encoded(held, tokenizer), held_out_bytes, size, fingerprint)
+    text = read_text(path, exclude=list(exclude))
+    parts = (text.train, text.train_ends), (text.held_out, text.held_out_ends)
+    train, held_out = (
+        data.astype(np.int32) if tokenizer is None else encoded(_cut(data, ends), tokenizer)
+        for data, ends in parts
     )
+    return Corpus(train, held_out, len(text.held_out), size, text.fingerprint)
+
+
+def _cut(data: UInt8[np.ndarray, " n"], ends: Iterable[int]) -> Iterator[str]:
+    """The texts of files, one at a time, of bytes that hold them one after the other."""
+    start = 0
+    for end in ends:
+        if end > start:
+            yield data[start:end].tobytes().decode("utf-8", "replace")
+        start = end
 
 
 def read_all(
@@ -63,17 +71,17 @@ def read_all(
 ) -> tuple[Int32[np.ndarray, " n"] | Bytes, int]:
     """Return the ids of all text of files, folders and datasets in this order, and how many bytes it has.
 
-    Nothing is held out. Bytes of files and folders are read as they are asked for; the ids of a tokenizer and
-    what datasets hold are held whole; of the text of files, one file's at a time. exclude: as in
-    `read_text`.
+    Nothing is held out, and datasets are read with all of their splits. Bytes of files and folders are read
+    as they are asked for; the ids of a tokenizer and what datasets hold are held whole; of the text of files,
+    one file's at a time. exclude: as in `read_text`.
 
     Raises DataError where a path has no text.
     """
     parts: list[File | list[str]] = []
     for path in paths:
         if is_dataset(path):
-            train, held_out, _ = _dataset(path)
-            parts.append([*train, *held_out])
+            splits = _splits(path)
+            parts.append([row for name in splits for row in _rows(path, splits, name)])
         else:
             parts += text_files(path, exclude=exclude)[0]
     files = [part for part in parts if isinstance(part, File)]
@@ -118,24 +126,34 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-def _dataset(path: Path) -> tuple[list[str], list[str], str]:
+def _splits(path: Path) -> Mapping[str, Any]:
+    """The splits of a dataset by name, in their order. Raises DataError where there are none."""
     import datasets
 
     with _readable(path):
         found = datasets.load_from_disk(str(path))
-    splits = found if isinstance(found, dict) else {"train": found}
+    splits: Mapping[str, Any] = found if isinstance(found, dict) else {"train": found}
     if not splits:
         raise DataError(f"{path} is a dataset without splits: give it some text")
+    return splits
+
+
+def _dataset(path: Path) -> tuple[list[str], list[str], str]:
+    """The texts to learn, those that are held out, and what names both."""
+    splits = _splits(path)
     main = "train" if "train" in splits else next(iter(splits))
     train = _rows(path, splits, main)
-    if not train:
-        raise DataError(f"{path} has a split without rows: give it some text")
-    fingerprint = str(splits[main]._fingerprint)
     other = next((name for name in ("validation", "test") if name in splits and name != main), None)
     if other is not None:
-        return train, _rows(path, splits, other), fingerprint
-    cut = len(train) - max(1, len(train) // HELD_OUT)
-    return train[:cut], train[cut:], fingerprint
+        held_out = _rows(path, splits, other)
+    else:
+        cut = len(train) - max(1, len(train) // HELD_OUT)
+        train, held_out = train[:cut], train[cut:]
+    # of the text: the fingerprint of datasets names how the rows came to be
+    total = 0
+    for row in (*train, *held_out):
+        total = zlib.crc32(row.encode() + b"\0", total)
+    return train, held_out, f"{len(train)}+{len(held_out)} rows:{total:08x}"
 
 
 @contextlib.contextmanager
@@ -152,13 +170,15 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _rows(path: Path, splits: Mapping[str, Any], name: str) -> list[str]:
-    """Return the texts of a split of a dataset. Raises DataError where a row has none."""
+    """Return the texts of a split of a dataset. Raises DataError where there are none, or a row has none."""
     split = splits[name]
     if "text" not in split.column_names:
         others = ", ".join(split.column_names) or "none at all"
         raise DataError(f'{path} has no column "text", only {others}, in its split {name!r}')
     with _readable(path):
         rows = list(split["text"])
+    if not rows:
+        raise DataError(f"{path} has a split without rows: give it some text")
     for number, row in enumerate(rows):
         if row is None:
             raise DataError(f"{path} has a row without text in its split {name!r}: row {number}")

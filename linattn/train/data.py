@@ -29,7 +29,8 @@ class Text:
     """Bytes to learn from and bytes to be judged by, with what names them.
 
     train, held_out: uint8 [n]. files: how many were read. skipped: how many in a folder are no text.
-    fingerprint: tells whether another reading gave the same bytes.
+    fingerprint: tells whether another reading gave the same bytes. train_ends, held_out_ends: where what
+    each file gave to them ends; two ends are the same where it gave nothing.
     """
 
     train: UInt8[np.ndarray, " n"]
@@ -37,6 +38,8 @@ class Text:
     files: int
     skipped: int
     fingerprint: str
+    train_ends: tuple[int, ...] = ()
+    held_out_ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,12 @@ def read_text(
     both = b"".join(train), b"".join(held_out)
     fingerprint = f"{len(both[0])}+{len(both[1])}:{zlib.crc32(both[1], zlib.crc32(both[0])):08x}"
     return Text(
-        np.frombuffer(both[0], np.uint8), np.frombuffer(both[1], np.uint8), len(files), skipped, fingerprint
+        np.frombuffer(both[0], np.uint8),
+        np.frombuffer(both[1], np.uint8),
+        len(files),
+        skipped,
+        fingerprint,
+        *(tuple(np.cumsum([len(part) for part in parts]).tolist()) for parts in (train, held_out)),
     )
 
 
