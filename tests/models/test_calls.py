@@ -98,6 +98,7 @@ def test_a_mask_without_padding_leaves_texts_back_to_back_apart() -> None:
         torch.testing.assert_close(model(IDS[:1], attention_mask=mask, **options).logits, alone)
     # the positions of padded texts begin again at the text
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    options["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
     padded = model(IDS[:1], attention_mask=mask, **options).logits[:, 3:]
     torch.testing.assert_close(padded, model(IDS[:1, 3:]).logits)
 

@@ -22,7 +22,7 @@ from linattn.models.huggingface.model import StateGeneration, StateModel, check_
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
-from linattn.models.transnormer.packing import packed_at
+from linattn.models.transnormer.packing import check_whole, packed_at
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
 from linattn.nn.norm import only_matrix
@@ -104,9 +104,10 @@ class TransNormerModel(TransNormerPreTrainedModel):
         attention_mask: 0 for padding, wherever it is: such a token leaves no trace, in decays and positions
         neither; as wide as the input, or as that and all that a cache has seen. past_key_values: continues a
         text, by any number of tokens. cu_seqlens (or transformers' cu_seq_lens_q): b is 1 and n holds texts
-        back to back, which do not see each other; position_ids [b or 1, n] that begin again say the same,
-        without a cache and without padding. Otherwise position_ids say nothing here. inputs_embeds: instead
-        of ids, before the factor sqrt(decoder_embed_dim).
+        back to back, which do not see each other; seq_idx [b or 1, n] that changes from one real token to the
+        next, and position_ids [b or 1, n] that begin again there, say the same, without padding and before
+        a cache has seen tokens. Otherwise position_ids say nothing here. inputs_embeds: instead of ids,
+        before the factor sqrt(decoder_embed_dim).
 
         Raises ArgumentTypeError, ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError
         for output_attentions, which do not exist, and for keywords of `linattn.attention`, StateError for a
@@ -129,6 +130,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
             begun = None if attention_mask is None else cache.begun()
         seen = 0 if cache is None else cache.columns
         padding = padding_of(attention_mask, batch, n, begun, seen)
+        if attention_mask is not None and padding is not None and borders is not None:
+            check_whole(attention_mask, n)
+            padding = None  # compilers did not look
         if cache is not None:
             cache.check_seen(attention_mask, n)
         joined = borders is not None and batch > 1
@@ -136,8 +140,6 @@ class TransNormerModel(TransNormerPreTrainedModel):
             if cu_seqlens is not None or kwargs.get("cu_seq_lens_q") is not None:
                 raise ShapeError(f"cu_seqlens packs texts in one row, so b must be 1, got {batch}")
             x = x.reshape(1, batch * n, x.shape[2])  # rows of packed texts, one row after the other
-        if padding is not None and borders is not None:
-            raise ShapeError("texts back to back have no padding: pass cu_seqlens or a mask with zeros")
         x = x if padding is None else padding.to_front(x)
         lengths = None if padding is None else padding.lengths
         count = len(self.layers) + 1 if output_hidden_states else 1

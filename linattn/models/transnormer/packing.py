@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from linattn.arrays import traced
-from linattn.errors import ShapeError
+from linattn.errors import OptionError, ShapeError
+from linattn.models.huggingface.padding import real_tokens
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Int
+
+PADDED = (
+    "texts back to back have no padding: pass cu_seqlens, seq_idx or position_ids that begin again, or a "
+    "mask with zeros"
+)
+ONE_TEXT = "position_ids begin again: an exported model takes one text a row"
 
 
 def packed_at(
@@ -26,39 +32,80 @@ def packed_at(
     """Return where texts begin that lie back to back, however that is said; None for one text a row.
 
     options: a call's other keywords, of which cu_seq_lens_q and seq_idx count. given: the call's ids or
-    embeddings. Positions count only without a cache, and where no token is padding: those of padded texts
-    may begin again as well. Raises ShapeError for position_ids that are not [b or 1, n].
+    embeddings. A text begins at a real token with another seq_idx, or with position 0, than the real token
+    before it: padded texts, whose positions may begin at their first token, are one text. The values are read
+    back, at which compilers cut their graph; an exported program asserts that position_ids are of one text.
+    Raises ShapeError for position_ids and seq_idx that are not [b or 1, n], OptionError for seq_idx where
+    torch.export looks, and for several texts behind a cache that has seen tokens.
     """
     borders = options.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-    if borders is not None or cache is not None or (mask is not None and traced()):
+    if borders is not None:
         return borders
-    found = borders_of(position_ids, options.get("seq_idx"), given)
-    if found is not None and isinstance(mask, torch.Tensor) and not bool((mask == 1).all()):
+    seq_idx, begun = options.get("seq_idx"), bool(getattr(cache, "states", None))
+    if seq_idx is not None and begun:
+        raise OptionError(
+            "seq_idx parts texts of a first call, a cache that has seen tokens goes on with one text a row: "
+            "pass cu_seqlens"
+        )
+    exporting = torch.compiler.is_exporting()
+    if seq_idx is not None and exporting:
+        raise OptionError(
+            "seq_idx: where texts begin cannot be looked at by torch.export, pass one text a row"
+        )
+    again = _begins_again(seq_idx, position_ids, mask, given)
+    if again is None:
         return None
-    return found
-
-
-def borders_of(
-    position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None = None, given: Any = None
-) -> torch.Tensor | None:
-    """Where texts begin that lie back to back, in rows one after the other; None for one text a row."""
-    if seq_idx is not None:
-        again = seq_idx[:, 1:] != seq_idx[:, :-1]
-    elif position_ids is not None:
-        again = _in_rows(position_ids, given)[:, 1:] == 0
-    else:
+    if exporting:
+        torch._assert_async(~again.any(), ONE_TEXT)
         return None
-    if not bool(again.any()):
+    if again.shape[1] == 0 or not bool(again.any()):
         return None
+    if begun:
+        raise OptionError(
+            "position_ids begin again behind a cache that has seen tokens, it goes on with one text a row: "
+            "pass cu_seqlens"
+        )
     begins = nn.functional.pad(again, (1, 0), value=True).flatten().nonzero()[:, 0]
     return torch.cat([begins, begins.new_full((1,), again.shape[0] * (again.shape[1] + 1))])
 
 
-def _in_rows(position_ids: torch.Tensor, given: Any) -> torch.Tensor:
-    """Positions with a row for each of the input's."""
+def check_whole(mask: torch.Tensor, n: int) -> None:
+    """Raise ShapeError where a mask calls any of the last n columns padding, which packed texts have not.
+
+    An exported program asserts it.
+    """
+    whole = real_tokens(mask, n).all()
+    if torch.compiler.is_exporting():
+        torch._assert_async(whole, PADDED)
+    elif not bool(whole):
+        raise ShapeError(PADDED)
+
+
+def _begins_again(
+    seq_idx: torch.Tensor | None, position_ids: torch.Tensor | None, mask: Any, given: Any
+) -> Bool[torch.Tensor, "b n-1"] | None:
+    """Which tokens but the first begin a text, real tokens in front; None where nothing says so."""
+    if seq_idx is not None:
+        place = _in_rows("seq_idx", seq_idx, given)
+    elif position_ids is not None:
+        place = _in_rows("position_ids", position_ids, given)
+    else:
+        return None
+    n, inside = place.shape[1], None
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= n:  # others are refused later
+        real = real_tokens(mask, n).to(place.device)
+        if real.shape[0] == place.shape[0]:
+            place = place.gather(1, torch.argsort((~real).to(torch.int8), dim=1, stable=True))
+            inside = torch.arange(1, n, device=place.device) < real.sum(1, keepdim=True)
+    again = place[:, 1:] == 0 if seq_idx is None else place[:, 1:] != place[:, :-1]
+    return again if inside is None else again & inside
+
+
+def _in_rows(name: str, place: torch.Tensor, given: Any) -> torch.Tensor:
+    """What there is of every column, with a row for each of the input's."""
     rows = list(given.shape[:2]) if isinstance(given, torch.Tensor) and given.ndim > 1 else None
-    wanted = [list(position_ids.shape)] if rows is None else [rows, [1, rows[1]]]
-    if position_ids.ndim != 2 or list(position_ids.shape) not in wanted:
+    wanted = [list(place.shape)] if rows is None else [rows, [1, rows[1]]]
+    if place.ndim != 2 or list(place.shape) not in wanted:
         shape = "[b, n]" if rows is None else f"{rows}"
-        raise ShapeError(f"position_ids must have shape {shape}, got {list(position_ids.shape)}")
-    return position_ids if rows is None else position_ids.expand(rows)
+        raise ShapeError(f"{name} must have shape {shape}, got {list(place.shape)}")
+    return place if rows is None else place.expand(rows)
