@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -41,6 +42,34 @@ def test_label_smoothing_asks_for_the_next_token(model: Any, tmp_path: Any) -> N
     found = Trainer(model, arguments).compute_loss(model, {"input_ids": IDS, "labels": IDS})
     torch.testing.assert_close(found, model(IDS, labels=IDS).loss)
     assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # so do pipelines
+
+
+@pytest.mark.parametrize("smoothing", [1e-9, 0.1])
+def test_smoothed_losses_of_padded_texts_teach_what_those_alone_do(
+    model: Any, tmp_path: Any, smoothing: float
+) -> None:
+    """Trainer forms this loss from the logits, and asks for a first token where padding comes before it."""
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=smoothing, use_cpu=True, report_to=[]
+    )  # fmt: skip
+    trainer, texts = Trainer(model, arguments), (IDS[:1], IDS[1:, 3:])
+    ids, mask = pad(IDS, (2, 0)), pad(torch.ones_like(IDS), (2, 0))
+    mask[1, :5] = 0
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(loss, [*model.parameters()]))
+
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    found = trainer.compute_loss(model, given)
+    counts = [text.shape[1] - 1 for text in texts]
+    alone = [
+        count * trainer.compute_loss(model, {"input_ids": text, "labels": text})
+        for text, count in zip(texts, counts, strict=True)
+    ]
+    # first tokens are asked of zeros: the logarithm of 64 each, and no gradient
+    total, items = sum(alone), sum(counts) + len(texts)
+    torch.testing.assert_close(found, (total + len(texts) * math.log(64)) / items)
+    torch.testing.assert_close(gradients(found), gradients(total / items))
 
 
 @pytest.mark.parametrize(

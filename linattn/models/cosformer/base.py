@@ -47,12 +47,9 @@ class Rows:
     padding: Padding | None
     columns: int
 
-    def back(self, x: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
-        """Return every column's output; padding has that of the last real token before it.
-
-        before: outputs of each text's last real token in earlier calls.
-        """
-        return x if self.padding is None else self.padding.back(x, before)
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """Return every column's output of an encoder: `Padding.back`."""
+        return x if self.padding is None else self.padding.back(x)
 
 
 @dataclass(frozen=True)

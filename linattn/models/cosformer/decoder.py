@@ -66,9 +66,10 @@ class CosformerDecoder(CosformerStack):
     ) -> Any:
         """Return BaseModelOutputWithPast, or a tuple without return_dict.
 
-        attention_mask: 0 for padding, wherever it is: such a token leaves no trace; of a mask longer than the
-        input its end counts. past_key_values: continues a text, by any number of tokens; what it remembers of
-        the source counts, not encoder_hidden_states. encoder_attention_mask: 0 for the source's padding.
+        attention_mask: 0 for padding, wherever it is: such a token leaves no trace, and has the output of the
+        last real token before it, zeros where there is none; of a mask longer than the input its end counts.
+        past_key_values: continues a text, by any number of tokens; what it remembers of the source counts,
+        not encoder_hidden_states. encoder_attention_mask: 0 for the source's padding.
 
         Raises OptionError where a source is missing or not taken, ShapeError unless there is one for every
         text, StateError for a cache of other texts or another model, and what
@@ -95,7 +96,9 @@ class CosformerDecoder(CosformerStack):
         for x in self._run(rows, source, cache):
             seen = [*seen, x] if output_hidden_states else [x]
         seen[-1] = self.norm(seen[-1])
-        back = tuple(map(rows.back, seen, before))
+        back = tuple(seen)
+        if rows.padding is not None:
+            back = tuple(map(rows.padding.after, seen, before))
         if cache is not None:
             cache.keep(back)
         found = BaseModelOutputWithPast(

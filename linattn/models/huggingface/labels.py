@@ -75,9 +75,8 @@ def foretold(
 ) -> Int[torch.Tensor, "b n"]:
     """Return labels without those of tokens that no token of their text foretells.
 
-    Those are real tokens that have only padding before them (a column of padding has the output of the real
-    token before it, or of the first one: that token's own output would be asked for itself), and where texts
-    lie back to back, in rows one after the other, the first token of each.
+    Those are real tokens that have only padding before them, whose columns are zeros, and where texts lie
+    back to back, in rows one after the other, the first token of each.
     """
     n = labels.shape[1]
     if attention_mask is not None:

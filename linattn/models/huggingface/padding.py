@@ -19,28 +19,39 @@ class Padding:
     """Where the real tokens of padded rows [b, n] are, on either side or in between.
 
     order: [b, n], the columns of real tokens first. lengths: [b], real tokens. place: [b, n], for each column
-    the place of its token in that order; of padding that of the last real token before it: who reads the last
-    column of a row that is padded on the right finds what belongs to its last token. ahead: [b, n], padding
-    whose last real token was in an earlier call; None where there was none.
+    the place of its token in that order; of padding that of the last real token before it, of padding in
+    front of all that of the first one. front: [b, n], padding in front of all real tokens of this call.
+    ahead: [b, n], those of them whose last real token was in an earlier call; None where there was none.
     """
 
     order: Int[torch.Tensor, "b n"]
     lengths: Int[torch.Tensor, " b"]
     place: Int[torch.Tensor, "b n"]
+    front: Bool[torch.Tensor, "b n"]
     ahead: Bool[torch.Tensor, "b n"] | None = None
 
     def to_front(self, x: Float[torch.Tensor, "b n e"]) -> Float[torch.Tensor, "b n e"]:
         """Return rows with their real tokens in front."""
         return torch.gather(x, 1, self.order[..., None].expand_as(x))
 
-    def back(
-        self, x: Float[torch.Tensor, "b n e"], before: Float[torch.Tensor, "b e"] | None = None
-    ) -> Float[torch.Tensor, "b n e"]:
+    def back(self, x: Float[torch.Tensor, "b n e"]) -> Float[torch.Tensor, "b n e"]:
         """Return every column's output, from rows with their real tokens in front, which may be fewer.
 
-        before: outputs of the rows' last real tokens in earlier calls.
+        Padding has that of the last real token before it, or of the first one: who reads the last column of
+        a row that is padded on the right, or an encoder's first one, finds what belongs to a token.
         """
-        found = torch.gather(x, 1, self.place[..., None].expand(-1, -1, x.shape[2]))
+        return torch.gather(x, 1, self.place[..., None].expand(-1, -1, x.shape[2]))
+
+    def after(
+        self, x: Float[torch.Tensor, "b n e"], before: Float[torch.Tensor, "b e"] | None = None
+    ) -> Float[torch.Tensor, "b n e"]:
+        """Return every column's output of a causal model: as `back`, but zeros in front of all real tokens.
+
+        A copy of the first token's output there would know the token that the column seems to foretell, and
+        a loss of one's own would teach the model to copy. before: outputs of the rows' last real tokens in
+        earlier calls, which then go on.
+        """
+        found = self.back(x).masked_fill(self.front[..., None], 0)
         if before is None or self.ahead is None:
             return found
         return torch.where(self.ahead[..., None], before[:, None], found)
@@ -84,8 +95,9 @@ def padding_of(
             return None
     order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
     count = real.cumsum(1)
-    ahead = None if begun is None else (count == 0) & begun.to(real.device)[:, None]
-    return Padding(order, real.sum(1), (count - 1).clamp(min=0), ahead)
+    front = count == 0
+    ahead = None if begun is None else front & begun.to(real.device)[:, None]
+    return Padding(order, real.sum(1), (count - 1).clamp(min=0), front, ahead)
 
 
 def real_tokens(attention_mask: torch.Tensor, n: int) -> torch.Tensor:

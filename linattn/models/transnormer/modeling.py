@@ -102,8 +102,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         """Return BaseModelOutputWithPast, or a tuple without return_dict.
 
         attention_mask: 0 for padding, wherever it is: such a token leaves no trace, in decays and positions
-        neither; as wide as the input, or as that and all that a cache has seen. past_key_values: continues a
-        text, by any number of tokens. cu_seqlens (or transformers' cu_seq_lens_q): b is 1 and n holds texts
+        neither; as wide as the input, or as that and all that a cache has seen. A column of padding has the
+        output of the last real token before it, zeros where there is none. past_key_values: continues a text,
+        by any number of tokens. cu_seqlens (or transformers' cu_seq_lens_q): b is 1 and n holds texts
         back to back, which do not see each other; seq_idx [b or 1, n] that changes from one real token to the
         next, and position_ids [b or 1, n] that begin again there, say the same, without padding and before
         a cache has seen tokens. Otherwise position_ids say nothing here. inputs_embeds: instead of ids,
@@ -150,7 +151,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         seen[-1] = self.norm(seen[-1])
         # as they are wherever possible: a gradient that somebody retains is that of what a layer took
         if padding is not None:
-            seen = [padding.back(row, old) for row, old in zip(seen, before, strict=True)]
+            seen = [padding.after(row, old) for row, old in zip(seen, before, strict=True)]
         if cache is not None:
             cache.keep(seen, borders)
         if joined:
