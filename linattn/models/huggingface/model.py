@@ -57,7 +57,7 @@ class StateModel(PreTrainedModel):
             raise OptionError(f"past_key_values must be a {name}, got {type(given).__name__}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.is_gradient_checkpointing and torch.is_grad_enabled():
             use_cache = False  # the second forward pass would see the state of the first
         return self.cache_class() if given is None and use_cache else given
 
@@ -97,6 +97,17 @@ class StateExpansion(GenerationMixin):
             given["past_key_values"] = cache = copy.copy(cache)  # repeating gives the copy states of its own
             cache.batch_repeat_interleave(expand_size)
         return ids, given
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        """What transformers prepares. Raises OptionError for a cache that is given and not to be used."""
+        if model_kwargs.get("past_key_values") is not None and not generation_config.use_cache:
+            raise OptionError(
+                "past_key_values with use_cache=False: each step would read the prompt into them again, pass "
+                "use_cache=True or no cache"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
 
 
 class StateGeneration(StateExpansion):
