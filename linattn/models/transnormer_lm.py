@@ -160,12 +160,20 @@ class TransNormerLM(nn.Module):
         """Take one more token per row and return its logits; the states move on in place. No gradients.
 
         Time and memory do not depend on how much text came before. `initial_states` starts from nothing.
+        Raises OptionError for layers, and token mixers, of a class with a `forward` of its own and no `step`.
         """
         if ids.ndim != 1:
             raise ShapeError(f"ids must have shape [b], one token per row, got {tuple(ids.shape)}")
         with torch.no_grad():
             x = self.embed(ids)
-            x = decoding.last(self._layers(), self._check_states(states), x, graphs=self.graphs)
+            layers = self._layers()
+            other = next((layer for layer in layers if not _steps_as_called(layer)), None)
+            if other is not None:
+                names = f"{type(other).__name__} with a {type(compiled_of(other.token_mixer)).__name__}"
+                raise OptionError(
+                    f"a class with a forward of its own needs a step to it, one of a {names} has none"
+                )
+            x = decoding.last(layers, self._check_states(states), x, graphs=self.graphs)
             return decoding.logits(self.lm_head, self.norm(x))
 
     def initial_states(self, sequences: int) -> list[linattn.State]:
@@ -199,15 +207,13 @@ def compiled_of(layer: nn.Module) -> nn.Module:
 def steppers(layers: Iterable[nn.Module]) -> list[TransNormerLayer] | None:
     """The layers whose `step` does what calling `layers` with one token would, out of compilers' wrappings.
 
-    None where a call of one may be something else: of another module, of a class with a `forward` of its own
-    and no `step`, or where hooks see or replace it.
+    None where a call of one, or of its token mixer, which takes steps, too, may be something else: of another
+    module, of a class with a `forward` of its own and no `step`, or where hooks see or replace it.
     """
-    found, own = [], TransNormerLayer
+    found = []
     for layer in layers:
         inner = compiled_of(layer)
-        if not isinstance(inner, own):
-            return None
-        if type(inner).forward is not own.forward and type(inner).step is own.step:
+        if not isinstance(inner, TransNormerLayer) or not _steps_as_called(inner):
             return None
         hooked = inner is not layer and (layer._forward_hooks or layer._forward_pre_hooks)
         if hooked and not torch.compiler.is_compiling():
@@ -216,6 +222,24 @@ def steppers(layers: Iterable[nn.Module]) -> list[TransNormerLayer] | None:
     if not unseen(*found, *(layer.token_mixer for layer in found)):  # whose step is called, too
         return None
     return found
+
+
+def _steps_as_called(layer: TransNormerLayer) -> bool:
+    """Whether the classes of a layer and its token mixer have steps that know of their `forward`."""
+    mixer = compiled_of(layer.token_mixer)
+    return _knows(type(layer), TransNormerLayer) and _knows(type(mixer), GatedLinearAttention)
+
+
+def _knows(kind: type, own: Any) -> bool:
+    """Whether a class, if it replaced the `forward` of the one that it comes from, has a `step` to it."""
+    if not issubclass(kind, own):
+        return hasattr(kind, "step")
+    for one in kind.__mro__:  # what comes first counts
+        if one is own or "step" in one.__dict__:
+            return True
+        if "forward" in one.__dict__:
+            return False
+    return True
 
 
 def check_ids(ids: torch.Tensor, embedding: nn.Module, vocab_size: int) -> None:

@@ -10,6 +10,7 @@ from linattn.errors import OptionError
 from linattn.models import TransNormerLM
 from linattn.models.cosformer import CosformerForCausalLM, CosformerForConditionalGeneration
 from linattn.models.transnormer_lm import TransNormerLayer, compiled_of, steppers
+from linattn.nn import GatedLinearAttention
 from tests.models import test_cosformer
 from tests.models.test_transnormer import GREEDY, greedy, make, text
 from tests.models.test_transnormer_lm import BASE
@@ -118,6 +119,75 @@ def test_layers_of_ones_own_are_called():
         model.model.layers[place] = layer
         layer.__class__ = Backwards
         assert torch.equal(generated(model), want)
+
+
+class Louder(GatedLinearAttention):
+    """A token mixer with another output, which says nothing of steps."""
+
+    def forward(self, *arguments, **options):
+        out = super().forward(*arguments, **options)
+        return (1.5 * out[0], out[1]) if isinstance(out, tuple) else 1.5 * out
+
+
+class Stepping(Louder):
+    """The same with a step to it."""
+
+    def step(self, *arguments, **options):
+        return 1.5 * super().step(*arguments, **options)
+
+
+class Louder2(Stepping):
+    """Another forward, to which the step does not belong."""
+
+    def forward(self, *arguments, **options):
+        return Louder.forward(self, *arguments, **options)
+
+
+@pytest.mark.parametrize("kind", [Louder, Stepping, Louder2])
+def test_token_mixers_of_ones_own_are_called(kind):
+    model = make()
+    plainly, layer = generated(model), model.model.layers[1]
+    layer.token_mixer.__class__ = kind
+    assert (steppers([layer]) is None) == (kind is not Stepping)
+    want = greedy(model, text(2, 7), 6)
+    assert torch.equal(generated(model), want) and not torch.equal(want, plainly)
+    if kind is Louder:
+        torch.compiler.reset()
+        assert torch.equal(generated(torch.compile(model, backend="eager")), want)
+
+
+def test_token_mixers_that_take_no_steps_are_called():
+    model = make()
+    layer = model.model.layers[1]
+    layer.token_mixer = Mixing(layer.token_mixer)
+    assert torch.equal(generated(model), greedy(model, text(2, 7), 6))
+
+
+class Mixing(nn.Module):
+    """A token mixer that somebody wrapped."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.inside = mixer
+
+    def forward(self, x, **options):
+        return self.inside(x, **options)
+
+
+def test_plain_steps_of_a_forward_of_ones_own_are_refused():
+    model, _ = make_plain(BASE)
+    ids, states = torch.tensor([1]), model.initial_states(1)
+    model.layers[1].token_mixer.__class__ = Stepping
+    model.step(ids, states)
+    model.layers[1].token_mixer.__class__ = Louder
+    with pytest.raises(
+        OptionError, match=r"forward of its own needs a step .* TransNormerLayer with a Louder"
+    ):
+        model.step(ids, states)
+    model, _ = make_plain(BASE)
+    model.layers[0].__class__ = Backwards
+    with pytest.raises(OptionError, match="Backwards with a GatedLinearAttention"):
+        model.step(ids, states)
 
 
 def test_steps_of_what_is_no_layer_are_refused():
