@@ -65,9 +65,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
-        raise CheckpointError(
-            f"cannot write {target}: {error.strerror or error}; the old file is untouched"
-        ) from error
+        old = "; the old file is untouched" if target.exists() else ""
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}{old}") from error
 
 
 def load(

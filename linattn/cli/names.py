@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 Dtype = Literal["float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"]
 LARGEST_SEED = 2**63 - 1  # that torch takes
+
+
+def path_of(option: str) -> Callable[[str], Path]:
+    """Return what reads an option's path, and refuses an empty one, which would be the current folder."""
+
+    def path(value: str) -> Path:
+        if not value:  # what a shell makes of a variable that is not set
+            from linattn.errors import LinattnError
+
+            raise LinattnError(f"{option} is empty: give a path; that of the current folder is .")
+        return Path(value)
+
+    return path
 
 
 def backends(begun: str) -> list[str]:

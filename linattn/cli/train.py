@@ -7,17 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from linattn.cli.names import LARGEST_SEED
+from linattn.cli.names import LARGEST_SEED, path_of
 
 
 def train(
     text: Annotated[
         list[Path],
         typer.Option(
-            metavar="<path>", help="A text file, a folder of them, or a folder that `datasets` wrote."
+            metavar="<path>",
+            parser=path_of("--text"),
+            help="A text file, a folder of them, or a folder that `datasets` wrote.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The run's folder, for checkpoints.")] = Path("out"),
+    out: Annotated[
+        Path,
+        typer.Option(metavar="<path>", parser=path_of("--out"), help="The run's folder, for checkpoints."),
+    ] = Path("out"),
     preset: Annotated[
         str,
         typer.Option(
@@ -45,7 +50,13 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer's folder, with Trainer. [default: bytes]")
+        Path | None,
+        typer.Option(
+            metavar="<path>",
+            parser=path_of("--tokenizer"),
+            help="A tokenizer's folder, with Trainer. [default: that of the run or of the folder --preset, "
+            "else bytes]",
+        ),
     ] = None,
     accumulate: Annotated[int, typer.Option(help="Passes that a step is split into, with Trainer.")] = 1,
     checkpointing: Annotated[
@@ -55,16 +66,21 @@ def train(
 ) -> None:
     """Train on text, and measure bits per byte on a part that is held out.
 
-    A run that was killed goes on with --resume and the same options, and ends as if nothing had happened.
+    A run that was killed goes on with --resume and the same options, and ends as if nothing had happened;
+    --save-every may be another.
     """
     import dataclasses
 
-    from linattn.errors import OptionError, ValueRangeError
+    from linattn.errors import CheckpointError, OptionError, ValueRangeError
     from linattn.models import PRESETS
     from linattn.train.device import choose_device
 
     if len(text) > 1:
         raise OptionError(f"--text is one file or folder, got {len(text)}: put the files into one folder")
+    if out.is_dir() and text[0].exists() and text[0].samefile(out):
+        raise OptionError(
+            f"--out {out} is the folder of --text, where a run's files would be text: another --out"
+        )
     if save_every is not None and save_every < 1:
         raise ValueRangeError(f"--save-every must be at least 1, got {save_every}")
     given = {"batch": batch, "seq_len": seq_len, "lr": lr, "steps": steps, "seed": seed}
@@ -73,7 +89,9 @@ def train(
         from accelerate import PartialState
 
         from linattn.train import published
+        from linattn.train.checkpoint import of_trainer
         from linattn.train.corpus import read_corpus
+        from linattn.train.presets import known, tokenizer_of
         from linattn.train.tokenizers import load_tokenizer
 
         plan = published.Plan(
@@ -82,14 +100,22 @@ def train(
             accumulate=accumulate,
             checkpointing=checkpointing,
         )
-        published.known(preset)
-        words = None if tokenizer is None else load_tokenizer(tokenizer)
+        place = choose_device(device)
+        saved = of_trainer(out) if resume else []
+        if not saved:
+            known(preset)
+        if tokenizer is not None:
+            words = load_tokenizer(tokenizer)
+        else:
+            words, folder = tokenizer_of(preset, saved[-1] if saved else None)
+            if folder is not None and PartialState(cpu=place.type == "cpu").is_main_process:
+                typer.echo(f"text is read with the tokenizer in {folder}", err=as_json)
         published.train(
             preset,
             read_corpus(text[0], words, exclude=[out]),
             plan,
             out,
-            device=choose_device(device),
+            device=place,
             resume=resume,
             as_json=as_json,
             tokenizer=words,
@@ -101,6 +127,7 @@ def train(
 
     from linattn.train import SETTINGS, Trainer, read_text
     from linattn.train.checkpoint import alone, checkpoints, of_trainer
+    from linattn.train.loop import check_text
     from linattn.train.processes import refuse_several
     from linattn.train.report import Report
 
@@ -108,6 +135,9 @@ def train(
     settings = dataclasses.replace(SETTINGS[preset], **changes)
     place = choose_device(device)
     data = read_text(text[0], exclude=[out])
+    check_text(data, settings)  # and what else needs no folder, before there is one
+    if resume and not (out.is_dir() and any(out.iterdir())):
+        raise CheckpointError(f"{out} holds no checkpoint to go on from")
     with alone(out):
         if trained := of_trainer(out):
             raise OptionError(f"{out} holds a run of a published size ({trained[-1].name}): another --out")

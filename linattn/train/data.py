@@ -24,6 +24,11 @@ FILES_TO_SPLIT_BY_FILE = 64  # below this many files, a whole file is too coarse
 BLOCK = 1 << 20  # bytes of a file that are looked at, or kept, at once
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 file", "2,000 files" and the like."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Text:
     """Bytes to learn from and bytes to be judged by, with what names them.
@@ -198,7 +203,8 @@ def _folder_files(
         elif size:
             found.append(File(file, file.relative_to(path).as_posix(), size))
     if not found:
-        what = f"{skipped} files that are not UTF-8 text" if skipped else "no files"
+        be = "is" if skipped == 1 else "are"
+        what = f"{counted(skipped, 'file')} that {be} not UTF-8 text" if skipped else "no files"
         raise DataError(f"{path} holds no text: {what}")
     return found, skipped
 
@@ -266,7 +272,8 @@ class Windows:
         self.count = (len(text) - 1) // seq_len
         if self.count < 1:
             raise DataError(
-                f"the training text has {len(text)} bytes, one window needs {seq_len + 1}: give more text"
+                f"the training text has {counted(len(text), 'byte')}, one window needs {seq_len + 1}: "
+                "give more text"
             )
         self.text, self.seq_len, self.batch, self.seed = text, seq_len, batch, seed
         self._epoch = -1

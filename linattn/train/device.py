@@ -18,7 +18,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise DeviceError(f"device must be cpu, cuda, cuda:N or auto, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise DeviceError(f"device must be cpu, cuda, cuda:N or auto, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"there is no {name} here: torch sees {torch.cuda.device_count()} CUDA devices")

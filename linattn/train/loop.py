@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from linattn.errors import CheckpointError, OptionError, ValueRangeError
+from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
 from linattn.models import TransNormerConfig, TransNormerLM
 from linattn.train import checkpoint
 from linattn.train.data import Text, Windows
@@ -67,6 +67,13 @@ SETTINGS = {
     "tiny": Settings(batch=16, seq_len=128, lr=2e-2, warmup=30),
     "small": Settings(batch=32, seq_len=512, lr=1e-3, warmup=200),
 }
+
+
+def check_text(text: Text, settings: Settings) -> None:
+    """Raise DataError for a text with less than a window to learn from, or nothing to be judged by."""
+    Windows(text.train, settings.seq_len, settings.batch, settings.seed)
+    if not len(text.held_out):
+        raise DataError("there is no held-out text to measure: give more text")
 
 
 @dataclass(frozen=True)

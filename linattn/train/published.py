@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
 import sys
-import zlib
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,21 +19,19 @@ import torch
 import typer
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers import TrainerCallback, TrainerState, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
-from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
-from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerForCausalLM, preset
-from linattn.safetensors_io import write_whole
-from linattn.train import checkpoint, trainer_checkpoint
+from linattn.errors import DataError, OptionError, ValueRangeError
+from linattn.models.transnormer import TransNormerForCausalLM
+from linattn.train import checkpoint, run_folder, trainer_checkpoint
 from linattn.train.corpus import Corpus
+from linattn.train.data import counted
+from linattn.train.presets import config_of, fields_of, has_weights, is_there, loss_chunk, model_of
 from linattn.train.processes import together
 from linattn.train.trainer_checkpoint import Trainer
 
-FACTS = "run.json"  # what a run is, beside its checkpoints
-LOSS_CHUNK = 8192  # tokens whose logits are there at once,
-LOGITS = 1 << 29  # or fewer: so many logits, 1 GiB in bfloat16
 SEEDS = 1 << 32  # that transformers takes
 JUDGED = 64  # windows of the held-out text that are measured, spread over all of it
 
@@ -40,6 +40,8 @@ JUDGED = 64  # windows of the held-out text that are measured, spread over all o
 class Plan:
     """What a run does: steps of `batch` windows of seq_len tokens, AdamW, warm-up and a cosine.
 
+    lr: peak learning rate. It is reached in `warmup` steps, or a tenth of all where that is less, beginning
+    with its part of one step, and falls along half a cosine to 0 after the last step.
     accumulate: windows are split into so many passes a step. checkpointing: activations are formed again in
     the backward pass, for less memory.
     """
@@ -84,7 +86,8 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         count = len(ids) // seq_len
         if count < 1:
             raise DataError(
-                f"the {what} text has {len(ids)} tokens, one window needs {seq_len}: give more text"
+                f"the {what} text has {counted(len(ids), 'token')}, one window needs {seq_len}: "
+                "give more text"
             )
         every = range(count) if most is None or count <= most else np.linspace(0, count - 1, most).astype(int)
         self.ids, self.seq_len, self.rows = ids, seq_len, [int(row) for row in every]
@@ -97,49 +100,6 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         start = self.rows[index] * self.seq_len
         row = torch.from_numpy(self.ids[start : start + self.seq_len].astype(np.int64))
         return {"input_ids": row, "labels": row}
-
-
-def known(size: str) -> None:
-    """Raise OptionError unless a size is a published one or a folder with a configuration."""
-    if size.lower() not in PRESETS and not (Path(size) / "config.json").is_file():
-        sizes = ", ".join(("tiny", "small", *PRESETS))
-        raise OptionError(f"--preset must be one of {sizes}, or a folder with a config.json, got {size!r}")
-
-
-def model_of(size: str, vocab_size: int) -> TransNormerForCausalLM:
-    """Return a new model of a published size, or of a folder's configuration, or that folder's weights.
-
-    Raises OptionError for a name that is neither, CheckpointError for weights of another vocabulary.
-    """
-    folder = Path(size)
-    if size.lower() in PRESETS:
-        return TransNormerForCausalLM(preset(size, vocab_size=vocab_size, pad_token_id=None))
-    known(size)
-    kind = checkpoint.read_json(folder / "config.json").get("model_type")
-    if kind != TransNormerConfig.model_type:
-        raise CheckpointError(f"{folder / 'config.json'} is for a model of type {kind!r}, not 'transnormer'")
-    config = TransNormerConfig.from_pretrained(folder)
-    if not any(folder.glob("*.safetensors")):
-        if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt")]):
-            raise CheckpointError(
-                f"{pickles[0]} is a pickle, which can run code: where you trust it, load the model with "
-                "use_safetensors=False and save it again"
-            )
-        config.vocab_size = vocab_size
-        return TransNormerForCausalLM(config)
-    trainer_checkpoint.check_model(folder)
-    if config.vocab_size < vocab_size:
-        raise CheckpointError(
-            f"{folder} is of a vocabulary of {config.vocab_size}, the text's tokens need {vocab_size}"
-        )
-    # in float32: steps of a small learning rate are lost in half precision
-    model: TransNormerForCausalLM = TransNormerForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
-
-
-def loss_chunk(vocab_size: int) -> int:
-    """How many tokens have logits at once: 8192, or less of a wide vocabulary, in whole tiles of products."""
-    return max(128, min(LOSS_CHUNK, LOGITS // vocab_size // 128 * 128))
 
 
 class Lines(TrainerCallback):
@@ -165,6 +125,50 @@ class Lines(TrainerCallback):
             return
         words = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in list(fields.items())[2:]]
         typer.echo(f"step {state.global_step:>6} of {state.max_steps}  {', '.join(words)}")
+
+
+class Saving(TrainerCallback):
+    """Saves and measures as often as the run is told now; a checkpoint's state says how often it was."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Overwrite what came with a checkpoint."""
+        state.save_steps = state.eval_steps = self.every
+
+
+class Interrupts(TrainerCallback):
+    """Ctrl-C ends a run after its step where Python dropped the exception, as it does in a `__del__`."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End here. Raises KeyboardInterrupt."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Take down that somebody asks, where nobody else listens."""
+        before = signal.getsignal(signal.SIGINT)
+        if (
+            before is not signal.default_int_handler
+            or threading.current_thread() is not threading.main_thread()
+        ):
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+            signal.default_int_handler(number, frame)
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -205,7 +209,7 @@ def train(
     left a model there, or for a GPU other than the first, ValueRangeError where processes cannot share a
     batch, or where training diverged, before that is saved.
     """
-    if device.index:
+    if device.type == "cuda" and device.index:
         raise OptionError(
             "transformers' Trainer takes the first GPU that it sees: instead of --device "
             f"{device}, --device cuda where CUDA_VISIBLE_DEVICES is {device.index}"
@@ -213,91 +217,78 @@ def train(
     processes = PartialState(cpu=device.type == "cpu")
     count, first = processes.num_processes, processes.is_main_process
     plan.windows(count)
+    # what needs no folder is refused before there is one
+    rows, held_out = _rows(corpus, plan)
+    config = config_of(size, corpus.vocab_size, tokenizer) if is_there(size) or not resume else None
+    facts = {
+        **asdict(plan),
+        "preset": size,
+        "text": corpus.fingerprint,
+        "vocab_size": corpus.vocab_size,
+        "tokenizer": None if tokenizer is None else run_folder.fingerprint(tokenizer, corpus),
+        run_folder.CONFIG: None if config is None else fields_of(config),
+    }
     with contextlib.ExitStack() as held, bars(shown=first and not as_json and sys.stderr.isatty()):
 
         def begin() -> list[Path]:
-            if resume and not out.exists():
-                raise CheckpointError(f"{out} holds no checkpoint to go on from")
+            run_folder.look(out, resume=resume)
+            if not resume and has_weights(size):
+                trainer_checkpoint.check_model(Path(size))
             held.enter_context(checkpoint.alone(out))
-            return _begin(size, corpus, plan, out, resume, tokenizer)
+            saved = run_folder.begin(out, facts, resume=resume)
+            if saved:
+                run_folder.check_last(saved[-1], plan.steps, plan.batch // plan.accumulate)
+            return saved
 
         saved = together(processes, begin)
-        _train(size, corpus, plan, out, device, saved, count, as_json, tokenizer)
+        torch.manual_seed(plan.seed)
+        begins = str(saved[-1]) if saved else size  # a preset may have changed since
+        model = model_of(begins, corpus.vocab_size, tokenizer, looked_at=True)
+        model.loss_chunk = loss_chunk(model.config.vocab_size)
+        lines = Lines(max(1, corpus.held_out_bytes) / max(1, len(corpus.held_out)), as_json)
+        trainer = _trainer(model, rows, held_out, plan, out, device, saved, count, lines, tokenizer)
+        interrupts = Interrupts()
+        trainer.add_callback(interrupts)
+        if not _ended(saved, plan):
+            with interrupts.heard():
+                trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        trainer_checkpoint.save_model(trainer, out)
     if first and not as_json:
         typer.echo(f"saved {out}")
 
 
-def _begin(size: str, corpus: Corpus, plan: Plan, out: Path, resume: bool, tokenizer: Any) -> list[Path]:
-    """Look at a run's folder and write down what the run is; return the checkpoints to go on from."""
-    saved = checkpoint.of_trainer(out)
-    if (small := checkpoint.checkpoints(out)) or (saved and not resume):
-        last = (small or saved)[-1].name
-        raise OptionError(f"{out} holds a run already ({last}): pass --resume to go on, or another --out")
-    if resume and not saved:
-        raise CheckpointError(f"{out} holds no checkpoint to go on from")
-    if not resume:
-        checkpoint.refuse_model(out)
-    checkpoint.prepare(out)
-    facts = {**asdict(plan), "preset": size, "text": corpus.fingerprint, "vocab_size": corpus.vocab_size}
-    facts["tokenizer"] = None if tokenizer is None else _fingerprint(tokenizer, corpus)
-    _same_run(out, facts, resume=resume)
-    if saved:
-        _look_at(saved[-1], plan)
-    return saved
+def _rows(corpus: Corpus, plan: Plan) -> tuple[Rows, Rows]:
+    """What is learned, and what is measured."""
+    rows = Rows(corpus.train, plan.seq_len, "training")
+    if len(rows) < plan.batch:
+        raise DataError(
+            f"the training text has {counted(len(rows), 'window')} of {plan.seq_len} tokens, a batch needs "
+            f"{plan.batch}: give more text, or a smaller batch"
+        )
+    return rows, Rows(corpus.held_out, plan.seq_len, "held-out", JUDGED)
 
 
-def _fingerprint(tokenizer: Any, corpus: Corpus) -> str:
-    """What tells a tokenizer from others of its size: its vocabulary, and what it makes of the text."""
-    words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    total = zlib.crc32(words)
-    for ids in (corpus.train, corpus.held_out):
-        total = zlib.crc32(ids.data, total)
-    return f"{total:08x}"
-
-
-def _look_at(last: Path, plan: Plan) -> None:
-    """Refuse to go on from a checkpoint that is not whole; say which newer folders are no checkpoints."""
-    try:
-        if ended([last], plan):
-            trainer_checkpoint.check_model(last)
-        else:
-            trainer_checkpoint.check(last, plan.batch // plan.accumulate)
-    except CheckpointError as error:
-        advice = checkpoint.instead(last) or "; there is no other: train anew into another --out"
-        raise CheckpointError(f"{error}{advice}") from error
-    everything = checkpoint.of_trainer(last.parent, whole=False)
-    if torn := [path.name for path in everything[everything.index(last) + 1 :]]:
-        typer.echo(f"not written to the end: {', '.join(torn)}; going on from {last}", err=True)
-
-
-def ended(saved: list[Path], plan: Plan) -> bool:
+def _ended(saved: list[Path], plan: Plan) -> bool:
     """Whether the last step of a run is done, but for what its folder itself holds."""
     return bool(saved) and checkpoint.step_of(saved[-1]) >= plan.steps
 
 
-def _train(
-    size: str,
-    corpus: Corpus,
+def _trainer(
+    model: TransNormerForCausalLM,
+    rows: Rows,
+    held_out: Rows,
     plan: Plan,
     out: Path,
     device: torch.device,
     saved: list[Path],
     processes: int,
-    as_json: bool,
+    lines: Lines,
     tokenizer: Any,
-) -> None:
+) -> Trainer:
     windows = plan.windows(processes)
-    rows = Rows(corpus.train, plan.seq_len, "training")
-    if len(rows) < plan.batch:
-        raise DataError(
-            f"the training text has {len(rows)} windows of {plan.seq_len} tokens, a batch needs "
-            f"{plan.batch}: give more text, or a smaller batch"
-        )
-    torch.manual_seed(plan.seed)
-    done = ended(saved, plan)
-    model = model_of(str(saved[-1]) if done else size, corpus.vocab_size)
-    model.loss_chunk = loss_chunk(model.config.vocab_size)
-    held_out = Rows(corpus.held_out, plan.seq_len, "held-out", JUDGED)
+    every = plan.save_every
+    if saved and not _ended(saved, plan):  # transformers warns of another number; Saving has the new one
+        every = TrainerState.load_from_json(str(saved[-1] / checkpoint.STATE)).save_steps
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=plan.steps,
@@ -305,18 +296,16 @@ def _train(
         per_device_eval_batch_size=windows if processes == 1 else 1,  # several would count some twice
         gradient_accumulation_steps=plan.accumulate,
         learning_rate=plan.lr,
-        warmup_steps=min(plan.warmup, plan.steps),
-        lr_scheduler_type="cosine",
+        warmup_steps=min(plan.warmup, plan.steps // 10),
         weight_decay=0.1,
         adam_beta2=0.95,
         max_grad_norm=1.0,
         bf16=device.type == "cuda",
         use_cpu=device.type == "cpu",
         gradient_checkpointing=plan.checkpointing,
-        save_steps=plan.save_every,
-        save_total_limit=2,
+        save_steps=every,
         eval_strategy="steps",
-        eval_steps=plan.save_every,
+        eval_steps=every,
         logging_steps=max(1, plan.steps // 100),
         logging_nan_inf_filter=False,  # it shows a loss that is not finite as 0
         seed=plan.seed,
@@ -335,26 +324,8 @@ def _train(
         eval_dataset=held_out,
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        callbacks=[Lines(max(1, corpus.held_out_bytes) / max(1, len(corpus.held_out)), as_json)],
+        callbacks=[lines, Saving(plan.save_every)],
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    if not done:
-        trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
-    trainer_checkpoint.save_model(trainer, out)
-
-
-def _same_run(out: Path, facts: dict[str, Any], *, resume: bool) -> None:
-    """Write down what a run is, or raise OptionError where one that goes on is another."""
-    place = out / FACTS
-    if not resume:
-        write_whole(place, (json.dumps(facts, indent=2) + "\n").encode())
-        checkpoint.readable(place, out / checkpoint.LOCK)
-        return
-    before = checkpoint.read_json(place) if place.is_file() else facts
-    before.setdefault("tokenizer", facts["tokenizer"])  # runs once did not write it down
-    for name, value in facts.items():
-        if before.get(name) != value:
-            raise OptionError(
-                f"{out} is a run with {name} {before.get(name)!r}, not {value!r}: resume it as it was"
-            )
+    return trainer

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text as RichText
 
+from linattn.train.data import counted
 from linattn.train.evaluate import compressed_bits_per_byte
 from linattn.train.loop import Progress as Step
 from linattn.train.loop import Trainer
@@ -115,12 +116,13 @@ class Report:
         """What is known before the first step."""
         trainer, text = self.trainer, self.trainer.text
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        skipped = f" ({text.skipped} files that are no text left out)" if text.skipped else ""
+        be = "is" if text.skipped == 1 else "are"
+        skipped = f" ({counted(text.skipped, 'file')} that {be} no text left out)" if text.skipped else ""
         lines = [
             f"model     {parameters:,} parameters on {trainer.device}, seed {trainer.settings.seed}",
-            f"text      {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out, "
-            f"{text.files} {'file' if text.files == 1 else 'files'}{skipped}",
-            f"judged by {len(trainer.judged):,} bytes of the held-out text; "
+            f"text      {counted(len(text.train), 'byte')} to learn from, {len(text.held_out):,} held out, "
+            f"{counted(text.files, 'file')}{skipped}",
+            f"judged by {counted(len(trainer.judged), 'byte')} of the held-out text; "
             + ", ".join(f"{name} needs {bits:.3f} bits/byte" for name, bits in baselines.items()),
         ]
         if trainer.step:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import pickle
 import re
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
@@ -116,8 +119,28 @@ class Written:
         raise checkpoint.not_written(self.what, why, kept) from error
 
 
+def rate(step: int, warmup: int, steps: int) -> float:
+    """Return the learning rate of a step, counted from 0, as a part of the peak; that of no step is 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def rotate(out: Path) -> None:
+    """Remove all checkpoints of a run but the newest whole ones, by their steps.
+
+    What a kill left of one that was being removed is the newest by its time, so time does not count.
+    """
+    kept = checkpoint.of_trainer(out)[-checkpoint.KEPT :]
+    for entry in checkpoint.of_trainer(out, whole=False):
+        if entry not in kept and kept and checkpoint.step_of(entry) < checkpoint.step_of(kept[-1]):
+            with contextlib.suppress(OSError):
+                (entry / checkpoint.STATE).unlink(missing_ok=True)  # no longer whole, whatever is left of it
+            shutil.rmtree(entry, ignore_errors=True)
+
+
 class Trainer(transformers.Trainer):
-    """transformers' Trainer: it ends when training diverges, and its checkpoints have checksums.
+    """transformers' Trainer, which ends when training diverges; its checkpoints have checksums.
 
     Raises ValueRangeError for a loss or weights that are not finite, before they are saved; CheckpointError
     for a checkpoint that could not be written.
@@ -133,6 +156,14 @@ class Trainer(transformers.Trainer):
         for name, loss in (("loss", "loss"), ("eval_loss", "held-out loss")):
             finite(logs.get(name, 0.0), f"the {loss} at step {self.state.global_step}")
         super().log(logs, *arguments, **options)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rates of a run, `rate`."""
+        warmup = int(self.args.warmup_steps)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        made = LambdaLR(optimizer, lambda step: rate(step, warmup, num_training_steps))
+        self.lr_scheduler = made
+        return made
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, and the checksums of a checkpoint."""
@@ -151,6 +182,8 @@ class Trainer(transformers.Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         with Written(self, folder, f"checkpoint {folder}"):
             super()._save_checkpoint(*arguments, **options)
+        if self.args.should_save:
+            rotate(folder.parent)
 
 
 def save_model(trainer: Any, out: Path) -> None:
@@ -164,7 +197,10 @@ def save_model(trainer: Any, out: Path) -> None:
         trainer.save_model(str(partial))
         if not trainer.args.should_save:
             return
-        for path in partial.iterdir():
+        # the weights last, the file last that says they are there: without them a folder is no model
+        weights = {checkpoint.MODEL, checkpoint.SHARDS}
+        files = {path.name for path in checkpoint.weight_files(partial)}
+        for path in sorted(partial.iterdir(), key=lambda path: (path.name in weights, path.name in files)):
             target = out / path.name
             if target.is_dir():  # a folder cannot replace a full one
                 shutil.rmtree(target)

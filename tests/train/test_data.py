@@ -110,7 +110,7 @@ def test_refusals(tmp_path):
     refused(file, "file is empty")
     file.write_bytes(b"ab\x00")
     refused(file, "file is not text: byte 2 is NUL")
-    refused(tmp_path, "holds no text: 1 files that are not UTF-8 text")
+    refused(tmp_path, "holds no text: 1 file that is not UTF-8 text")
     file.write_bytes("Grüße".encode("latin-1"))
     refused(file, r"file is not text: byte 2 \(0xfc\) is not UTF-8")
     file.write_bytes("Grüße".encode("utf-16"))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from linattn.cli import app
 from linattn.errors import CheckpointError, DataError, OptionError, ValueRangeError
 from linattn.models.transnormer import TransNormerConfig
-from linattn.train import checkpoint, corpus, load_model, published, tokenizers
+from linattn.train import checkpoint, corpus, load_model, published, run_folder, tokenizers
 from linattn.train.evaluate import nats_of
 from tests.train.stopping import killed_after
 
@@ -221,10 +221,12 @@ def test_a_tokenizer_is_part_of_a_run(sizes, text, tmp_path):
     with pytest.raises(OptionError, match=r"out is a run with tokenizer '\w{8}', not '\w{8}'"):
         go_on(resume=True)
     place.write_text(before)
-    facts = json.loads((out / published.FACTS).read_text())
-    assert facts.pop("tokenizer")
-    (out / published.FACTS).write_text(json.dumps(facts))  # as runs were once written down
     go_on(resume=True)
+    facts = json.loads((out / run_folder.FACTS).read_text())
+    assert facts.pop("config")
+    (out / run_folder.FACTS).write_text(json.dumps(facts))  # as runs were once written down
+    with pytest.raises(OptionError, match="out is a run of an older linattn"):
+        go_on(resume=True)
 
 
 def test_what_a_text_and_transformers_cannot_give(sizes, text, tmp_path):

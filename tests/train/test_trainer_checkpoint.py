@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from linattn.cli import app
 from linattn.errors import CheckpointError
 from linattn.models.transnormer import TransNormerConfig
-from linattn.train import checkpoint, corpus, load_model, published, trainer_checkpoint
+from linattn.train import checkpoint, corpus, load_model, published, run_folder, trainer_checkpoint
 from tests.train.stopping import killed_after
 from tests.train.test_published import CPU, LINE, SIZES
 
@@ -117,7 +117,7 @@ def test_what_else_is_damaged(home, cut):
         train(home, cut, resume=True)
     shutil.rmtree(folder)  # as the sentence says
     ends_as_the_whole(home, cut)
-    (cut / published.FACTS).write_text('{"steps"')
+    (cut / run_folder.FACTS).write_text('{"steps"')
     with pytest.raises(CheckpointError, match=r"run.json is damaged: Expecting"):
         train(home, cut, resume=True)
 
@@ -156,7 +156,7 @@ def test_files_are_read_by_whom_the_system_lets(home):
     """Not by their owner alone, as temporary files are."""
     whole = home / "whole"
     mode = (whole / "config.json").stat().st_mode
-    for path in (whole / published.FACTS, whole / "model.safetensors", *whole.glob("checkpoint-*/model*")):
+    for path in (whole / run_folder.FACTS, whole / "model.safetensors", *whole.glob("checkpoint-*/model*")):
         assert path.stat().st_mode == mode, path
 
 
@@ -225,7 +225,7 @@ def test_a_tokenizer_on_a_full_disk(home, tmp_path):
         published.train(
             str(home / "sizes"), ids, PLAN, tmp_path / "out", device=CPU, as_json=True, tokenizer=tokenizer
         )
-    assert names(tmp_path / "out") == {checkpoint.LOCK, published.FACTS}
+    assert names(tmp_path / "out") == {checkpoint.LOCK, run_folder.FACTS}
 
 
 def test_a_disk_that_is_full_at_the_last_file(home, cut, monkeypatch):
