@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -72,10 +73,16 @@ def test_saved_is_loaded(model, tmp_path):
     ids = text(2, 9)
     equal(TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64), model)
     half = TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    mixer = half.model.layers[0].token_mixer
-    assert half.lm_head.weight.dtype == torch.bfloat16
-    assert mixer.lrpe.theta.dtype == torch.float32  # angles are not rounded
-    assert torch.equal(mixer.log_decay, model.model.layers[0].token_mixer.log_decay)  # nor decays
+    made = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+    own = model.model.layers[0].token_mixer
+    for other in (half, made, copy.deepcopy(model).bfloat16()):
+        mixer = other.model.layers[0].token_mixer
+        assert other.lm_head.weight.dtype == torch.bfloat16
+        assert mixer.lrpe.theta.dtype == torch.float32  # angles are not rounded
+        assert torch.equal(
+            mixer.lrpe.theta, (mixer.lrpe.default() if other is made else own.lrpe.theta).float()
+        )
+        assert torch.equal(mixer.log_decay, own.log_decay)  # nor decays
     assert {state.kv.dtype for state in half(ids, use_cache=True).past_key_values.states} == {torch.float32}
 
 

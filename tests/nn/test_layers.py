@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,46 @@ def test_half_precision_modules_keep_wide_angles_and_exact_decays():
     assert module.lrpe().theta.dtype == torch.float32
     out, state = module(torch.randn(1, 5, 10, dtype=torch.bfloat16), return_state=True)
     assert out.dtype == torch.bfloat16 and state.kv.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("swap", [False, True])
+def test_casts_to_half_precisions_leave_angles_as_they_are(dtype, swap):
+    module = gla()
+    theta = module.lrpe.theta
+    exact = theta.detach().clone()
+    theta.grad = torch.ones_like(theta)
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        for cast in (lambda: module.to(dtype), module.half if dtype == torch.float16 else module.bfloat16):
+            cast()
+            assert module.lrpe.theta is theta and module.qkvu_proj.weight.dtype == dtype
+            assert theta.dtype == theta.grad.dtype == torch.float32 and torch.equal(theta.detach(), exact)
+            module.float()
+        wide = theta.detach() / 3
+        theta.grad = None
+        theta.data = wide.double() / 7
+        module.to(dtype)  # from float64
+        assert theta.dtype == torch.float32 and torch.equal(theta.detach(), (wide.double() / 7).float())
+        module.double()
+        assert theta.dtype == torch.float64 and module.lrpe.theta is theta
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_angles_are_wide_wherever_they_are_made(monkeypatch):
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    module = Lrpe(2, 3)
+    assert module.theta.dtype == torch.float32 and copy.deepcopy(module).half().theta.dtype == torch.float32
+    module.to("meta", torch.bfloat16)
+    assert module.theta.is_meta and module.theta.dtype == torch.float32
+    module.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(module.theta.detach(), module.default().float())
+    rounded = {"theta": module.theta.detach().bfloat16()}
+    module.load_state_dict(rounded)
+    assert module.theta.dtype == torch.float32
+    module.load_state_dict(rounded, assign=True)  # somebody's own
+    assert module.theta.dtype == torch.bfloat16 and module().theta.dtype == torch.float32
 
 
 def test_decays_are_no_part_of_the_state_dict():
