@@ -54,6 +54,32 @@ OWN = {
 
 
 @pytest.mark.parametrize(
+    ("kind", "name", "meant"),
+    [
+        (TransNormerConfig, "decay_shedule", "decay_schedule"),
+        (TransNormerConfig, "decoder_layer", "decoder_layers"),
+        (TransNormerConfig, "num_hidden_layer", "num_hidden_layers"),
+        (CosformerConfig, "max_position_embedding", "max_position_embeddings"),
+        (CosformerConfig, "num_decoder_layer", "num_decoder_layers"),
+    ],
+)
+def test_misspelt_fields_are_refused(kind, name, meant, tmp_path):
+    with pytest.raises(OptionError, match=f"{kind.__name__} has no field '{name}', did you mean {meant}?"):
+        kind(**SIZES[kind], **{name: 1})
+    fields = {
+        "sep_token_id": 3,
+        "cls_token_id": 4,
+        "architectures": ["x"],
+        "torch_dtype": "float32",
+        "my_own": 5,
+    }
+    config = kind(**SIZES[kind], **fields)  # as transformers keeps them
+    config.save_pretrained(tmp_path)
+    assert kind.from_pretrained(tmp_path).my_own == config.my_own == 5
+    assert config.sep_token_id == 3
+
+
+@pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
         (kind, name, value)

@@ -99,6 +99,47 @@ def test_names_of_functions_and_layers_are_not_ignored(model, name):
     call(model, **{name: None})
 
 
+MISSPELT = {
+    "atention_mask": "attention_mask",
+    "past_key_value": "past_key_values",
+    "cache_params": "past_key_values",
+    "num_logits_to_keep": "logits_to_keep",
+    "lables": "labels",
+    "output_hidden_state": "output_hidden_states",
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_misspelt_keywords_are_not_ignored(model, name):
+    with pytest.raises(OptionError, match=f"{name} is not taken .*, did you mean {MISSPELT[name]}?"):
+        call(model, **{name: torch.ones(2, 6)})
+    torch.compiler.reset()
+    compiled, options = torch.compile(model, backend="eager"), {name: 1}
+    if model.config.is_encoder_decoder:
+        options["decoder_input_ids"] = IDS
+    with pytest.raises(OptionError, match=f"did you mean {MISSPELT[name]}?"):
+        compiled(IDS, **options)
+
+
+def test_keywords_of_others_come_along(model):
+    names = [
+        "token_type_ids",
+        "special_tokens_mask",
+        "max_length_q",
+        "cu_seq_lens_k",
+        "cache_position",
+        "weights",
+    ]
+    want = call(model).logits
+    assert torch.equal(call(model, **dict.fromkeys(names, 3)).logits, want)
+    assert torch.equal(call(model, atention_mask=None).logits, want)
+    torch.compiler.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=model.config.model_type == "transnormer")
+    given = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        assert torch.equal(whole(IDS, weights=3, **given).logits, want)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])

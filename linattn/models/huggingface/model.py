@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from linattn.errors import OptionError, ShapeError, StateError
 from linattn.models.huggingface.cache import StateCache
 from linattn.models.huggingface.loading import load_whole
+from linattn.models.huggingface.names import meant
 
 __all__ = ["StateExpansion", "StateGeneration", "StateModel", "check_options", "named"]
 
@@ -23,6 +24,21 @@ INSTEAD = {
     "return_state": "use_cache",
     "return_states": "use_cache",
 }
+
+
+# keywords that a model or its loss looks at
+TAKEN = (
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
+    "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "cu_seqlens", "seq_idx",
+    "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs",
+    "encoder_hidden_states", "encoder_attention_mask", "shift_labels", "num_items_in_batch", "ignore_index",
+)  # fmt: skip
+# what else comes along under names like those: from generate, collators and losses of somebody's own
+ALONG = {
+    "borders", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "decoder_position_ids",
+    "encoder_attentions", "encoder_input_ids", "encoder_inputs_embeds", "position_bias", "soft_labels",
+}  # fmt: skip
+OLD = {"past_key_value": "past_key_values", "cache_params": "past_key_values"}
 
 
 class StateModel(PreTrainedModel):
@@ -177,7 +193,8 @@ def named(return_dict: bool | None, config: Any) -> bool:
 def check_options(given: dict[str, Any], config: Any) -> None:
     """Raise OptionError where a call's keywords ask for what `linattn.attention` takes, and models do not.
 
-    So they do, as the configuration may, with weights of pairs, which nothing here forms.
+    So they do, as the configuration may, with weights of pairs, which nothing here forms, and with names that
+    are nearly those of what is taken: models of transformers ignore keywords that they do not know.
     """
     weights = given.get("output_attentions")
     if config.output_attentions if weights is None else weights:
@@ -185,3 +202,9 @@ def check_options(given: dict[str, Any], config: Any) -> None:
     for name, instead in INSTEAD.items():
         if given.get(name) is not None:
             raise OptionError(f"{name} is not taken by models of transformers, pass {instead}")
+    for name, value in given.items():
+        if value is None or name in TAKEN or name in ALONG:
+            continue
+        wanted = OLD.get(name) or meant(name, TAKEN)
+        if wanted is not None:
+            raise OptionError(f"{name} is not taken by models of transformers, did you mean {wanted}?")

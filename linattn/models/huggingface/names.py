@@ -1,10 +1,16 @@
-"""What transformers asks by the name of a class: Trainer's label smoothing and pipelines."""
+"""Names: of classes, which transformers asks for, and of keywords, which may be misspelt."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
+import torch
 from transformers.models.auto import modeling_auto
 
-__all__ = ["tell"]
+__all__ = ["meant", "tell"]
+
+ALIKE = 0.83  # of difflib's ratio: two letters of six in another order
 
 
 def tell(model_type: str, **names: str) -> None:
@@ -17,3 +23,12 @@ def tell(model_type: str, **names: str) -> None:
         table = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", None)
         if table is not None:
             table.setdefault(model_type, name)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # no difflib in graphs
+def meant(name: str, known: Collection[str], alike: float = ALIKE) -> str | None:
+    """Return the known name that another one, which is not, was probably to be; None where there is none."""
+    if name in known:
+        return None
+    found = difflib.get_close_matches(name, known, 1, alike)
+    return found[0] if found else None

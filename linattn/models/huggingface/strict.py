@@ -1,18 +1,33 @@
-"""Fields of configurations that transformers checks itself, refused as all others are."""
+"""Fields of configurations that transformers checks itself, or does not know: refused as all others are."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from linattn.errors import OptionError
+from linattn.models.huggingface.names import meant
 
 __all__ = ["StrictFields"]
 
+ALIKE = 0.85  # so that sep_token_id is not eos_token_id
+
 
 class StrictFields:
-    """Before PreTrainedConfig among the bases of a configuration: its own checks raise OptionError."""
+    """Before PreTrainedConfig among the bases of a configuration: its own checks raise OptionError.
+
+    So do fields that a configuration has not, and nearly has: transformers keeps what it does not know.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {*(field.name for field in dataclasses.fields(self)), *self.attribute_map}  # type: ignore[arg-type, attr-defined]
+        for name in kwargs:
+            field = None if hasattr(self, name) else meant(name, known, ALIKE)
+            if field is not None:
+                raise OptionError(f"{type(self).__name__} has no field {name!r}, did you mean {field}?")
+        super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
