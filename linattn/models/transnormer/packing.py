@@ -58,7 +58,7 @@ def packed_at(
     if exporting:
         torch._assert_async(~again.any(), ONE_TEXT)
         return None
-    if again.shape[1] == 0 or not bool(again.any()):
+    if not bool(again.any()):
         return None
     if begun:
         raise OptionError(
@@ -92,6 +92,8 @@ def _begins_again(
     else:
         return None
     n, inside = place.shape[1], None
+    if n < 2:  # a token of `generate`, for which nothing more is to be done
+        return None
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= n:  # others are refused later
         real = real_tokens(mask, n).to(place.device)
         if real.shape[0] == place.shape[0]:
