@@ -126,7 +126,7 @@ def train(
         raise OptionError(f"--preset {preset} is trained on bytes by a small loop, without these options")
 
     from linattn.train import SETTINGS, Trainer, read_text
-    from linattn.train.checkpoint import alone, checkpoints, of_trainer
+    from linattn.train.checkpoint import alone, checkpoints, of_trainer, refuse_model
     from linattn.train.loop import check_text
     from linattn.train.processes import refuse_several
     from linattn.train.report import Report
@@ -135,16 +135,23 @@ def train(
     settings = dataclasses.replace(SETTINGS[preset], **changes)
     place = choose_device(device)
     data = read_text(text[0], exclude=[out])
-    check_text(data, settings)  # and what else needs no folder, before there is one
-    if resume and not (out.is_dir() and any(out.iterdir())):
-        raise CheckpointError(f"{out} holds no checkpoint to go on from")
-    with alone(out):
+    check_text(data, settings)
+
+    def look() -> None:
+        found = checkpoints(out)
         if trained := of_trainer(out):
             raise OptionError(f"{out} holds a run of a published size ({trained[-1].name}): another --out")
-        if not resume and (found := checkpoints(out)):
+        if found and not resume:
             raise OptionError(
                 f"{out} holds a run already ({found[-1].name}): pass --resume to go on, or another --out"
             )
+        refuse_model(out)
+        if resume and not found:
+            raise CheckpointError(f"{out} holds no checkpoint to go on from")
+
+    look()  # before the folder is made, or a file in it,
+    with alone(out):
+        look()  # and again when nobody else can change it
         trainer = Trainer(PRESETS[preset], data, settings, out=out, device=place)
         report = Report(trainer, as_json=as_json)
         if resume:

@@ -128,6 +128,10 @@ def test_a_refusal_makes_no_folder(home, preset):
     refused("give more text", "--text", "text", *begun, "--seq-len", "4000")
     refused("out holds no checkpoint to go on from", "--text", "text", *begun, "--seq-len", "8", "--resume")
     assert not (home / "out").exists()
+    weights(home / "model", 256)
+    before = sorted((home / "model").iterdir())
+    refused("holds a model already", "--text", "text", *begun[:2], "--seq-len", "8", "--out", "model")
+    assert sorted((home / "model").iterdir()) == before
 
 
 def test_a_run_of_the_other_kind_is_named(home):
