@@ -12,7 +12,14 @@ import torch
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from linattn.errors import ArgumentTypeError, CheckpointError, OptionError, ShapeError, ValueRangeError
+from linattn.errors import (
+    ArgumentTypeError,
+    CheckpointError,
+    DtypeError,
+    OptionError,
+    ShapeError,
+    ValueRangeError,
+)
 from linattn.models.cosformer import (
     CosformerConfig,
     CosformerForCausalLM,
@@ -123,6 +130,8 @@ LABELS: list[tuple[Any, type[Exception], str]] = [
     (IDS + 20, ValueRangeError, r"labels must lie in 0 … 31, or be -100 where nothing is asked, got"),
     (-IDS, ValueRangeError, r"labels must lie in 0 … 31"),
     (IDS.tolist(), ArgumentTypeError, "labels must be a tensor, got list"),
+    (IDS.double(), DtypeError, "labels must be integers, got float64"),
+    (IDS > 9, DtypeError, "labels must be integers, got bool"),
 ]
 
 
@@ -131,6 +140,62 @@ LABELS: list[tuple[Any, type[Exception], str]] = [
 def test_labels_are_looked_at_first(name: str, labels: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         call(name, labels=labels)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.uint16])
+@torch.no_grad()
+def test_labels_are_integers_of_any_dtype(name: str, dtype: torch.dtype) -> None:
+    shifted = {"shift_labels": IDS.flip(1).to(dtype)} if name in ("transnormer", "cosformer") else {}
+    want = call(name, labels=IDS, **{name: x.long() for name, x in shifted.items()}).loss
+    assert torch.equal(call(name, labels=IDS.to(dtype), **shifted).loss, want)
+
+
+@pytest.mark.parametrize("name", ["transnormer", "cosformer"])
+@pytest.mark.parametrize(("labels", "error", "says"), LABELS)
+def test_shifted_labels_are_looked_at_too(name: str, labels: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=f"{'' if says.startswith('got') else 'shift_'}{says}"):
+        call(name, labels=IDS, shift_labels=labels)
+
+
+@pytest.mark.parametrize("name", ["transnormer", "cosformer"])
+def test_labels_ask_for_all_logits(name: str) -> None:
+    whole = call(name, labels=IDS)
+    assert torch.equal(call(name, labels=IDS, logits_to_keep=8).loss, whole.loss)
+    for some in (1, 7, torch.tensor([7])):
+        with pytest.raises(OptionError, match="labels ask for every column's logits"):
+            call(name, labels=IDS, logits_to_keep=some)
+        assert call(name, logits_to_keep=some).loss is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@torch.no_grad()
+def test_embeddings_have_the_dtype_of_the_weights(dtype: torch.dtype) -> None:
+    embeds = transnormer().get_input_embeddings()(IDS)
+    model = transnormer().to(dtype)
+    for other in (torch.bfloat16, torch.float32, torch.float64):
+        if other == dtype:
+            assert model(inputs_embeds=embeds.to(other)).logits.dtype == dtype
+            continue
+        says = "inputs_embeds must have the dtype of the model's weights, "
+        with pytest.raises(DtypeError, match=f"{says}{str(dtype)[6:]}, got {str(other)[6:]}"):
+            model(inputs_embeds=embeds.to(other))
+        with torch.autocast("cpu", torch.bfloat16):
+            if torch.float64 in (dtype, other):  # which it leaves alone
+                with pytest.raises(DtypeError, match=says):
+                    model(inputs_embeds=embeds.to(other))
+            else:
+                assert model(inputs_embeds=embeds.to(other)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["transnormer", "cosformer", "pair"])
+def test_generate_takes_rows_of_prompts(name: str) -> None:
+    model = MODELS[name]()
+    for wrong in (IDS[0], IDS[:0], IDS[None]):
+        with pytest.raises(ShapeError, match=r"input_ids must have shape \[b, n\], .* got "):
+            model.generate(wrong, max_new_tokens=2)
+    with pytest.raises(ShapeError, match=r"inputs_embeds must have shape \[b, n, e\]"):
+        model.generate(inputs_embeds=torch.zeros(2, 16), max_new_tokens=2)
 
 
 @torch.no_grad()

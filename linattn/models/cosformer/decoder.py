@@ -192,9 +192,12 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
         """Return CausalLMOutputWithPast: logits [b, n, vocab_size], and what the decoder returns.
 
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
-        last so many columns only, or of these; 0 for all. Everything else: `CosformerDecoder.forward`.
+        last so many columns only, or of these; 0 for all, which labels ask for. Everything else:
+        `CosformerDecoder.forward`.
         """
-        check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs)
+        labels = check_labels(
+            labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs, logits_to_keep
+        )
         found = self.decoder(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache,
             output_hidden_states=output_hidden_states, return_dict=True, **kwargs,

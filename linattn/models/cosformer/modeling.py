@@ -107,7 +107,7 @@ class CosformerForMaskedLM(CosformerPreTrainedModel):
 
         labels: the ids in each column, -100 where nothing is asked. The rest: `CosformerModel.forward`.
         """
-        check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs)
+        labels = check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs)
         found = self.encoder(input_ids, attention_mask, inputs_embeds, output_hidden_states, True, **kwargs)
         logits = self.lm_head(found.last_hidden_state)
         loss = None

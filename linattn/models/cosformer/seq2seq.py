@@ -86,7 +86,9 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         their place. labels: the ids that each column of the decoder is to give, -100 where nothing is asked;
         without decoder_input_ids those are the labels, one later. The rest: `CosformerDecoder.forward`.
         """
-        check_labels(labels, decoder_input_ids, decoder_inputs_embeds, self.config.vocab_size, kwargs)
+        labels = check_labels(
+            labels, decoder_input_ids, decoder_inputs_embeds, self.config.vocab_size, kwargs
+        )
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids, attention_mask, inputs_embeds, output_hidden_states, True, **kwargs

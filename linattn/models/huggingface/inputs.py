@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError
+from linattn.prepared import PLAIN
+from linattn.surroundings import lowers
 
 
-def check_inputs(ids: Any, embeds: Any, width: int) -> None:
+def check_inputs(ids: Any, embeds: Any, width: int, layers: nn.Module | None = None) -> None:
     """Refuse all but ids [b, n] or embeddings [b, n, width] of floating point, one of them.
 
+    layers: what takes the embeddings, in one dtype with its first matrix, unless autocast brings them there.
     Raises OptionError, ArgumentTypeError, ShapeError or DtypeError.
     """
     if (ids is None) == (embeds is None):
@@ -26,5 +30,22 @@ def check_inputs(ids: Any, embeds: Any, width: int) -> None:
     if x.ndim != 3 or x.shape[2] != width:
         raise ShapeError(f"inputs_embeds must have shape [b, n, {width}], got {tuple(x.shape)}")
     if not x.is_floating_point():
-        name = str(x.dtype).removeprefix("torch.")
-        raise DtypeError(f"inputs_embeds must be of floating point, got {name}")
+        raise DtypeError(f"inputs_embeds must be of floating point, got {_name(x.dtype)}")
+    own = None if layers is None else _dtype_of(layers)
+    cast = lowers(x.device.type) and torch.float64 not in (x.dtype, own)
+    if own not in (None, x.dtype) and not cast:
+        raise DtypeError(
+            f"inputs_embeds must have the dtype of the model's weights, {_name(own)}, got {_name(x.dtype)}"
+        )
+
+
+def _dtype_of(layers: nn.Module) -> torch.dtype | None:
+    """The dtype of the first matrix, where it is a tensor as any other: sharded, quantised ones are not."""
+    first = next((weight for weight in layers.parameters() if weight.ndim == 2), None)
+    if first is None or type(first) not in PLAIN or not first.is_floating_point():
+        return None
+    return first.dtype
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from linattn.arrays import traced
-from linattn.errors import ArgumentTypeError, ShapeError, ValueRangeError
+from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
 from linattn.models.huggingface.padding import real_tokens
 
 if TYPE_CHECKING:
@@ -17,30 +17,52 @@ if TYPE_CHECKING:
 IGNORED = -100  # a label that asks nothing
 
 
-def check_labels(labels: Any, ids: Any, embeds: Any, vocab_size: int, options: dict[str, Any]) -> None:
-    """Refuse labels that are no ids, or not [b, n] as the call's ids or embeddings are, where it has any.
+def check_labels(
+    labels: Any, ids: Any, embeds: Any, vocab_size: int, options: dict[str, Any], keep: Any = 0
+) -> Any:
+    """Return labels as int64, or refuse what are no ids, and not [b, n] as the call's ids or embeddings are.
 
-    options: the loss's, of which ignore_index counts. Values are read only where they lie on the host. Raises
-    ArgumentTypeError, ShapeError or ValueRangeError.
+    options: the loss's, of which ignore_index counts; shift_labels in there are looked at and cast, too. keep:
+    the call's logits_to_keep. Values are read only where they lie on the host. Raises ArgumentTypeError,
+    DtypeError, ShapeError or ValueRangeError, and OptionError for labels of columns without logits.
     """
     if labels is None:
-        return
-    if not isinstance(labels, torch.Tensor):
-        raise ArgumentTypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        return None
     given = embeds if ids is None else ids
     rows = given.shape[:2] if isinstance(given, torch.Tensor) and given.ndim > 1 else None
+    ignored = options.get("ignore_index", IGNORED)
+    labels = _ids_of("labels", labels, rows, vocab_size, ignored)
+    if not isinstance(keep, int) or (keep != 0 and keep < labels.shape[1]):
+        raise OptionError(
+            "labels ask for every column's logits, logits_to_keep leaves some out: pass one of them"
+        )
+    if options.get("shift_labels") is not None:
+        shifted = options["shift_labels"]
+        options["shift_labels"] = _ids_of("shift_labels", shifted, labels.shape, vocab_size, ignored)
+    return labels
+
+
+def _ids_of(
+    name: str, labels: Any, rows: torch.Size | None, vocab_size: int, ignored: int
+) -> Int[torch.Tensor, "b n"]:
+    """Labels as int64, of so many rows and columns, where those are known."""
+    if not isinstance(labels, torch.Tensor):
+        raise ArgumentTypeError(f"{name} must be a tensor, got {type(labels).__name__}")
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise DtypeError(f"{name} must be integers, got {str(labels.dtype).removeprefix('torch.')}")
     if labels.ndim != 2 or (rows is not None and labels.shape != rows):
         wanted = "[b, n]" if rows is None else f"{list(rows)}, as the input"
-        raise ShapeError(f"labels must have shape {wanted}, got {list(labels.shape)}")
-    if labels.device.type != "cpu" or traced():
-        return
-    ignored = options.get("ignore_index", IGNORED)
-    wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != ignored)
+        raise ShapeError(f"{name} must have shape {wanted}, got {list(labels.shape)}")
+    ids: torch.Tensor = labels.long()
+    if ids.device.type != "cpu" or traced():
+        return ids
+    wrong = ((ids < 0) | (ids >= vocab_size)) & (ids != ignored)
     if bool(wrong.any()):
         raise ValueRangeError(
-            f"labels must lie in 0 … {vocab_size - 1}, or be {ignored} where nothing is asked, got "
-            f"{labels[wrong][0].item()}"
+            f"{name} must lie in 0 … {vocab_size - 1}, or be {ignored} where nothing is asked, got "
+            f"{ids[wrong][0].item()}"
         )
+    return ids
 
 
 def asked(

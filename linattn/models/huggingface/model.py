@@ -82,12 +82,19 @@ class StateExpansion(GenerationMixin):
     """`generate` of several texts from each prompt: a given cache's rows are repeated as the prompts are."""
 
     def _prepare_model_inputs(self, *arguments: Any, **named: Any) -> Any:
-        """What transformers prepares. Raises ShapeError for prompts without a token."""
+        """What transformers prepares. Raises ShapeError for what are no rows of prompts with a token each."""
         found = super()._prepare_model_inputs(*arguments, **named)
-        if not self.config.is_encoder_decoder and found[0].shape[1] == 0:
+        shape = found[0].shape
+        if len(shape) != (3 if found[1] == "inputs_embeds" else 2) or shape[0] == 0:
+            wanted = "[b, n, e]" if found[1] == "inputs_embeds" else "[b, n]"
+            raise ShapeError(
+                f"{found[1]} must have shape {wanted}, a row for each of at least one prompt, got "
+                f"{tuple(shape)}"
+            )
+        if not self.config.is_encoder_decoder and shape[1] == 0:
             raise ShapeError(
                 f"a prompt must have at least one token (such as bos_token_id), got {found[1]} of shape "
-                f"{tuple(found[0].shape)}"
+                f"{tuple(shape)}"
             )
         return found
 

@@ -165,7 +165,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         return found if named(return_dict, self.config) else found.to_tuple()
 
     def _embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
-        check_inputs(ids, embeds, self.config.decoder_embed_dim)
+        check_inputs(ids, embeds, self.config.decoder_embed_dim, self.layers)
         x = embeds
         if ids is not None:
             check_ids(ids, self.embed_tokens, self.config.vocab_size)
@@ -268,9 +268,12 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         """Return CausalLMOutputWithPast: logits [b, n, vocab_size], and what the model returns.
 
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
-        last so many columns only, or of these; 0 for all. Everything else: `TransNormerModel.forward`.
+        last so many columns only, or of these; 0 for all, which labels ask for. Everything else:
+        `TransNormerModel.forward`.
         """
-        check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs)
+        labels = check_labels(
+            labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs, logits_to_keep
+        )
         given = inputs_embeds if input_ids is None else input_ids
         borders = packed_at(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values, given)
         found = self.model(
