@@ -156,6 +156,35 @@ def test_a_resized_vocabulary_is_saved_and_loaded(kind, tokens, tmp_path):
     assert type(loaded)(copy.deepcopy(model.config)).config.vocab_size == tokens
 
 
+@BOTH
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+def test_a_vocabulary_is_not_cut_below_a_special_token(kind, name, tmp_path):
+    model = MODELS[kind](kind(**SIZES[kind], **{name: 17}))
+    with pytest.raises(ValueRangeError, match=f"{name} 17 is not among 16 rows .*: set config.{name}"):
+        model.resize_token_embeddings(13, pad_to_multiple_of=8)
+    with pytest.raises(ValueRangeError, match="at least 1 row, got 0"):
+        model.resize_token_embeddings(0)
+    assert len(model.get_input_embeddings().weight) == model.config.vocab_size == 23
+    model.resize_token_embeddings(18)
+    setattr(model.config, name, None if name == "pad_token_id" else 2)
+    model.resize_token_embeddings(13, pad_to_multiple_of=8)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 16
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_cache", "maybe"), ("vocab_size", 2), ("use_cach", True), ("eos_token_id", 99)]
+)
+def test_what_would_not_be_loaded_is_not_saved(kind, name, value, tmp_path):
+    model = MODELS[kind](kind(**SIZES[kind]))
+    setattr(model.config, name, value)
+    for one in (model, model.config):
+        with pytest.raises(LinattnError, match="token_id must lie in" if name == "vocab_size" else name):
+            one.save_pretrained(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+
 def test_the_released_configuration_is_read(tmp_path):
     """The fields of the released 385M model, as its folder has them."""
     fields = {

@@ -20,10 +20,10 @@ IGNORED = -100  # a label that asks nothing
 def check_labels(
     labels: Any, ids: Any, embeds: Any, vocab_size: int, options: dict[str, Any], keep: Any = 0
 ) -> Any:
-    """Return labels as int64, or refuse what are no ids, and not [b, n] as the call's ids or embeddings are.
+    """Return labels as int64; refuse what are no ids, and not [b, n] as the call's input is.
 
-    options: the loss's, of which ignore_index counts; shift_labels in there are looked at and cast, too. keep:
-    the call's logits_to_keep. Values are read only where they lie on the host. Raises ArgumentTypeError,
+    options: the loss's, of which ignore_index counts; its shift_labels are looked at and cast, too. keep: the
+    call's logits_to_keep. Values are read only where they lie on the host. Raises ArgumentTypeError,
     DtypeError, ShapeError or ValueRangeError, and OptionError for labels of columns without logits.
     """
     if labels is None:

@@ -6,9 +6,10 @@ import copy
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from linattn.errors import OptionError, ShapeError, StateError
+from linattn.errors import OptionError, ShapeError, StateError, ValueRangeError
 from linattn.models.huggingface.cache import StateCache
 from linattn.models.huggingface.loading import load_whole
 from linattn.models.huggingface.names import meant
@@ -38,6 +39,7 @@ ALONG = {
     "borders", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "decoder_position_ids",
     "encoder_attentions", "encoder_input_ids", "encoder_inputs_embeds", "position_bias", "soft_labels",
 }  # fmt: skip
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 OLD = {"past_key_value": "past_key_values", "cache_params": "past_key_values"}
 
 
@@ -65,6 +67,34 @@ class StateModel(PreTrainedModel):
         """
         load, new = super().from_pretrained, (cls.__name__, cls._new_heads)
         return load_whole(load, pretrained_model_name_or_path, *arguments, new=new, **options)
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
+        """Write weights and configuration, as transformers does.
+
+        Raises OptionError or ValueRangeError for a configuration that loading would refuse; nothing is
+        written then.
+        """
+        self.config.check_saved()
+        return super().save_pretrained(*arguments, **options)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *rest: Any,
+        **options: Any,
+    ) -> nn.Embedding:
+        """Give the embeddings so many rows, as transformers does.
+
+        Raises ValueRangeError where there would be none, or none of a special token of the configuration.
+        """
+        if new_num_tokens is not None:
+            rows = new_num_tokens + (-new_num_tokens) % (pad_to_multiple_of or 1)
+            check_special(self.config, rows)
+        made: nn.Embedding = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, *rest, **options
+        )
+        return made
 
     def _cache(self, given: Any, use_cache: bool | None) -> Any:
         """What to continue and to keep; None where nothing is to be kept."""
@@ -190,6 +220,20 @@ def check_unseen(cache: StateCache | None, columns: int | None) -> None:
             f"the cache has seen {cache.get_seq_length()} columns, all of the prompt: keep one of its "
             "beginning, without the last token"
         )
+
+
+def check_special(config: Any, rows: int) -> None:
+    """Raise ValueRangeError for embeddings of so many rows if a special token's is not among them."""
+    if rows < 1:
+        raise ValueRangeError(f"embeddings must have at least 1 row, got {rows}")
+    for name in SPECIAL:
+        ids = getattr(config, name, None)
+        for one in ids if isinstance(ids, list | tuple) else [ids]:
+            if one is not None and one >= rows:
+                raise ValueRangeError(
+                    f"{name} {one} is not among {rows} rows of embeddings: set config.{name} (and "
+                    f"generation_config.{name}) to one that is, or to None, before resizing"
+                )
 
 
 def named(return_dict: bool | None, config: Any) -> bool:

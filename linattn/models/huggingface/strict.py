@@ -19,6 +19,7 @@ class StrictFields:
     """Before PreTrainedConfig among the bases of a configuration: its own checks raise OptionError.
 
     So do fields that a configuration has not, and nearly has: transformers keeps what it does not know.
+    Fields may be changed one by one, so they are looked at again before they are saved.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -28,6 +29,15 @@ class StrictFields:
             if field is not None:
                 raise OptionError(f"{type(self).__name__} has no field {name!r}, did you mean {field}?")
         super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def check_saved(self) -> None:
+        """Raise OptionError or ValueRangeError where loading would, for what saving would write now."""
+        type(self).from_dict(self.to_dict())  # type: ignore[attr-defined]
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
+        """Write the configuration, as transformers does; nothing where `check_saved` raises."""
+        self.check_saved()
+        return super().save_pretrained(*arguments, **options)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
