@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from linattn.cli.names import path_of
 from linattn.cli.output import Bar, waiting
 
 LARGEST = math.log(sys.float_info.max)  # nats a token whose perplexity is a number
@@ -17,12 +18,18 @@ LARGEST = math.log(sys.float_info.max)  # nats a token whose perplexity is a num
 
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Option(help="A checkpoint folder, or a run's folder: then its newest checkpoint.")
+        Path,
+        typer.Option(
+            metavar="<path>",
+            parser=path_of("--checkpoint"),
+            help="A checkpoint folder, or a run's folder: then its newest checkpoint.",
+        ),
     ],
     text: Annotated[
         list[Path],
         typer.Option(
             metavar="<path>",
+            parser=path_of("--text"),
             help="A text file, a folder of them, or a folder that `datasets` wrote; several are one text in "
             "this order.",
         ),

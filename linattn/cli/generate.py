@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linattn.cli.names import LARGEST_SEED
+from linattn.cli.names import LARGEST_SEED, path_of
 from linattn.cli.output import print_json, waiting
 
 if TYPE_CHECKING:
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 def generate(
     checkpoint: Annotated[
-        Path, typer.Option(help="A checkpoint folder, or a run's folder: then its newest checkpoint.")
+        Path,
+        typer.Option(
+            metavar="<path>",
+            parser=path_of("--checkpoint"),
+            help="A checkpoint folder, or a run's folder: then its newest checkpoint.",
+        ),
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     tokens: Annotated[int, typer.Option(help="How many tokens to add: bytes, or a tokenizer's.")] = 500,

@@ -77,12 +77,15 @@ def config_of(size: str, vocab_size: int, tokenizer: Any = None) -> TransNormerC
 def _config(size: str) -> TransNormerConfig:
     known(size)
     folder = Path(size)
-    kind = checkpoint.read_json(folder / checkpoint.CONFIG).get("model_type")
+    fields = checkpoint.read_json(folder / checkpoint.CONFIG)
+    kind, dtype = fields.get("model_type"), fields.get("dtype", fields.get("torch_dtype"))
     if kind != TransNormerConfig.model_type:
         place = folder / checkpoint.CONFIG
         raise CheckpointError(
             f"{place} is for a model of type {kind!r}, not {TransNormerConfig.model_type!r}"
         )
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise CheckpointError(f"{folder / checkpoint.CONFIG} is damaged: torch has no dtype {dtype!r}")
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])
     if pickles and not has_weights(size):
         raise CheckpointError(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from linattn.cli import app
 from linattn.errors import CheckpointError, DataError
 from linattn.models import TransNormerConfig, TransNormerLM
-from linattn.train import checkpoint, load_model, tokenizers
+from linattn.train import checkpoint, load_model, presets, tokenizers
 
 SIZES = {"embed_dim": 8, "hidden_dim": 8, "num_heads": 2, "num_layers": 1, "glu_dim": 8}
 WORDS = {"<eos>": 0, "one": 1, "two": 2, "?": 3}
@@ -174,6 +174,12 @@ def test_a_text_where_a_path_belongs(tmp_path, folder, monkeypatch, arguments):
     assert "aaa" in said(*arguments, "a" * 400)
 
 
+def test_a_path_that_is_empty(folder):
+    assert "--checkpoint is empty" in said("generate", "--checkpoint", "")
+    assert "--checkpoint is empty" in said("eval", "--checkpoint", "", "--text", folder)
+    assert "--text is empty" in said("eval", "--checkpoint", folder, "--text", "")
+
+
 def test_damaged_tokenizers_are_sentences(tmp_path):
     def fails(name, content, sentence):
         folder = words(tmp_path / "words")
@@ -190,6 +196,14 @@ def test_damaged_tokenizers_are_sentences(tmp_path):
     folder = words(tmp_path / "none", {}, eos_token=None)
     with pytest.raises(DataError, match="without a vocabulary"):
         tokenizers.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float99", 16, "nn", [], ""])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_that_torch_does_not_have(tmp_path, name, dtype):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "transnormer", name: dtype}))
+    with pytest.raises(CheckpointError, match="torch has no dtype"):
+        presets.config_of(str(tmp_path), 256)
 
 
 def test_a_tokenizer_that_the_model_does_not_know(tmp_path):
