@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from linattn.errors import CheckpointError, LinattnError, OptionError, ValueRangeError
 from linattn.models import TransNormerConfig as PlainConfig
 from linattn.models.cosformer import CosformerConfig, CosformerForCausalLM
-from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
+from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM, preset
 
 SIZES = {
     TransNormerConfig: {
@@ -103,13 +103,27 @@ def test_a_field_that_cannot_be_is_named(kind, name, value):
         (TransNormerConfig, "bias", "false", "bias must be True or False, got 'false'"),
         (TransNormerConfig, "init_std", -1, "init_std must be above 0 and finite, got -1"),
         (TransNormerConfig, "bos_token_id", -7, "bos_token_id must lie in 0 … 22, got -7"),
+        (TransNormerConfig, "decoder_layers", 0, "decoder_layers must be an int of at least 1, got 0"),
+        (TransNormerConfig, "decoder_embed_dim", 0, "decoder_embed_dim must be an int of at least 1, got 0"),
+        (
+            TransNormerConfig,
+            "hidden_dim",
+            9,
+            "decoder_attention_heads must divide hidden_dim, got 2 heads and width 9",
+        ),
+        (
+            TransNormerConfig,
+            "linear_use_lrpe_list",
+            [1],
+            "linear_use_lrpe_list must hold a 0 or 1 for each of 2 decoder_layers, or nothing, got (1,)",
+        ),
         (CosformerConfig, "use_cache", "maybe", "use_cache must be True or False, got 'maybe'"),
         (CosformerConfig, "eos_token_id", [2, "3"], "eos_token_id must lie in 0 … 22, got '3'"),
     ],
 )
 def test_a_refusal_says_what_may_be_there(kind, name, value, says):
     with pytest.raises(LinattnError) as caught:
-        kind(**SIZES[kind], **{name: value})
+        kind(**{**SIZES[kind], name: value})
     assert str(caught.value) == says
 
 
@@ -183,6 +197,27 @@ def test_what_would_not_be_loaded_is_not_saved(kind, name, value, tmp_path):
         with pytest.raises(LinattnError, match="token_id must lie in" if name == "vocab_size" else name):
             one.save_pretrained(tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
+
+
+@BOTH
+def test_a_folder_of_another_model_says_so_first(kind, tmp_path):
+    (other,) = {*SIZES} - {kind}
+    MODELS[other](other(**SIZES[other])).save_pretrained(tmp_path)
+    says = f"is of a model of type '{other.model_type}', not '{kind.model_type}'"
+    for one in (kind, MODELS[kind]):
+        with pytest.raises(OptionError, match=says):
+            one.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["decoder_layers", "num_hidden_layers"])
+def test_presets_of_fewer_layers(name):
+    assert preset("1b", **{name: 3}).linear_use_lrpe_list == [1, 0, 0]
+    assert preset("1b").linear_use_lrpe_list == [1] + [0] * 15
+    assert preset("1b", **{name: 2}, linear_use_lrpe_list=[0, 1]).linear_use_lrpe_list == [0, 1]
+    assert preset("1b", **{name: 2}, linear_use_lrpe_list=None).linear_use_lrpe_list == []
+    for wrong in ("3", 0, 2.0):
+        with pytest.raises(ValueRangeError, match="decoder_layers must be an int of at least 1"):
+            preset("1b", **{name: wrong})
 
 
 def test_the_released_configuration_is_read(tmp_path):

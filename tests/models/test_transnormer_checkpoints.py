@@ -232,7 +232,7 @@ def test_pickles_are_read_only_when_asked(model, tmp_path):
         ({"norm_type": "layernorm"}, "norm_type"),
         ({"linear_act_fun": "gelu"}, "linear_act_fun"),
         ({"linear_use_lrpe_list": [1]}, "linear_use_lrpe_list"),
-        ({"decoder_attention_heads": 5}, "num_heads"),
+        ({"decoder_attention_heads": 5}, "decoder_attention_heads"),
     ],
 )
 def test_configurations_that_cannot_be(fields, words):

@@ -30,6 +30,14 @@ class StrictFields:
                 raise OptionError(f"{type(self).__name__} has no field {name!r}, did you mean {field}?")
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """Read what `to_dict` gave, as transformers does. Raises OptionError for another model's fields."""
+        own, found = cls.model_type, config_dict.get("model_type")  # type: ignore[attr-defined]
+        if found is not None and found != own:
+            raise OptionError(f"the configuration is of a model of type {found!r}, not {own!r}")
+        return super().from_dict(config_dict, **options)  # type: ignore[misc]
+
     def check_saved(self) -> None:
         """Raise OptionError or ValueRangeError where loading would, for what saving would write now."""
         type(self).from_dict(self.to_dict())  # type: ignore[attr-defined]

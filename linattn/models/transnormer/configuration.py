@@ -9,10 +9,14 @@ from transformers import PreTrainedConfig
 from linattn.errors import OptionError
 from linattn.models.config import ACTIVATIONS, NORM
 from linattn.models.config import TransNormerConfig as Parts
-from linattn.models.fields import check_flags, check_ids, check_positive
+from linattn.models.fields import check_flags, check_ids, check_positive, check_sizes
 from linattn.models.huggingface.strict import StrictFields
 
 __all__ = ["PRESETS", "TransNormerConfig", "preset"]
+
+SIZES = (
+    "vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim", "glu_dim",
+)  # fmt: skip
 
 
 class TransNormerConfig(StrictFields, PreTrainedConfig):
@@ -72,6 +76,18 @@ class TransNormerConfig(StrictFields, PreTrainedConfig):
 
         Raises OptionError or ValueRangeError for any field, its own or not, that cannot be.
         """
+        check_sizes(self, *SIZES)
+        if self.hidden_dim % self.decoder_attention_heads:
+            raise OptionError(
+                f"decoder_attention_heads must divide hidden_dim, got {self.decoder_attention_heads} heads "
+                f"and width {self.hidden_dim}"
+            )
+        lrpe = tuple(self.linear_use_lrpe_list or ())
+        if len(lrpe) not in (0, self.decoder_layers) or any(entry not in (0, 1) for entry in lrpe):
+            raise OptionError(
+                f"linear_use_lrpe_list must hold a 0 or 1 for each of {self.decoder_layers} decoder_layers, "
+                f"or nothing, got {lrpe}"
+            )
         if self.norm_type != NORM:
             raise OptionError(f"norm_type must be {NORM!r}, got {self.norm_type!r}")
         act = str(self.linear_act_fun)
@@ -86,7 +102,7 @@ class TransNormerConfig(StrictFields, PreTrainedConfig):
             num_layers=self.decoder_layers,
             glu_dim=self.glu_dim,
             decay_schedule=self.decay_schedule,
-            linear_use_lrpe_list=tuple(self.linear_use_lrpe_list or ()),
+            linear_use_lrpe_list=lrpe,
             no_scale_embedding=self.no_scale_embedding,
             bias=self.bias,
             feature_map=ACTIVATIONS[act],
@@ -105,8 +121,12 @@ def _size(layers: int, width: int, heads: int, glu: int) -> dict[str, Any]:
         "hidden_dim": width,
         "decoder_attention_heads": heads,
         "glu_dim": glu,
-        "linear_use_lrpe_list": [1] + [0] * (layers - 1),
+        "linear_use_lrpe_list": _in_the_first(layers),
     }
+
+
+def _in_the_first(layers: int) -> list[int]:
+    return [1] + [0] * (layers - 1)
 
 
 # Layers, widths and heads of 385m to 7b and 175b: TransNormerLLM, arXiv:2307.14995, table of model variants;
@@ -125,6 +145,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str, **fields: Any) -> TransNormerConfig:
     """Return the configuration of a published size ("385m", …), with `fields` in place of its own.
 
+    Of another number of layers the first has LRPE, too, unless linear_use_lrpe_list says otherwise.
     Raises OptionError for a name that is not in `PRESETS`, and for fields that no configuration has.
     Source: layers, widths and heads are those of TransNormerLLM, arXiv:2307.14995; of "15b", those of the
     released TransNormerLLM3.
@@ -135,4 +156,7 @@ def preset(name: str, **fields: Any) -> TransNormerConfig:
     unknown = [field for field in fields if not hasattr(made, field)]
     if unknown:
         raise OptionError(f"TransNormerConfig has no field {unknown[0]!r}")
-    return TransNormerConfig(**{**PRESETS[name.lower()], **fields})
+    sizes = PRESETS[name.lower()] | {TransNormerConfig.attribute_map.get(k, k): v for k, v in fields.items()}
+    if isinstance(sizes["decoder_layers"], int) and "linear_use_lrpe_list" not in fields:
+        sizes["linear_use_lrpe_list"] = _in_the_first(sizes["decoder_layers"])
+    return TransNormerConfig(**sizes)
