@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks
 from transformers.cache_utils import DynamicLayer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
@@ -32,20 +33,21 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
     sequence is float32 whatever the weights are, and so are the decays, which casting a model rounds; several
     tokens after a cache are one call instead of a loop over tokens; a causal mask by position, where the
     original compares slope · lag with 0. Masked positions add nothing to a state, give 0, and count as tokens
-    for the decay, as in the original. A step without gradients changes the cached state in place.
+    for the decay, as in the original. A step without gradients changes the cached state in place; hooks, such
+    as transformers records attentions by, are given a copy.
 
-    Two mistakes of the original's cache are not repeated: where layer 0 is a lightning layer it counts no
-    tokens, so that full attention hides the wrong ones where texts are padded or go on by several tokens; and
-    beams leave their states behind.
+    Three mistakes of the original's cache are not repeated: where layer 0 is a lightning layer it counts no
+    tokens, so that full attention hides the wrong ones where texts are padded or go on by several tokens;
+    beams leave their states behind; and so does `reset`.
 
     Patches may be nested and undone in any order: the newest one that is left computes.
 
     model_or_class: a module that has MiniMax's lightning layers, a class of MiniMax's, or None. backend: as
     in `linattn.attention`.
 
-    Raises ArgumentTypeError for anything without such layers; for a backend, at once, what
-    `linattn.attention` raises: UnknownBackendError, ArgumentTypeError, or UnsupportedError where none that it
-    names takes torch tensors.
+    Raises ArgumentTypeError for anything without such layers, and for a layer whose class has a `forward` of
+    its own, which the class's patch leaves alone; for a backend, at once, what `linattn.attention` raises:
+    UnknownBackendError, ArgumentTypeError, or UnsupportedError where none that it names takes torch tensors.
     Source: `transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention.forward`.
     """
     _check_backend(backend)
@@ -180,10 +182,18 @@ def _forward(
     if mask is not None:
         o = o.masked_fill(~mask[..., None], 0)
     o = self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * self.norm(o))
+    kv = state.kv
     if past_key_values is not None:
-        past_key_values.set_linear_cache(self.layer_idx, state.kv)
+        past_key_values.set_linear_cache(self.layer_idx, kv)
         _take_place(past_key_values, self.layer_idx)
-    return o, state.kv
+        if _watched(self):  # what a hook keeps is this token's, and later steps change the cache's in place
+            kv = kv.clone()
+    return o, kv
+
+
+def _watched(layer: Any) -> bool:
+    """Whether hooks are given what a layer returns: transformers records attentions by such."""
+    return bool(layer._forward_hooks or _global_forward_hooks)
 
 
 class _NoKeys(DynamicLayer):
@@ -197,6 +207,11 @@ class _NoKeys(DynamicLayer):
         """Tokens seen, by the layers that can count; 0 where none can."""
         others = (one for one in self.cache.layers if not isinstance(one, _NoKeys))
         return max((one.get_seq_length() for one in others), default=0)
+
+    def reset(self) -> None:
+        """Forget what was seen: zeros, in which the original, too, finds nothing."""
+        known = self.cache.linear_cache
+        known[self.layer] = torch.zeros_like(known[self.layer])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b goes on from what row beam_idx[b] has seen."""

@@ -1,0 +1,60 @@
+"""What others see of a patched MiniMax, and do to it: hooks, emptied caches, compilers, subclasses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+from linattn.integrations.transformers import patch_minimax
+from tests.integrations.test_minimax import TOL, of_layers, tokens
+
+
+def test_attentions_of_every_generated_token_are_its_own() -> None:
+    """States go on in place; those that generation records stay what they were."""
+    model, ids = of_layers("fll"), tokens(2, 9)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    options |= {"return_dict_in_generate": True, "output_attentions": True}
+    model.set_attn_implementation("eager")
+    theirs = model.generate(ids, **options).attentions
+    with patch_minimax(model):
+        mine = model.generate(ids, **options).attentions
+    assert len(mine) == 4
+    for step, wanted in zip(mine, theirs, strict=True):
+        for x, y in zip(step, wanted, strict=True):
+            torch.testing.assert_close(x, y, **TOL)
+    assert len({step[-1].data_ptr() for step in mine}) == 4
+
+
+@torch.no_grad()
+def test_a_step_that_nobody_watches_copies_nothing() -> None:
+    layer, cache = of_layers("fl").model.layers[1].self_attn, MiniMaxCache()
+    patch_minimax(layer)
+    seen: list[Any] = []
+    x = torch.randn(1, 1, 32, dtype=torch.float64)
+    first, second = (layer(x, None, None, cache)[1] for _ in range(2))
+    assert first.data_ptr() == second.data_ptr() == cache.linear_cache[1].data_ptr()
+    for register in (layer.register_forward_hook, torch.nn.modules.module.register_module_forward_hook):
+        with register(lambda module, given, out: seen.append(out[1]) if module is layer else None):
+            layer(x, None, None, cache)
+        assert seen[-1].data_ptr() != cache.linear_cache[1].data_ptr()
+
+
+@torch.no_grad()
+def test_an_emptied_cache_has_no_states() -> None:
+    """Of lightning layers alone: the keys of others are zeros then, which still weigh in."""
+    model, ids = of_layers("ll"), tokens(2, 9)
+    with patch_minimax(model):
+        want = model(ids).logits
+        cache = model(tokens(2, 7, seed=1), use_cache=True).past_key_values
+        cache.reset()
+        cache.reorder_cache(torch.tensor([1, 0]))
+        found = model(ids, past_key_values=cache, use_cache=True).logits
+        cache.reset()
+    torch.testing.assert_close(found, want, **TOL)
+    torch.testing.assert_close(model(ids, past_key_values=cache, use_cache=True).logits, want, **TOL)
