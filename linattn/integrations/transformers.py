@@ -66,7 +66,18 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
         raise ArgumentTypeError(
             f"patch_minimax: {type(model_or_class).__name__} has no MiniMaxLightningAttention layer"
         )
+    for layer in layers:
+        if _forward_of(type(layer)) is not MiniMaxLightningAttention:
+            raise ArgumentTypeError(
+                f"patch_minimax: a layer's class, {type(layer).__name__}, has a forward of its own, which "
+                "would not be called; patch_minimax() leaves such layers theirs, and computes what they call"
+            )
     return Patch(layers, backend)
+
+
+def _forward_of(kind: type) -> type:
+    """The class that a class has its `forward` from, whatever lies there now."""
+    return next(one for one in kind.__mro__ if "forward" in vars(one))
 
 
 def _check_backend(backend: BackendLike) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from linattn import errors
+
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers.models.minimax.modeling_minimax import MiniMaxCache
+from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
 from linattn.integrations.transformers import patch_minimax
 from tests.integrations.test_minimax import TOL, of_layers, tokens
@@ -58,3 +60,36 @@ def test_an_emptied_cache_has_no_states() -> None:
         cache.reset()
     torch.testing.assert_close(found, want, **TOL)
     torch.testing.assert_close(model(ids, past_key_values=cache, use_cache=True).logits, want, **TOL)
+
+
+class Own(MiniMaxLightningAttention):
+    """A layer with another output."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        o, state = super().forward(*arguments, **options)
+        return 2 * o, state
+
+
+class Named(MiniMaxLightningAttention):
+    """A layer of another name, with MiniMax's output."""
+
+
+@torch.no_grad()
+def test_a_forward_of_ones_own_is_not_replaced() -> None:
+    model, ids = of_layers("fll"), tokens(1, 9)
+    layer = model.model.layers[2].self_attn
+    layer.__class__ = Named
+    with patch_minimax(model):
+        assert "forward" in vars(layer)
+    layer.__class__ = Own
+    want = model(ids).logits
+    with pytest.raises(
+        errors.ArgumentTypeError, match=r"Own, has a forward of its own, .*; patch_minimax\(\)"
+    ):
+        patch_minimax(model)
+    assert not any("forward" in vars(part) for part in model.modules())
+    with patch_minimax():  # what such a forward calls is linattn's then
+        torch.testing.assert_close(model(ids).logits, want, **TOL)
+        with pytest.raises(errors.ArgumentTypeError, match="has a forward of its own"):
+            patch_minimax(model)
+        patch_minimax(model.model.layers[1]).undo()
