@@ -180,9 +180,15 @@ def _forward(
     q, k, v = qkv.split(d, dim=3)
     mask = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - n :].bool()
     wide = torch.promote_types(q.dtype, torch.float32)
-    decay = _log_decay(heads, self.layer_idx, self.num_hidden_layers, wide, q.device)
+    compiling = torch.compiler.is_compiling()  # compilers see through caches, and say so
+    decay = (_traced_decay if compiling else _log_decay)(
+        heads, self.layer_idx, self.num_hidden_layers, wide, q.device
+    )
     kv = _cached(past_key_values, self.layer_idx, q, wide)
-    state = None if kv is None else State(kv, None, _tokens(batch, q.device), d=d)
+    state = None
+    if kv is not None:
+        counted = kv.new_zeros(batch, dtype=torch.int64) if compiling else _tokens(batch, q.device)
+        state = State(kv, None, counted, d=d)
     if state is not None and n == 1 and mask is None and not _recorded(qkv, state.kv):
         o = linattn.decode_step(q[:, 0], k[:, 0], v[:, 0], state, log_decay=decay, backend=backend)
     else:
@@ -266,6 +272,17 @@ def _log_decay(heads: int, layer: int, layers: int, wide: torch.dtype, device: t
     """Log decays [H]: the module's own buffers are rounded where a model is cast."""
     with torch.inference_mode(False):
         return torch.tensor(minimax(heads, layer, layers), dtype=wide, device=device)
+
+
+def _traced_decay(heads: int, layer: int, layers: int, wide: torch.dtype, device: torch.device) -> Tensor:
+    """The same for a compiler, to which NumPy's arrays are tensors: out of plain numbers."""
+    return torch.tensor(_rates(heads, layer, layers), dtype=wide, device=device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rates(heads: int, layer: int, layers: int) -> list[float]:
+    rates: list[float] = minimax(heads, layer, layers).tolist()
+    return rates
 
 
 @functools.lru_cache(maxsize=64)

@@ -93,3 +93,21 @@ def test_a_forward_of_ones_own_is_not_replaced() -> None:
         with pytest.raises(errors.ArgumentTypeError, match="has a forward of its own"):
             patch_minimax(model)
         patch_minimax(model.model.layers[1]).undo()
+
+
+@torch.no_grad()
+def test_compilers_have_nothing_to_say() -> None:
+    """One graph, as of the original, and no warnings, which are errors here."""
+    layer, x = of_layers("fll").model.layers[1].self_attn, torch.randn(2, 9, 32, dtype=torch.float64)
+
+    def run(x: Any, step: Any) -> Any:
+        cache = MiniMaxCache()
+        return layer(x, None, None, cache)[0], layer(step, None, None, cache)[0]
+
+    for patched in (False, True):
+        if patched:
+            patch_minimax(layer)
+        torch.compiler.reset()
+        compiled = torch.compile(run, backend="eager", fullgraph=True)
+        for got, want in zip(compiled(x, x[:, :1]), run(x, x[:, :1]), strict=True):
+            assert torch.equal(got, want)
