@@ -287,6 +287,18 @@ def elsewhere(reset=False):
     return build(CosformerForCausalLM, max_position_embeddings=2 * M)(few, past_key_values=cache)
 
 
+@torch.no_grad()
+def of_as_many_states(turned=False):
+    """A causal model's two layers and an encoder-decoder's one layer have two states each."""
+    looks_back, pairs = (
+        build(CosformerForCausalLM),
+        build(CosformerForConditionalGeneration, num_decoder_layers=1),
+    )
+    if turned:
+        return looks_back(few, past_key_values=pairs(few, decoder_input_ids=few).past_key_values)
+    return pairs(few, decoder_input_ids=few, past_key_values=looks_back(few).past_key_values)
+
+
 few, long = text(2, 3), text(2, M + 1)
 REFUSED = [
     (lambda: config(num_attention_heads=5), OptionError, "num_attention_heads must divide hidden_size, got"),
@@ -306,6 +318,12 @@ REFUSED = [
     (lambda: encoder(long), ValueRangeError, "of 17 tokens is longer than max_position_embeddings = 16"),
     (lambda: causal(long), ValueRangeError, "a text of 17 tokens is longer than"),
     (lambda: elsewhere(), StateError, "were begun with max_position_embeddings = 16, this model has 32"),
+    (
+        lambda: of_as_many_states(),
+        StateError,
+        "hold 0 states of a source, this model has 1: they are of another",
+    ),
+    (lambda: of_as_many_states(turned=True), StateError, "hold 1 states of a source, this model has 0"),
     (lambda: beyond(8), ValueRangeError, "a text of 17 tokens is longer"),
     (lambda: beyond(1), ValueRangeError, "a text of 17 tokens is"),
     (lambda: paired(few, decoder_input_ids=long), ValueRangeError, "a text of 17 tokens"),

@@ -100,7 +100,7 @@ class CosformerStack(CosformerPreTrainedModel):
         arrived = x.shape[1]
         before, columns, limit = None, 0, self.config.max_position_embeddings
         if cache is not None:
-            cache.begin(limit)
+            cache.begin(limit, len(self.layers) if self.crosses else 0)
         if cache is not None and cache.states_for(len(self.layers) * (2 if self.crosses else 1), x.shape[0]):
             before, columns = cache.states[0].length, cache.columns
         begun = None if mask is None or cache is None else cache.begun()
