@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from linattn.errors import OptionError
+from linattn.errors import OptionError, ShapeError
 from linattn.models.cosformer import CosformerForCausalLM, CosformerForConditionalGeneration
 from tests.models.test_cosformer import build, text
 from tests.models.test_transnormer import make
@@ -47,3 +48,37 @@ def test_a_cache_that_is_not_to_be_used(model: Any) -> None:
     with pytest.raises(OptionError, match="past_key_values with use_cache=False"):
         model.generate(ids, past_key_values=cache.past_key_values, use_cache=False, **given, **GREEDY)
     assert cache.past_key_values.columns == 6
+
+
+@pytest.mark.parametrize("kind", ["static", "quantized", "offloaded", "sliding_window"])
+def test_caches_of_keys_are_not_ignored(model: Any, kind: str) -> None:
+    ids = text(2, 7)
+    with pytest.raises(OptionError, match=f"cache_implementation='{kind}' is a way to keep keys"):
+        model.generate(ids, cache_implementation=kind, **GREEDY)
+
+
+def test_continuous_batching_is_refused_at_once(model: Any) -> None:
+    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+        with pytest.raises(OptionError, match="continuous batching keeps pages of keys"):
+            getattr(model, name)([[3, 4, 5]])
+
+
+def test_keys_in_place_of_states_are_refused_with_the_reason(model: Any) -> None:
+    given = {"decoder_input_ids": text(2, 7)} if model.config.is_encoder_decoder else {}
+    with pytest.raises(
+        OptionError, match=r"got DynamicCache: a state has no place for keys .* prefix tuning"
+    ):
+        model(text(2, 7), past_key_values=DynamicCache(), **given)
+
+
+@torch.no_grad()
+def test_rows_are_kept_by_a_mask(model: Any) -> None:
+    given = {"decoder_input_ids": text(3, 7)} if model.config.is_encoder_decoder else {}
+    by_mask, by_number = (model(text(3, 7), use_cache=True, **given).past_key_values for _ in range(2))
+    by_mask.batch_select_indices(torch.tensor([True, False, True]))
+    by_number.batch_select_indices(torch.tensor([0, 2]))
+    assert by_mask.rows == by_number.rows == 2
+    for state, other in zip(by_mask.states, by_number.states, strict=True):
+        assert torch.equal(state.kv, other.kv)
+    with pytest.raises(ShapeError, match=r"a mask of rows must have shape \[2\], got \[3\]"):
+        by_mask.batch_select_indices(torch.tensor([True, False, True]))

@@ -349,5 +349,5 @@ def test_fields_under_the_names_of_transformers():
         linear_use_lrpe_list=[1, 0],
     )  # fmt: skip
     assert (config.decoder_layers, config.decoder_embed_dim, config.glu_dim) == (2, 64, 96)
-    with pytest.raises(OptionError, match="num_heads must divide hidden_dim"):
+    with pytest.raises(OptionError, match="decoder_attention_heads must divide hidden_dim"):
         TransNormerConfig(hidden_dim=64, num_attention_heads=5)

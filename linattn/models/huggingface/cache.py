@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from transformers import Cache
 
-from linattn.errors import StateError
+from linattn.errors import ShapeError, StateError
 from linattn.models.huggingface.padding import Padding
 from linattn.state import State
 
@@ -158,7 +158,14 @@ class StateCache(Cache):
         self.outputs = [row.index_select(0, beam_idx.to(row.device)) for row in self.outputs]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep these rows, in this order, or those where a mask [b] of bool is True.
+
+        Raises ShapeError for masks of another number of rows, and what `State.select` does.
+        """
+        if indices.dtype == torch.bool:
+            if list(indices.shape) != [self.rows]:
+                raise ShapeError(f"a mask of rows must have shape [{self.rows}], got {list(indices.shape)}")
+            indices = indices.nonzero()[:, 0]
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

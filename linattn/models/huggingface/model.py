@@ -100,7 +100,10 @@ class StateModel(PreTrainedModel):
         """What to continue and to keep; None where nothing is to be kept."""
         if given is not None and not isinstance(given, self.cache_class):
             name = self.cache_class.__name__
-            raise OptionError(f"past_key_values must be a {name}, got {type(given).__name__}")
+            raise OptionError(
+                f"past_key_values must be a {name}, got {type(given).__name__}: a state has no place for "
+                "keys and values, those that prefix tuning prepends included"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.training and self.is_gradient_checkpointing and torch.is_grad_enabled():
@@ -151,11 +154,29 @@ class StateExpansion(GenerationMixin):
             cache.batch_repeat_interleave(expand_size)
         return ids, given
 
+    def generate_batch(self, *arguments: Any, **options: Any) -> Any:
+        """Raise OptionError: continuous batching keeps pages of keys and values."""
+        raise OptionError(
+            "continuous batching keeps pages of keys and values, and a state has none: pad the prompts and "
+            "call generate"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
     ) -> None:
-        """What transformers prepares. Raises OptionError for a cache that is given and not to be used."""
-        if model_kwargs.get("past_key_values") is not None and not generation_config.use_cache:
+        """What transformers prepares.
+
+        Raises OptionError for a cache that is given and not to be used, and for kinds of caches of keys.
+        """
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise OptionError(
+                f"cache_implementation={kind!r} is a way to keep keys and values: states have a constant "
+                "size, leave it out"
+            )
+        if model_kwargs.get("past_key_values") is not None and generation_config.use_cache is False:
             raise OptionError(
                 "past_key_values with use_cache=False: each step would read the prompt into them again, pass "
                 "use_cache=True or no cache"
