@@ -382,7 +382,7 @@ def test_a_model_under_torch_compile_and_autocast():
 
 
 def test_training_bounds_its_logits():
-    from linattn.train.published import LOGITS, loss_chunk
+    from linattn.train.presets import LOGITS, loss_chunk
 
     assert loss_chunk(256) == loss_chunk(64000) == 8192
     for vocabulary in (64001, 128001, 262144, 1 << 21):
