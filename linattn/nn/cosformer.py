@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import linattn
+from linattn import features
+from linattn.arrays import traced
 from linattn.checks import check_state
 from linattn.errors import OptionError, ShapeError
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 FEATURE_MAPS = {"relu": "relu", "elu": "elu+1"}
 
@@ -81,8 +84,10 @@ class CosformerAttention(nn.Module):
         eps: float = 1e-6,
         *,
         key_mask: Bool[torch.Tensor, "b s"] | None = None,
+        lengths: Int[torch.Tensor, " b"] | None = None,
         state: linattn.State | None = None,
         return_state: bool = False,
+        positions: Int[torch.Tensor, "b l"] | None = None,
         backend: Any = "auto",
     ) -> torch.Tensor | tuple[torch.Tensor, linattn.State]:
         """Attend from query to key and value; each missing one is the query, as in the released module.
@@ -90,42 +95,48 @@ class CosformerAttention(nn.Module):
         Shapes are for batch_first=False; `l` and `s` are the lengths. attn_mask: only the causal mask of a
         causal module is taken ([L, L], bool with True above the diagonal, or float with -inf there and 0
         elsewhere), which says nothing new; the released module ignores whatever it is given. key_mask: True
-        where a key counts. state continues (causal, with max_len); return_state gives (output, state).
+        where a key counts. lengths: tokens of each row from there on do not exist; for keys of another length
+        than the query, only beside return_state.
 
-        Raises OptionError for any other attn_mask, ShapeError for lengths that disagree, and what
-        `linattn.attention` raises.
+        return_state gives (output, state), with max_len. Of a causal module it is what `state` continues. Of
+        another one it is all of key and value, in a size that does not depend on theirs: `state` instead of
+        them is attended to as they were. The query's tokens then lie at `positions` ([b, l], or [1, l] for
+        all rows), 0, 1, … by default.
+
+        Raises OptionError for any other attn_mask, positions where no such state is read or returned, and key
+        or value beside one; ShapeError for lengths that disagree; and what `linattn.attention` raises.
         """
-        key = query if key is None else key
-        value = query if value is None else value
-        if query.ndim != 3 or key.ndim != 3 or value.ndim != 3:
-            ranks = f"{query.ndim}, {key.ndim} and {value.ndim}"
-            raise ShapeError(f"query, key and value must have 3 axes each, got {ranks}")
-        for name, x, width in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if x.shape[2] != width:
-                raise ShapeError(f"{name} must be {width} wide, got {tuple(x.shape)}")
-        axis = 1 if self.batch_first else 0
-        if key.shape[:2] != value.shape[:2]:
-            raise ShapeError(
-                f"key and value must have one length and batch, got {tuple(key.shape)} and "
-                f"{tuple(value.shape)}; a missing value is the query, as in the released module"
-            )
-        if self.causal and query.shape[axis] != key.shape[axis]:
-            raise ShapeError(
-                f"causal attention needs query and key of one length, got {query.shape[axis]} and "
-                f"{key.shape[axis]}: the positions of two texts have no common past. Cross with causal=False"
+        axis, reads = 1 if self.batch_first else 0, state is not None and not self.causal
+        if positions is not None and (self.causal or not (reads or return_state)):
+            raise OptionError(
+                "positions are of queries that read a state of all keys: of a module with causal=False, with "
+                "state or return_state"
             )
         if attn_mask is not None:
             self._check_mask(attn_mask, query.shape[axis])
+        if reads:
+            given = {"key": key, "value": value, "key_mask": key_mask, "lengths": lengths}
+            for name, x in given.items():
+                if x is not None:
+                    raise OptionError(
+                        f"{name}: a state of keys and values is instead of them, pass one or the other"
+                    )
+            self._check_width("query", query, self.embed_dim)
+            assert state is not None
+            out = self._recalled(query, state, positions, eps)
+            return (out, state) if return_state else out
+        key = query if key is None else key
+        value = query if value is None else value
+        self._check_lengths(query, key, value)
+        if return_state and not self.causal:
+            state = self._remembered(key, value, key_mask, lengths, backend)
+            return self._recalled(query, state, positions, eps), state
         q, k, v = (
             self._heads(project(x))
             for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )  # fmt: skip
         out = linattn.attention(
-            q, k, v, **self.options(), eps=eps, causal=self.causal, key_mask=key_mask,
+            q, k, v, **self.options(), eps=eps, causal=self.causal, key_mask=key_mask, lengths=lengths,
             initial_state=state, return_state=return_state, backend=backend,
         )  # fmt: skip
         if not return_state:
@@ -167,6 +178,51 @@ class CosformerAttention(nn.Module):
             normalize=True,
         )
 
+    def _remembered(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        backend: Any,
+    ) -> linattn.State:
+        """All that queries need of key and value: their state."""
+        k, v = self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
+        _, state = linattn.attention(
+            k, k, v, **self.options(), causal=True, key_mask=key_mask, lengths=lengths, return_state=True,
+            backend=backend,
+        )  # fmt: skip
+        assert isinstance(state, linattn.State)
+        return state
+
+    def _recalled(
+        self, query: torch.Tensor, memory: linattn.State, positions: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        """Attend from rows at any positions to remembered keys.
+
+        The state's frame is the last key at e: cos θ(p - j) = cos θ(p - e) cos θ(e - j) minus
+        sin θ(p - e) sin θ(e - j), so a query turned by θ(p - e) reads C and S directly.
+        """
+        if self.reweight.max_len is None:
+            raise OptionError("a state needs max_len: without it the cosine's M is the length of each call")
+        rows = query if self.batch_first else query.transpose(0, 1)
+        if positions is None:
+            positions = torch.arange(rows.shape[1], device=rows.device)[None]
+        b, n = rows.shape[:2]
+        if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
+            raise ShapeError(f"positions must be [{b}, {n}] or [1, {n}], got {tuple(positions.shape)}")
+        if not traced():
+            self.check_state(rows, memory)
+        assert memory.z is not None
+        q = features.apply(torch, self.feature_map, self._heads(self.q_proj(query))).to(memory.kv.dtype)
+        ahead = (positions - memory.length[:, None] + 1)[..., None, None].to(torch.float64)
+        angle = ahead * (math.pi / (2 * self.reweight.max_len))
+        turned = torch.cat([q * angle.cos().to(q.dtype), q * -angle.sin().to(q.dtype)], -1)  # [b n h 2d]
+        total = torch.einsum("bnhf,bhfe->bnhe", turned, memory.kv)
+        weight = torch.einsum("bnhf,bhf->bnh", turned, memory.z)
+        o = total / weight.clamp(min=eps)[..., None]
+        return self._joined(o.to(query.dtype))
+
     def _heads(self, x: torch.Tensor) -> Float[torch.Tensor, "b n h d"]:
         x = x if self.batch_first else x.transpose(0, 1)
         return _split(x, self.num_heads)
@@ -177,6 +233,29 @@ class CosformerAttention(nn.Module):
     def _out(self, y: Float[torch.Tensor, "*b e"]) -> torch.Tensor:
         projected: torch.Tensor = self.out_proj(y) if self.has_outproj else y
         return projected
+
+    def _check_width(self, name: str, x: torch.Tensor, width: int) -> None:
+        if x.shape[2:] != (width,):
+            raise ShapeError(f"{name} must be {width} wide, got {tuple(x.shape)}")
+
+    def _check_lengths(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        if query.ndim != 3 or key.ndim != 3 or value.ndim != 3:
+            ranks = f"{query.ndim}, {key.ndim} and {value.ndim}"
+            raise ShapeError(f"query, key and value must have 3 axes each, got {ranks}")
+        self._check_width("query", query, self.embed_dim)
+        self._check_width("key", key, self.kdim)
+        self._check_width("value", value, self.vdim)
+        if key.shape[:2] != value.shape[:2]:
+            raise ShapeError(
+                f"key and value must have one length and batch, got {tuple(key.shape)} and "
+                f"{tuple(value.shape)}; a missing value is the query, as in the released module"
+            )
+        axis = 1 if self.batch_first else 0
+        if self.causal and query.shape[axis] != key.shape[axis]:
+            raise ShapeError(
+                f"causal attention needs query and key of one length, got {query.shape[axis]} and "
+                f"{key.shape[axis]}: the positions of two texts have no common past. Cross with causal=False"
+            )
 
     def _check_mask(self, mask: torch.Tensor, length: int) -> None:
         if not self.causal:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from linattn.errors import LinattnError, OptionError, ShapeError, ValueRangeError
+from linattn.errors import LinattnError, OptionError, ShapeError, StateError, ValueRangeError
 from linattn.nn import CosformerAttention
 
 RELEASED = {f"{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")} | {
@@ -147,6 +147,48 @@ def test_masked_keys_do_not_exist():
     close(got, want, terms=100)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("act_fun", ["relu", "elu"])
+def test_a_state_of_all_keys_is_attended_to_as_they_are(act_fun, batch_first):
+    """From rows at any positions, whatever is after a text's end, or masked."""
+    module = make(act_fun=act_fun, kdim=10, vdim=8, max_len=20, batch_first=batch_first)
+    query, key, value = noise(7, 2, 12), noise(5, 2, 10, seed=2), noise(5, 2, 8, seed=3)
+    lengths, mask = torch.tensor([5, 3]), torch.tensor([[True, True, False, True, True], [True] * 5])
+
+    def turned(*given):
+        given = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in given]
+        return [x.transpose(0, 1) for x in given] if batch_first else given
+
+    with torch.no_grad():
+        q, k, v = turned(query, key, value)
+        places = torch.stack([torch.arange(7), torch.arange(7).flip(0)])
+        whole, state = module(q, k, v, return_state=True)
+        close(*turned(whole), defined(module, query, key, value, max_len=20), terms=200)
+        again, same = module(q, state=state, return_state=True)
+        assert torch.equal(again, whole) and same is state
+        moved = query.copy()
+        moved[:, 1] = query[::-1, 1]
+        wanted = defined(module, query, key, value, max_len=20)
+        wanted[:, 1] = wanted[::-1, 1]
+        found = module(turned(moved)[0], state=state, positions=places)
+        close(*turned(found), wanted, terms=200)
+        short = module(q, k, v, lengths=lengths, return_state=True)[1]
+        assert short.length.tolist() == [5, 3]
+        wanted[:, 1] = defined(module, query, key[:3], value[:3], max_len=20)[:, 1]
+        close(turned(module(q, state=short))[0], wanted, terms=200)
+        hidden = module(q, k, v, key_mask=mask, return_state=True)[0]
+        close(hidden, module(q, k, v, key_mask=mask).numpy(), terms=200)
+
+
+def test_lengths_end_the_rows_of_a_text():
+    x, lengths = noise(6, 2, 12), torch.tensor([6, 4])
+    for causal in (True, False):
+        module = make(causal=causal, max_len=20)
+        found, want = module(torch.from_numpy(x), lengths=lengths), defined(module, x, x, x, max_len=20)
+        close(found[:, 0], want[:, 0], terms=200)
+        close(found[:4, 1], defined(module, x[:4], x[:4], x[:4], max_len=20)[:, 1], terms=200)
+
+
 def test_the_state_dict_is_the_released_one():
     module = CosformerAttention(12, 3, kdim=10, vdim=8, has_outproj=False)
     assert set(module.state_dict()) == RELEASED
@@ -159,6 +201,13 @@ def test_the_causal_mask_says_nothing_new(dtype):
     above = torch.ones(5, 5, dtype=torch.bool).triu(1)
     mask = above if dtype == torch.bool else torch.zeros(5, 5).masked_fill(above, -torch.inf)
     assert torch.equal(module(x, attn_mask=mask), module(x))
+
+
+def reading(**options):
+    """A query of a state of 3 keys."""
+    module = make(max_len=8).float()
+    state = module(x5[:3], return_state=True)[1]
+    return module(x5, state=state, **options)
 
 
 x5 = torch.zeros(5, 2, 12)
@@ -192,6 +241,31 @@ REFUSED = [
     (lambda: make(causal=True).float()(x5, return_state=True), OptionError, "takes max_len from the length"),
     (lambda: make(causal=True, max_len=4).float()(x5), ValueRangeError, "max_len=4"),
     (lambda: make().float().step(x5[0], None), OptionError, "step needs causal=True"),
+    (lambda: make().float()(x5, return_state=True), OptionError, "takes max_len from the length"),
+    (lambda: reading(key=x5), OptionError, "key: a state of keys and values is instead of them"),
+    (lambda: reading(lengths=torch.tensor([1, 1])), OptionError, "lengths: a state of keys and values is"),
+    (
+        lambda: reading(positions=torch.zeros(2, 4)),
+        ShapeError,
+        r"positions must be \[2, 5\] or \[1, 5\], got",
+    ),
+    (lambda: reading(positions=torch.zeros(3, 5)), ShapeError, r"got \(3, 5\)"),
+    (
+        lambda: make().float()(x5, state=make(max_len=8).float()(x5, return_state=True)[1]),
+        OptionError,
+        "a state needs max_len",
+    ),
+    (
+        lambda: make(max_len=8).float()(x5[:, :1], state=make(max_len=8).float()(x5, return_state=True)[1]),
+        StateError,
+        "initial_state.kv must have shape",
+    ),
+    (lambda: make().float()(x5, positions=torch.arange(5)[None]), OptionError, "positions are of queries"),
+    (
+        lambda: make(causal=True, max_len=8).float()(x5, positions=torch.arange(5)[None]),
+        OptionError,
+        "of a module with causal=False",
+    ),
 ]
 
 
