@@ -20,11 +20,12 @@ from linattn.models.cosformer.base import (
     check_options,
     source_of,
 )
-from linattn.models.cosformer.block import CosformerBlock, remember
+from linattn.models.cosformer.block import CosformerBlock
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface.labels import asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, named
+from linattn.nn import CosformerAttention
 from linattn.nn.norm import unseen
 from linattn.state import State
 
@@ -116,33 +117,37 @@ class CosformerDecoder(CosformerStack):
         if cache is not None and cache.states:
             states = [*cache.states[: len(blocks)]]
             memories = [*(cache.states[len(blocks) :] or memories)]
-        elif cache is not None and source is not None:
-            memories = [remember(block.cross_attention, source.x, source.lengths) for block in blocks]
         stepping = x.shape[1] == 1 and rows.lengths is None and not torch.is_grad_enabled()
         for block, state, memory in zip(blocks, states, memories, strict=True):  # while none has moved yet
             if state is not None and isinstance(block, CosformerBlock) and not traced():
                 block.check_states(x, state, memory)
         after: list[State] = []
+        kept: list[State] = []
         for block, state, memory in zip(blocks, states, memories, strict=True):
             if stepping and state is not None and _steps(block):
-                x = block.step(x[:, 0], state, memory, rows.positions)[:, None]
-            elif source is None or memory is not None:
-                x, state = block(
-                    x, rows.lengths, state, cache is not None, None, None, memory, rows.positions
-                )
+                x, seen = block.step(x[:, 0], state, memory, rows.positions)[:, None], memory
             else:
-                x, state = block(x, rows.lengths, state, cache is not None, source.x, source.lengths)
-            if state is not None:
-                after.append(state)
+                x, state, *found = block(
+                    x, rows.lengths, state, cache is not None,
+                    None if source is None else source.x, None if source is None else source.lengths,
+                    memory, rows.positions,
+                )  # fmt: skip
+                seen = found[0] if found else None
+            after += [] if state is None else [state]
+            kept += [] if seen is None else [seen]
             yield x
         if cache is not None:
-            cache.states = [*after, *(memory for memory in memories if memory is not None)]
+            cache.states = [*after, *kept]
             cache.columns += rows.columns
 
 
 def _steps(block: nn.Module) -> bool:
     """Whether a block's step does what calling it with one token would: nothing sees its calls."""
-    return type(block) is CosformerBlock and unseen(block, block.attention)
+    return (
+        type(block) is CosformerBlock
+        and type(block.attention) is CosformerAttention
+        and unseen(block, block.attention)
+    )
 
 
 class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, GenerationMixin):
