@@ -12,7 +12,7 @@ import linattn
 from linattn import features
 from linattn.arrays import traced
 from linattn.checks import check_state
-from linattn.errors import OptionError, ShapeError
+from linattn.errors import ArgumentTypeError, OptionError, ShapeError, ValueRangeError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -36,7 +36,8 @@ class CosformerAttention(nn.Module):
     as the released module does: then outputs of a prefix change as the text grows, and nothing can be
     streamed.
 
-    Raises OptionError unless num_heads divides embed_dim, or for an unknown act_fun.
+    Raises OptionError unless num_heads divides embed_dim, or for an unknown act_fun; ArgumentTypeError for
+    flags that are no bool.
     Source: Qin et al. 2022, cosFormer, https://arxiv.org/abs/2202.08791; `CosformerAttention` of its released
     code.
     """
@@ -60,6 +61,9 @@ class CosformerAttention(nn.Module):
             raise OptionError(f"num_heads must divide embed_dim, got {num_heads} heads and width {embed_dim}")
         if act_fun not in FEATURE_MAPS:
             raise OptionError(f"act_fun must be one of {', '.join(FEATURE_MAPS)}, got {act_fun!r}")
+        for name, flag in (("causal", causal), ("has_outproj", has_outproj), ("batch_first", batch_first)):
+            if not isinstance(flag, bool):
+                raise ArgumentTypeError(f"{name} must be True or False, got {flag!r}")
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
@@ -128,7 +132,7 @@ class CosformerAttention(nn.Module):
         key = query if key is None else key
         value = query if value is None else value
         self._check_lengths(query, key, value)
-        if return_state and not self.causal:
+        if return_state is True and not self.causal:
             state = self._remembered(key, value, key_mask, lengths, backend)
             return self._recalled(query, state, positions, eps), state
         q, k, v = (
@@ -205,6 +209,10 @@ class CosformerAttention(nn.Module):
         """
         if self.reweight.max_len is None:
             raise OptionError("a state needs max_len: without it the cosine's M is the length of each call")
+        if not eps > 0:
+            raise ValueRangeError(
+                f"eps must be > 0, got {eps!r}: a row whose weights are all 0 divides by it"
+            )
         rows = query if self.batch_first else query.transpose(0, 1)
         if positions is None:
             positions = torch.arange(rows.shape[1], device=rows.device)[None]

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from linattn.errors import LinattnError, OptionError, ShapeError, StateError, ValueRangeError
+from linattn.errors import (
+    ArgumentTypeError,
+    LinattnError,
+    OptionError,
+    ShapeError,
+    StateError,
+    ValueRangeError,
+)
 from linattn.nn import CosformerAttention
 
 RELEASED = {f"{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")} | {
@@ -213,6 +220,21 @@ def reading(**options):
 x5 = torch.zeros(5, 2, 12)
 REFUSED = [
     (lambda: CosformerAttention(12, 5), OptionError, "num_heads must divide embed_dim"),
+    (
+        lambda: CosformerAttention(12, 3, causal="no"),
+        ArgumentTypeError,
+        "causal must be True or False, got 'no'",
+    ),
+    (
+        lambda: CosformerAttention(12, 3, has_outproj=1),
+        ArgumentTypeError,
+        "has_outproj must be True or False, got 1",
+    ),
+    (
+        lambda: CosformerAttention(12, 3, batch_first=None),
+        ArgumentTypeError,
+        "batch_first must be True or False",
+    ),
     (lambda: CosformerAttention(12, 3, act_fun="gelu"), OptionError, "act_fun must be one of relu, elu"),
     (
         lambda: make(causal=True).float()(x5[:1], x5, x5),
@@ -241,7 +263,13 @@ REFUSED = [
     (lambda: make(causal=True).float()(x5, return_state=True), OptionError, "takes max_len from the length"),
     (lambda: make(causal=True, max_len=4).float()(x5), ValueRangeError, "max_len=4"),
     (lambda: make().float().step(x5[0], None), OptionError, "step needs causal=True"),
+    (
+        lambda: make(max_len=8).float()(x5, return_state="no"),
+        ArgumentTypeError,
+        "return_state must be True or False",
+    ),
     (lambda: make().float()(x5, return_state=True), OptionError, "takes max_len from the length"),
+    (lambda: reading(eps=0.0), ValueRangeError, "eps must be > 0, got 0.0"),
     (lambda: reading(key=x5), OptionError, "key: a state of keys and values is instead of them"),
     (lambda: reading(lengths=torch.tensor([1, 1])), OptionError, "lengths: a state of keys and values is"),
     (

@@ -64,7 +64,9 @@ class CosformerBlock(GradientCheckpointingLayer):
         query = self.cross_attention_norm(x)
         if memory is not None:
             seen = self.cross_attention(query, eps=EPS, state=memory, positions=positions)
-        elif return_state:  # in here, where the weights are whole: they may be shards elsewhere
+            return self._mixed(x + self.dropout(seen)), after, memory
+        assert source is not None
+        if return_state:  # in here, where the weights are whole: they may be shards elsewhere
             seen, memory = self.cross_attention(
                 query, source, source, eps=EPS, lengths=source_lengths, return_state=True, positions=positions
             )
@@ -109,10 +111,10 @@ class CosformerBlock(GradientCheckpointingLayer):
 
 
 def _real(
-    source: Float[torch.Tensor, "b m e"] | None, lengths: Int[torch.Tensor, " b"] | None
+    source: Float[torch.Tensor, "b m e"], lengths: Int[torch.Tensor, " b"] | None
 ) -> Bool[torch.Tensor, "b m"] | None:
     """Which of a source's rows are real; None where all are."""
-    if source is None or lengths is None:
+    if lengths is None:
         return None
     return torch.arange(source.shape[1], device=source.device) < lengths[:, None]
 
