@@ -331,6 +331,14 @@ REFUSED = [
     (lambda: causal(few, output_attentions=True), OptionError, "forms no matrix of weights"),
     (lambda: causal(few, position_ids=few), OptionError, "position_ids: positions count"),
     (lambda: causal(few, cu_seq_lens_q=few), OptionError, "texts back to back are not taken"),
+    (lambda: encoder(few, seq_idx=few), OptionError, "seq_idx: texts back to back are not taken"),
+    (lambda: causal(few, head_mask=torch.ones(2, 3)), OptionError, "head_mask: no head can be left out"),
+    (
+        lambda: paired(few, decoder_input_ids=few, cross_attn_head_mask=few),
+        OptionError,
+        "cross_attn_head_mask: no",
+    ),
+    (lambda: encoder(few, token_type_ids=few % 2), OptionError, "token_type_ids must all be 0: these models"),
     (lambda: causal(few, past_key_values=DynamicCache()), OptionError, "must be a CosformerCache, got Dyn"),
     (lambda: causal(few, encoder_hidden_states=torch.zeros(2, 3, 12)), OptionError, "are for models with"),
     (
@@ -370,6 +378,12 @@ REFUSED = [
 def test_refusals(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_what_tokenizers_give_for_single_texts_changes_nothing(kind):
+    model, zeros = build(kind), torch.zeros(2, 6, dtype=torch.int64)
+    assert torch.equal(answer(model, token_type_ids=zeros, head_mask=None, seq_idx=None), answer(model))
 
 
 def test_a_cache_that_was_reset_serves_any_model() -> None:

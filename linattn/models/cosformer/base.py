@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from linattn.arrays import traced
+from linattn.arrays import readable, traced
 from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models.cosformer.block import CosformerBlock
 from linattn.models.cosformer.cache import CosformerCache
@@ -166,11 +166,20 @@ def _to_front(x: Float[torch.Tensor, "b m e"], padding: Padding) -> Float[torch.
 
 
 def check_options(given: dict[str, Any], config: CosformerConfig) -> None:
-    """Raise OptionError for keywords that ask for what these models do not have."""
+    """Raise OptionError for keywords that ask for what these models do not have.
+
+    The values of token_type_ids are read only where they lie on the host.
+    """
     model.check_options(given, config)
     for name in ("position_ids", "decoder_position_ids"):
         if given.get(name) is not None:
             raise OptionError(f"{name}: positions count a text's real tokens, the mask says which those are")
-    for name in ("cu_seqlens", "cu_seq_lens_q"):
+    for name in ("cu_seqlens", "cu_seq_lens_q", "seq_idx"):
         if given.get(name) is not None:
             raise OptionError(f"{name}: texts back to back are not taken, pass one text a row")
+    for name in ("head_mask", "decoder_head_mask", "cross_attn_head_mask"):
+        if given.get(name) is not None:
+            raise OptionError(f"{name}: no head can be left out of these models")
+    kinds = given.get("token_type_ids")  # tokenizers give zeros for single texts
+    if isinstance(kinds, torch.Tensor) and readable(kinds) and bool(kinds.any()):
+        raise OptionError("token_type_ids must all be 0: these models tell no first text from a second one")

@@ -50,7 +50,8 @@ class CosformerModel(CosformerStack):
 
         Raises ArgumentTypeError, ShapeError, DtypeError or ValueRangeError for bad ids and masks,
         ValueRangeError for texts above max_position_embeddings, OptionError for output_attentions,
-        position_ids and keywords of `linattn.attention`.
+        position_ids, seq_idx, masks of heads, token_type_ids that are not 0 (on the host), and keywords of
+        `linattn.attention`.
         """
         check_options(kwargs, self.config)
         if output_hidden_states is None:
