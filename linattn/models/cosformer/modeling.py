@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seque
 from linattn.errors import ShapeError, ValueRangeError
 from linattn.models.cosformer.base import CosformerPreTrainedModel, CosformerStack, check_options
 from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.models.cosformer.labels import check_classes
 from linattn.models.huggingface.labels import check_labels
 from linattn.models.huggingface.model import named
 
@@ -151,8 +152,12 @@ class CosformerForSequenceClassification(CosformerPreTrainedModel):
     ) -> Any:
         """Return SequenceClassifierOutput: logits [b, num_labels], the loss where labels are given.
 
-        labels: [b] of classes, or [b, num_labels] of numbers. Everything else: `CosformerModel.forward`.
+        labels: by config.problem_type, [b] of classes, [b, num_labels] of 0 to 1, or of numbers ([b], too, of
+        one). Everything else: `CosformerModel.forward`.
+
+        Raises ArgumentTypeError, DtypeError, ShapeError or, on the host, ValueRangeError for other labels.
         """
+        labels = check_classes(labels, input_ids, inputs_embeds, self.config, kwargs)
         found = self.encoder(input_ids, attention_mask, inputs_embeds, output_hidden_states, True, **kwargs)
         if not found.last_hidden_state.shape[1]:
             raise ShapeError("a text to classify must have at least one token, got none")
