@@ -243,3 +243,15 @@ def test_flags_of_the_plain_configuration(name, value):
         PlainConfig(**{name: value})
     with pytest.raises(CheckpointError, match=f"damaged: {name} must be True or False, got {value!r}"):
         PlainConfig.from_dict({**PlainConfig().to_dict(), name: value})
+
+
+def test_a_derived_configuration_reads_what_it_comes_from(tmp_path):
+    class Own(TransNormerConfig):
+        model_type = "own"
+
+    TransNormerConfig(vocab_size=33).save_pretrained(tmp_path)
+    assert Own.from_pretrained(tmp_path).vocab_size == 33
+    Own(vocab_size=34).save_pretrained(tmp_path)
+    assert Own.from_pretrained(tmp_path).vocab_size == 34
+    with pytest.raises(OptionError, match="is of a model of type 'own', not 'transnormer'"):
+        TransNormerConfig.from_pretrained(tmp_path)

@@ -32,9 +32,12 @@ class StrictFields:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """Read what `to_dict` gave, as transformers does. Raises OptionError for another model's fields."""
+        """Read what `to_dict` gave, as transformers does; a class derived from a model's reads that model's.
+
+        Raises OptionError for another model's fields.
+        """
         own, found = cls.model_type, config_dict.get("model_type")  # type: ignore[attr-defined]
-        if found is not None and found != own:
+        if found is not None and found not in {getattr(one, "model_type", None) for one in cls.__mro__}:
             raise OptionError(f"the configuration is of a model of type {found!r}, not {own!r}")
         return super().from_dict(config_dict, **options)  # type: ignore[misc]
 
