@@ -20,31 +20,17 @@ from typer.testing import CliRunner
 
 from linattn.cli import app
 from linattn.errors import CheckpointError
-from linattn.models.transnormer import TransNormerConfig
 from linattn.train import checkpoint, corpus, load_model, published, run_folder, trainer_checkpoint
-from tests.train.stopping import killed_after
-from tests.train.test_published import CPU, LINE, SIZES
+from tests.train.runs import PLAN, begun, train
+from tests.train.test_published import CPU
 
-PLAN = published.Plan(steps=6, batch=2, seq_len=16, lr=1e-2, save_every=2)
 MODEL = ("config.json", "model.safetensors")
 NEEDED = (*MODEL, "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-def train(home, out, **options):
-    ids = corpus.read_corpus(home / "text.txt")
-    published.train(str(home / "sizes"), ids, PLAN, out, device=CPU, as_json=True, **options)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A run as a whole, and one that was killed after the checkpoints of steps 2 and 4, of 6."""
-    folder = tmp_path_factory.mktemp("home")
-    TransNormerConfig(vocab_size=256, **SIZES).save_pretrained(folder / "sizes")
-    (folder / "text.txt").write_text(LINE * 60)
-    train(folder, folder / "whole")
-    with killed_after(5):
-        train(folder, folder / "cut")
-    return folder
+    return begun(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture

@@ -16,29 +16,13 @@ from safetensors.torch import load_file
 from transformers import trainer_utils
 
 from linattn.errors import CheckpointError, OptionError
-from linattn.models.transnormer import TransNormerConfig
-from linattn.train import checkpoint, corpus, published, run_folder, trainer_checkpoint
-from tests.train.stopping import killed_after
-from tests.train.test_published import CPU, LINE, SIZES
-
-PLAN = published.Plan(steps=6, batch=2, seq_len=16, lr=1e-2, save_every=2)
-
-
-def train(home, out, plan=PLAN, preset=None, **options):
-    ids = corpus.read_corpus(home / "text.txt")
-    published.train(str(preset or home / "sizes"), ids, plan, out, device=CPU, as_json=True, **options)
+from linattn.train import checkpoint, published, run_folder, trainer_checkpoint
+from tests.train.runs import PLAN, begun, train
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run as a whole, and one that was killed after the checkpoints of steps 2 and 4, of 6."""
-    home = tmp_path_factory.mktemp("home")
-    TransNormerConfig(vocab_size=256, **SIZES).save_pretrained(home / "sizes")
-    (home / "text.txt").write_text(LINE * 60)
-    train(home, home / "whole")
-    with killed_after(5):
-        train(home, home / "cut")
-    return home
+    return begun(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture

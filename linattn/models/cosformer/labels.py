@@ -9,7 +9,7 @@ import torch
 from linattn.arrays import readable
 from linattn.errors import ArgumentTypeError, DtypeError, ShapeError, ValueRangeError
 from linattn.models.cosformer.configuration import CosformerConfig
-from linattn.models.huggingface.labels import IGNORED
+from linattn.models.huggingface.labels import IGNORED, within
 
 __all__ = ["check_classes"]
 
@@ -46,20 +46,9 @@ def check_classes(
             f"labels must have shape {wanted} for problem_type {problem!r}, got {list(labels.shape)}"
         )
     if problem == SINGLE:
-        return _classes(labels.long(), count, options.get("ignore_index", IGNORED))
+        return within("labels", labels.long(), count, options.get("ignore_index", IGNORED))
     if problem == SEVERAL:
         return _shares(labels if labels.is_floating_point() else labels.float())
-    return labels
-
-
-def _classes(labels: torch.Tensor, count: int, ignored: int) -> torch.Tensor:
-    if readable(labels):
-        wrong = ((labels < 0) | (labels >= count)) & (labels != ignored)
-        if bool(wrong.any()):
-            raise ValueRangeError(
-                f"labels must lie in 0 … {count - 1}, or be {ignored} where nothing is asked, got "
-                f"{labels[wrong][0].item()}"
-            )
     return labels
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from linattn.arrays import traced
+from linattn.arrays import readable
 from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
 from linattn.models.huggingface.padding import real_tokens
 
@@ -53,16 +53,21 @@ def _ids_of(
     if labels.ndim != 2 or (rows is not None and labels.shape != rows):
         wanted = "[b, n]" if rows is None else f"{list(rows)}, as the input"
         raise ShapeError(f"{name} must have shape {wanted}, got {list(labels.shape)}")
-    ids: torch.Tensor = labels.long()
-    if ids.device.type != "cpu" or traced():
-        return ids
-    wrong = ((ids < 0) | (ids >= vocab_size)) & (ids != ignored)
-    if bool(wrong.any()):
-        raise ValueRangeError(
-            f"{name} must lie in 0 … {vocab_size - 1}, or be {ignored} where nothing is asked, got "
-            f"{ids[wrong][0].item()}"
-        )
-    return ids
+    return within(name, labels.long(), vocab_size, ignored)
+
+
+def within(
+    name: str, labels: Int[torch.Tensor, "*shape"], count: int, ignored: int
+) -> Int[torch.Tensor, "*shape"]:
+    """Return labels of so many classes; raise ValueRangeError for others, where they lie on the host."""
+    if readable(labels):
+        wrong = ((labels < 0) | (labels >= count)) & (labels != ignored)
+        if bool(wrong.any()):
+            raise ValueRangeError(
+                f"{name} must lie in 0 … {count - 1}, or be {ignored} where nothing is asked, got "
+                f"{labels[wrong][0].item()}"
+            )
+    return labels
 
 
 def asked(
