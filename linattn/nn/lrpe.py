@@ -21,7 +21,7 @@ class Lrpe(nn.Module):
     entry `token_mixer.lrpe.theta` loads as it is. Angles are float32 or wider: a cast of the module to a half
     precision (`half`, `bfloat16`, `to`) leaves them float32, as cos(theta * distance) would be off by 0.18 at
     distance 100 with angles in bfloat16. Those that somebody puts there in a half precision are widened
-    before use.
+    before use. FSDP, which wants one dtype in what it shards, takes float32 weights with mixed precision.
 
     Source: `Lrpe` of the released TransNormerLLM code; LRPE, https://arxiv.org/abs/2307.09270.
     """

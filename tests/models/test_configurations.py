@@ -79,6 +79,44 @@ def test_misspelt_fields_are_refused(kind, name, meant, tmp_path):
     assert config.sep_token_id == 3
 
 
+@BOTH
+@pytest.mark.parametrize("name", ["use_cach", "use_cahce", "usecache", "tie_word_embedding"])
+def test_misspelt_fields_are_refused_when_they_are_set(kind, name, tmp_path):
+    config = kind(**SIZES[kind])
+    with pytest.raises(OptionError, match=f"has no field '{name}'"):
+        setattr(config, name, True)
+    config.save_pretrained(tmp_path)  # as it was
+    assert not hasattr(kind.from_pretrained(tmp_path), name)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tie_encoder_decoder", "eot_token_id", "eoi_token_id", "boi_token_id", "bos_token", "eos_token",
+        "pad_token", "add_eos_token", "encoder_layers", "kv_hidden_dim", "cls_token_id",
+    ],
+)  # fmt: skip
+def test_fields_of_other_models_are_kept(kind, name, tmp_path):
+    """Near names that are no slips, in a folder and on a configuration that is trained with."""
+    config = kind(**SIZES[kind], **{name: 1})
+    setattr(config, f"{name}s_own", 2)
+    MODELS[kind](config).train().save_pretrained(tmp_path)
+    found = MODELS[kind].from_pretrained(tmp_path).config
+    assert getattr(found, name) == 1 and getattr(found, f"{name}s_own") == 2
+
+
+@BOTH
+def test_training_begins_with_tokens_that_have_embeddings(kind):
+    """What is learned without them could not be saved."""
+    model = MODELS[kind](kind(**SIZES[kind])).eval()
+    model.config.pad_token_id = 23
+    with pytest.raises(ValueRangeError, match="pad_token_id 23 is not among 23 rows of embeddings"):
+        model.train()
+    model.resize_token_embeddings(24)
+    assert model.train() is model and model.training and not model.eval().training
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
@@ -187,9 +225,7 @@ def test_a_vocabulary_is_not_cut_below_a_special_token(kind, name, tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize(
-    ("name", "value"), [("use_cache", "maybe"), ("vocab_size", 2), ("use_cach", True), ("eos_token_id", 99)]
-)
+@pytest.mark.parametrize(("name", "value"), [("use_cache", "maybe"), ("vocab_size", 2), ("eos_token_id", 99)])
 def test_what_would_not_be_loaded_is_not_saved(kind, name, value, tmp_path):
     model = MODELS[kind](kind(**SIZES[kind]))
     setattr(model.config, name, value)

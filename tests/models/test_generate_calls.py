@@ -82,3 +82,12 @@ def test_rows_are_kept_by_a_mask(model: Any) -> None:
         assert torch.equal(state.kv, other.kv)
     with pytest.raises(ShapeError, match=r"a mask of rows must have shape \[2\], got \[3\]"):
         by_mask.batch_select_indices(torch.tensor([True, False, True]))
+
+
+def test_texts_of_a_prompt_are_said_once() -> None:
+    """The prompt's seq_idx, wider than what comes after it, does not follow the generated tokens."""
+    model, ids = make(), text(2, 7)
+    want = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, seq_idx=torch.zeros_like(ids), **GREEDY), want)
+    with pytest.raises(ShapeError, match="seq_idx must have shape"):
+        model.generate(ids, seq_idx=torch.zeros_like(ids), use_cache=False, **GREEDY)

@@ -101,6 +101,10 @@ def test_names_of_functions_and_layers_are_not_ignored(model, name):
 
 MISSPELT = {
     "atention_mask": "attention_mask",
+    "attention_maskk": "attention_mask",
+    "attentian_mask": "attention_mask",
+    "attentionmask": "attention_mask",
+    "input_embeds": "inputs_embeds",
     "past_key_value": "past_key_values",
     "cache_params": "past_key_values",
     "num_logits_to_keep": "logits_to_keep",
@@ -129,6 +133,12 @@ def test_keywords_of_others_come_along(model):
         "cu_seq_lens_k",
         "cache_position",
         "weights",
+        "attention_bias",
+        "position_bias",
+        "soft_labels",
+        "encoder_attentions",
+        "decoder_input_mask",
+        "video_inputs_embeds",
     ]
     want = call(model).logits
     assert torch.equal(call(model, **dict.fromkeys(names, 3)).logits, want)

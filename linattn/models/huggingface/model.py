@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -34,13 +34,12 @@ TAKEN = (
     "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs",
     "encoder_hidden_states", "encoder_attention_mask", "shift_labels", "num_items_in_batch", "ignore_index",
 )  # fmt: skip
-# what else comes along under names like those: from generate, collators and losses of somebody's own
-ALONG = {
-    "borders", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "decoder_position_ids",
-    "encoder_attentions", "encoder_input_ids", "encoder_inputs_embeds", "position_bias", "soft_labels",
-}  # fmt: skip
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-OLD = {"past_key_value": "past_key_values", "cache_params": "past_key_values"}
+OLD = {
+    "past_key_value": "past_key_values",
+    "cache_params": "past_key_values",
+    "num_logits_to_keep": "logits_to_keep",
+}
 
 
 class StateModel(PreTrainedModel):
@@ -76,6 +75,16 @@ class StateModel(PreTrainedModel):
         """
         self.config.check_saved()
         return super().save_pretrained(*arguments, **options)
+
+    def train(self, mode: bool = True) -> Self:
+        """Begin or end training, as `nn.Module.train`.
+
+        Raises ValueRangeError for special tokens without an embedding: what is learned could not be saved.
+        """
+        if mode:
+            check_special(self.config, self.config.vocab_size)
+        super().train(mode)
+        return self
 
     def resize_token_embeddings(
         self,
@@ -215,6 +224,8 @@ class StateGeneration(StateExpansion):
         )
         if use_cache and wanted == 1 and not is_first_iteration:
             inputs["attention_mask"] = None
+        if use_cache and not is_first_iteration:
+            inputs.pop("seq_idx", None)  # of the prompt's tokens
         inputs.pop("position_ids", None)
         return inputs
 
@@ -253,7 +264,7 @@ def check_special(config: Any, rows: int) -> None:
             if one is not None and one >= rows:
                 raise ValueRangeError(
                     f"{name} {one} is not among {rows} rows of embeddings: set config.{name} (and "
-                    f"generation_config.{name}) to one that is, or to None, before resizing"
+                    f"generation_config.{name}) to one that is, or to None"
                 )
 
 
@@ -275,7 +286,7 @@ def check_options(given: dict[str, Any], config: Any) -> None:
         if given.get(name) is not None:
             raise OptionError(f"{name} is not taken by models of transformers, pass {instead}")
     for name, value in given.items():
-        if value is None or name in TAKEN or name in ALONG:
+        if value is None:
             continue
         wanted = OLD.get(name) or meant(name, TAKEN)
         if wanted is not None:

@@ -12,23 +12,13 @@ from linattn.models.huggingface.names import meant
 
 __all__ = ["StrictFields"]
 
-ALIKE = 0.85  # so that sep_token_id is not eos_token_id
-
 
 class StrictFields:
     """Before PreTrainedConfig among the bases of a configuration: its own checks raise OptionError.
 
-    So do fields that a configuration has not, and nearly has: transformers keeps what it does not know.
-    Fields may be changed one by one, so they are looked at again before they are saved.
+    So do fields that a configuration has not, but for a slip of the hand: transformers keeps what it does not
+    know. Fields may be changed one by one, so they are looked at again before they are saved.
     """
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        known = {*(field.name for field in dataclasses.fields(self)), *self.attribute_map}  # type: ignore[arg-type, attr-defined]
-        for name in kwargs:
-            field = None if hasattr(self, name) else meant(name, known, ALIKE)
-            if field is not None:
-                raise OptionError(f"{type(self).__name__} has no field {name!r}, did you mean {field}?")
-        super().__post_init__(**kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
@@ -51,6 +41,10 @@ class StrictFields:
         return super().save_pretrained(*arguments, **options)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(self, name):
+            known = (*(field.name for field in dataclasses.fields(self)), *self.attribute_map)  # type: ignore[arg-type, attr-defined]
+            if (field := meant(name, known)) is not None:
+                raise OptionError(f"{type(self).__name__} has no field {name!r}, did you mean {field}?")
         try:
             super().__setattr__(name, value)
         except StrictDataclassFieldValidationError as error:
