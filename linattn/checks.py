@@ -64,7 +64,8 @@ class Call:
         return self.reweight.max_len or max(self.q.shape[1], self.k.shape[1], 1)
 
 
-def _flag(name: str, value: object) -> None:
+def check_flag(name: str, value: object) -> None:
+    """Raise ArgumentTypeError for what is no bool."""
     if not isinstance(value, (bool, np.bool_)):
         raise ArgumentTypeError(f"{name} must be True or False, got {value!r}")
 
@@ -86,15 +87,18 @@ def _choice(name: str, value: object, known: tuple[str, ...], before: str = "one
         raise OptionError(f"{name} must be {before}{', '.join(map(repr, known))}, got {value!r}")
 
 
+def check_eps(eps: object) -> None:
+    """Raise ArgumentTypeError or ValueRangeError for what no denominator can be clamped to."""
+    if _number("eps", eps) <= 0:
+        raise ValueRangeError(f"eps must be > 0, got {eps!r}: a row whose weights are all 0 divides by it")
+
+
 def check_options(call: Call) -> None:
     """Options alone: their types, their names, and which exclude each other."""
     for name in ("normalize", "causal", "return_state", "batch_invariant"):
-        _flag(name, getattr(call, name))
+        check_flag(name, getattr(call, name))
     _number("scale", call.scale)
-    if _number("eps", call.eps) <= 0:
-        raise ValueRangeError(
-            f"eps must be > 0, got {call.eps!r}: a row whose weights are all 0 divides by it"
-        )
+    check_eps(call.eps)
     if call.feature_map is not None:
         _choice("feature_map", call.feature_map, FEATURE_MAPS, "None or one of ")
     _choice("precision", call.precision, ("ieee", "tf32"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from linattn.errors import CheckpointError, OptionError, ValueRangeError
 from linattn.features import FEATURE_MAPS
-from linattn.models.fields import check_flags, check_sizes
+from linattn.models.fields import check_flags, check_heads, check_lrpe, check_sizes
 
 SCHEDULES = ("released", "paper")
 NORM = "simplermsnorm"
@@ -55,10 +55,7 @@ class TransNormerConfig:
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "embed_dim", "hidden_dim", "num_heads", "num_layers", "glu_dim")
         check_flags(self, "no_scale_embedding", "bias")
-        if self.hidden_dim % self.num_heads:
-            raise OptionError(
-                f"num_heads must divide hidden_dim, got {self.num_heads} heads, width {self.hidden_dim}"
-            )
+        check_heads(self, "num_heads", "hidden_dim")
         if self.decay_schedule not in SCHEDULES:
             raise OptionError(
                 f"decay_schedule must be one of {', '.join(SCHEDULES)}, got {self.decay_schedule!r}"
@@ -66,12 +63,7 @@ class TransNormerConfig:
         if self.feature_map not in (None, *FEATURE_MAPS):
             known = ", ".join(FEATURE_MAPS)
             raise OptionError(f"feature_map must be None or one of {known}, got {self.feature_map!r}")
-        use = tuple(self.linear_use_lrpe_list)
-        if len(use) not in (0, self.num_layers) or any(entry not in (0, 1) for entry in use):
-            raise OptionError(
-                f"linear_use_lrpe_list must hold a 0 or 1 for each of {self.num_layers} layers, "
-                f"or nothing, got {use}"
-            )
+        use = check_lrpe(self.linear_use_lrpe_list, self.num_layers, "layers")
         object.__setattr__(self, "linear_use_lrpe_list", use)
 
     def uses_lrpe(self, layer: int) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from linattn.errors import OptionError, ValueRangeError
 
 MOST = 2**31 - 1  # of a size
 
-__all__ = ["check_choice", "check_flags", "check_ids", "check_positive", "check_sizes"]
+__all__ = [
+    "check_choice", "check_flags", "check_heads", "check_ids", "check_lrpe", "check_positive", "check_sizes",
+]  # fmt: skip
 
 
 def check_sizes(config: Any, *names: str, least: int = 1) -> None:
@@ -29,6 +31,26 @@ def check_flags(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not isinstance(value, bool):
             raise OptionError(f"{name} must be True or False, got {value!r}")
+
+
+def check_heads(config: Any, heads: str, width: str) -> None:
+    """Refuse a number of heads that does not divide a width, with OptionError."""
+    count, size = getattr(config, heads), getattr(config, width)
+    if size % count:
+        raise OptionError(f"{heads} must divide {width}, got {count} heads and width {size}")
+
+
+def check_lrpe(given: Sequence[int] | None, count: int, layers: str) -> tuple[int, ...]:
+    """Return a linear_use_lrpe_list for `count` layers, of 0s and 1s, or of nothing; refuse others.
+
+    layers: what the refusal, an OptionError, calls them.
+    """
+    use = tuple(given or ())
+    if len(use) not in (0, count) or any(entry not in (0, 1) for entry in use):
+        raise OptionError(
+            f"linear_use_lrpe_list must hold a 0 or 1 for each of {count} {layers}, or nothing, got {use}"
+        )
+    return use
 
 
 def check_choice(config: Any, name: str, known: Collection[str]) -> None:

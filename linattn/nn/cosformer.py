@@ -11,8 +11,8 @@ from torch import nn
 import linattn
 from linattn import features
 from linattn.arrays import traced
-from linattn.checks import check_state
-from linattn.errors import ArgumentTypeError, OptionError, ShapeError, ValueRangeError
+from linattn.checks import check_eps, check_flag, check_state
+from linattn.errors import OptionError, ShapeError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -62,8 +62,7 @@ class CosformerAttention(nn.Module):
         if act_fun not in FEATURE_MAPS:
             raise OptionError(f"act_fun must be one of {', '.join(FEATURE_MAPS)}, got {act_fun!r}")
         for name, flag in (("causal", causal), ("has_outproj", has_outproj), ("batch_first", batch_first)):
-            if not isinstance(flag, bool):
-                raise ArgumentTypeError(f"{name} must be True or False, got {flag!r}")
+            check_flag(name, flag)
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
@@ -209,10 +208,7 @@ class CosformerAttention(nn.Module):
         """
         if self.reweight.max_len is None:
             raise OptionError("a state needs max_len: without it the cosine's M is the length of each call")
-        if not eps > 0:
-            raise ValueRangeError(
-                f"eps must be > 0, got {eps!r}: a row whose weights are all 0 divides by it"
-            )
+        check_eps(eps)
         rows = query if self.batch_first else query.transpose(0, 1)
         if positions is None:
             positions = torch.arange(rows.shape[1], device=rows.device)[None]

@@ -12,7 +12,7 @@ import torch
 from linattn.errors import CheckpointError, OptionError
 from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerForCausalLM, preset
 from linattn.train import checkpoint, trainer_checkpoint
-from linattn.train.tokenizers import TOKENIZER, check_bytes, load_tokenizer, own_tokenizer
+from linattn.train.tokenizers import BYTES, TOKENIZER, check_bytes, load_tokenizer, own_tokenizer
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LOSS_CHUNK = 8192  # tokens whose logits are there at once,
@@ -65,7 +65,7 @@ def config_of(size: str, vocab_size: int, tokenizer: Any = None) -> TransNormerC
             ids_of = config if tokenizer is None or name == "pad_token_id" else tokenizer
             setattr(config, name, _inside(getattr(ids_of, name), vocab_size))
         return config
-    if tokenizer is None and vocab_size <= 256:
+    if tokenizer is None and vocab_size <= BYTES:
         check_bytes(config.vocab_size)
     if config.vocab_size < vocab_size:
         raise CheckpointError(
@@ -77,15 +77,15 @@ def config_of(size: str, vocab_size: int, tokenizer: Any = None) -> TransNormerC
 def _config(size: str) -> TransNormerConfig:
     known(size)
     folder = Path(size)
-    fields = checkpoint.read_json(folder / checkpoint.CONFIG)
+    place = folder / checkpoint.CONFIG
+    fields = checkpoint.read_json(place)
     kind, dtype = fields.get("model_type"), fields.get("dtype", fields.get("torch_dtype"))
     if kind != TransNormerConfig.model_type:
-        place = folder / checkpoint.CONFIG
         raise CheckpointError(
             f"{place} is for a model of type {kind!r}, not {TransNormerConfig.model_type!r}"
         )
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise CheckpointError(f"{folder / checkpoint.CONFIG} is damaged: torch has no dtype {dtype!r}")
+        raise CheckpointError(f"{place} is damaged: torch has no dtype {dtype!r}")
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])
     if pickles and not has_weights(size):
         raise CheckpointError(

@@ -8,7 +8,14 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from linattn.errors import OptionError, ValueRangeError
-from linattn.models.fields import check_choice, check_flags, check_ids, check_positive, check_sizes
+from linattn.models.fields import (
+    check_choice,
+    check_flags,
+    check_heads,
+    check_ids,
+    check_positive,
+    check_sizes,
+)
 from linattn.models.huggingface.strict import StrictFields
 from linattn.nn.cosformer import FEATURE_MAPS
 
@@ -81,11 +88,7 @@ class CosformerConfig(StrictFields, PreTrainedConfig):
         check_sizes(self, *SIZES)
         check_sizes(self, "num_decoder_layers", least=0)
         check_flags(self, "use_cache", "tie_word_embeddings")
-        if self.hidden_size % self.num_attention_heads:
-            raise OptionError(
-                f"num_attention_heads must divide hidden_size, got {self.num_attention_heads} heads and "
-                f"width {self.hidden_size}"
-            )
+        check_heads(self, "num_attention_heads", "hidden_size")
         check_choice(self, "act_fun", FEATURE_MAPS)
         check_choice(self, "position_embeddings", POSITIONS)
         check_choice(self, "hidden_act", ACT2FN)

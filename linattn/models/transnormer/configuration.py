@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from linattn.errors import OptionError
 from linattn.models.config import ACTIVATIONS, NORM
 from linattn.models.config import TransNormerConfig as Parts
-from linattn.models.fields import check_flags, check_ids, check_positive, check_sizes
+from linattn.models.fields import check_flags, check_heads, check_ids, check_lrpe, check_positive, check_sizes
 from linattn.models.huggingface.strict import StrictFields
 
 __all__ = ["PRESETS", "TransNormerConfig", "preset"]
@@ -77,17 +77,8 @@ class TransNormerConfig(StrictFields, PreTrainedConfig):
         Raises OptionError or ValueRangeError for any field, its own or not, that cannot be.
         """
         check_sizes(self, *SIZES)
-        if self.hidden_dim % self.decoder_attention_heads:
-            raise OptionError(
-                f"decoder_attention_heads must divide hidden_dim, got {self.decoder_attention_heads} heads "
-                f"and width {self.hidden_dim}"
-            )
-        lrpe = tuple(self.linear_use_lrpe_list or ())
-        if len(lrpe) not in (0, self.decoder_layers) or any(entry not in (0, 1) for entry in lrpe):
-            raise OptionError(
-                f"linear_use_lrpe_list must hold a 0 or 1 for each of {self.decoder_layers} decoder_layers, "
-                f"or nothing, got {lrpe}"
-            )
+        check_heads(self, "decoder_attention_heads", "hidden_dim")
+        lrpe = check_lrpe(self.linear_use_lrpe_list, self.decoder_layers, "decoder_layers")
         if self.norm_type != NORM:
             raise OptionError(f"norm_type must be {NORM!r}, got {self.norm_type!r}")
         act = str(self.linear_act_fun)
