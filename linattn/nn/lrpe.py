@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from linattn.nn.norm import unseen
 from linattn.reweight import LRPE
+
+HALF = (
+    "LRPE's angles are rounded to {}: their cosine is off, the more the longer a text is; keep them float32 "
+    "(FSDP: fully_shard each linattn.nn.Lrpe by itself, without a param_dtype, before what holds it)"
+)
 
 
 class Lrpe(nn.Module):
@@ -20,8 +27,9 @@ class Lrpe(nn.Module):
     theta starts as `linattn.LRPE.default_theta(H, D)` and keeps the released shape, so that the state-dict
     entry `token_mixer.lrpe.theta` loads as it is. Angles are float32 or wider: a cast of the module to a half
     precision (`half`, `bfloat16`, `to`) leaves them float32, as cos(theta * distance) would be off by 0.18 at
-    distance 100 with angles in bfloat16. Those that somebody puts there in a half precision are widened
-    before use. FSDP, which wants one dtype in what it shards, takes float32 weights with mixed precision.
+    distance 100 with angles in bfloat16. Those that something else puts there in a half precision are widened
+    before use, with a warning. FSDP's mixed precision does that: shard these modules by themselves, without
+    a param_dtype.
 
     Source: `Lrpe` of the released TransNormerLLM code; LRPE, https://arxiv.org/abs/2307.09270.
     """
@@ -54,8 +62,13 @@ class Lrpe(nn.Module):
 
     def forward(self) -> LRPE:
         """Return the reweighting of these angles; gradients reach theta through it."""
-        theta = self.theta.float() if _is_half(self.theta) else self.theta
-        return LRPE(theta[:, 0])
+        theta = self.theta[:, 0]
+        if _is_half(theta):
+            if not torch.compiler.is_compiling():
+                warnings.warn(HALF.format(str(theta.dtype).removeprefix("torch.")), stacklevel=2)
+            return LRPE(theta.float())
+        owned = type(self.theta) is nn.Parameter and unseen(self) and not torch.compiler.is_compiling()
+        return LRPE(theta if owned else theta.clone())  # FSDP frees what it gathered once this has returned
 
 
 def _is_half(x: torch.Tensor) -> bool:

@@ -1,11 +1,10 @@
-"""cosFormer models whose parts hooks watch, somebody wrapped or replaced, or FSDP2 keeps in shards."""
+"""cosFormer models whose parts hooks watch, or somebody wrapped or replaced."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch import nn
 
 from linattn.models.cosformer import (
     CosformerCache,
@@ -119,25 +118,3 @@ def test_hooks_on_attentions_see_every_token_once():
     assert seen == [("attention", 1), ("cross_attention", 1)] * 5
     model(ids, decoder_input_ids=ids, use_cache=False)
     assert seen[10:] == [("attention", 6), ("cross_attention", 6)]
-
-
-@pytest.fixture
-def alone():
-    """A group of one process."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", [CosformerForCausalLM, CosformerForConditionalGeneration])
-def test_weights_may_be_shards(kind, alone):
-    """Outside of a block's forward they are: what it remembers of a source is formed in there."""
-    ids, plain, model = text(2, 6), build(kind), build(kind)
-    for part in model.modules():
-        if type(part).__name__ in model._no_split_modules:
-            fully_shard(part)
-    fully_shard(model)
-    for options in ({"use_cache": True}, {"use_cache": False}):
-        assert torch.equal(model(ids, labels=ids, **options).logits, plain(ids, labels=ids, **options).logits)
-    assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))

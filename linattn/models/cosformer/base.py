@@ -110,9 +110,9 @@ class CosformerStack(CosformerPreTrainedModel):
             x, lengths = _to_front(x, padding), padding.lengths
         positions = torch.arange(x.shape[1], device=x.device)[None]
         if before is not None:
-            positions = positions + before[:, None]
+            positions = positions + before.to(x.device)[:, None]
         if columns + x.shape[1] > limit:  # the values are read only where they may be too large
-            total = positions[:, -1] + 1 if lengths is None else positions[:, 0] + lengths
+            total = positions[:, -1] + 1 if lengths is None else positions[:, 0] + lengths.to(x.device)
             if not traced() and total.numel() and int(total.max()) > limit:
                 raise ValueRangeError(
                     f"a text of {int(total.max())} tokens is longer than max_position_embeddings = {limit}"

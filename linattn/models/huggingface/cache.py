@@ -123,12 +123,12 @@ class StateCache(Cache):
             self.outputs = [row[:, 0] if row.shape[1] == 1 else row[:, -1].clone() for row in rows]
             return
         ends = (borders[1:] - 1).clamp(min=0)
-        after = [row[0].index_select(0, ends) for row in rows]
+        after = [row[0].index_select(0, ends.to(row.device)) for row in rows]
         if self.outputs:
             empty = (borders.diff() == 0)[:, None]
             count = min(len(after), len(self.outputs))
             after = [
-                torch.where(empty, old, new)
+                torch.where(empty.to(new.device), old, new)
                 for old, new in zip(self.outputs[-count:], after[-count:], strict=True)
             ]
         self.outputs = after

@@ -22,6 +22,7 @@ class Padding:
     the place of its token in that order; of padding that of the last real token before it, of padding in
     front of all that of the first one. front: [b, n], padding in front of all real tokens of this call.
     ahead: [b, n], those of them whose last real token was in an earlier call; None where there was none.
+    Rows may lie on another device, as those of a model do whose layers are on several.
     """
 
     order: Int[torch.Tensor, "b n"]
@@ -32,7 +33,7 @@ class Padding:
 
     def to_front(self, x: Float[torch.Tensor, "b n e"]) -> Float[torch.Tensor, "b n e"]:
         """Return rows with their real tokens in front."""
-        return torch.gather(x, 1, self.order[..., None].expand_as(x))
+        return torch.gather(x, 1, self.order.to(x.device)[..., None].expand_as(x))
 
     def back(self, x: Float[torch.Tensor, "b n e"]) -> Float[torch.Tensor, "b n e"]:
         """Return every column's output, from rows with their real tokens in front, which may be fewer.
@@ -40,7 +41,7 @@ class Padding:
         Padding has that of the last real token before it, or of the first one: who reads the last column of
         a row that is padded on the right, or an encoder's first one, finds what belongs to a token.
         """
-        return torch.gather(x, 1, self.place[..., None].expand(-1, -1, x.shape[2]))
+        return torch.gather(x, 1, self.place.to(x.device)[..., None].expand(-1, -1, x.shape[2]))
 
     def after(
         self, x: Float[torch.Tensor, "b n e"], before: Float[torch.Tensor, "b e"] | None = None
@@ -51,10 +52,10 @@ class Padding:
         a loss of one's own would teach the model to copy. before: outputs of the rows' last real tokens in
         earlier calls, which then go on.
         """
-        found = self.back(x).masked_fill(self.front[..., None], 0)
+        found = self.back(x).masked_fill(self.front.to(x.device)[..., None], 0)
         if before is None or self.ahead is None:
             return found
-        return torch.where(self.ahead[..., None], before[:, None], found)
+        return torch.where(self.ahead.to(x.device)[..., None], before[:, None], found)
 
 
 def padding_of(
