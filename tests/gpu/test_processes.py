@@ -13,7 +13,6 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-pytest.importorskip("datasets")
 
 from linattn.models.transnormer import TransNormerConfig
 from tests.gpu.calls import needs_two

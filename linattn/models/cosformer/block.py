@@ -96,12 +96,11 @@ class CosformerBlock(GradientCheckpointingLayer):
     def check_states(
         self, x: Float[torch.Tensor, "b n e"], state: linattn.State, memory: linattn.State | None
     ) -> None:
-        """Raise what `linattn.attention` raises for states that are not this block's, for rows x.
+        """Raise what `step` does for states that are not this block's; nothing is computed.
 
-        An attention that somebody wrapped looks at its state when it is called.
+        A cross_attention that somebody wrapped looks at its state when it is called.
         """
-        if isinstance(self.attention, CosformerAttention):
-            self.attention.check_state(x, state)
+        self.attention.check_state(x, state)
         if memory is not None and isinstance(self.cross_attention, CosformerAttention):
             self.cross_attention.check_state(x, memory)
 

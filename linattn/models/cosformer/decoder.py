@@ -118,13 +118,14 @@ class CosformerDecoder(CosformerStack):
             states = [*cache.states[: len(blocks)]]
             memories = [*(cache.states[len(blocks) :] or memories)]
         stepping = x.shape[1] == 1 and rows.lengths is None and not torch.is_grad_enabled()
-        for block, state, memory in zip(blocks, states, memories, strict=True):  # while none has moved yet
-            if state is not None and isinstance(block, CosformerBlock) and not traced():
+        in_place = [stepping and _steps(block) for block in blocks]
+        for block, state, memory, moves in zip(blocks, states, memories, in_place, strict=True):
+            if moves and state is not None and not traced():  # while none has moved yet
                 block.check_states(x, state, memory)
         after: list[State] = []
         kept: list[State] = []
-        for block, state, memory in zip(blocks, states, memories, strict=True):
-            if stepping and state is not None and _steps(block):
+        for block, state, memory, moves in zip(blocks, states, memories, in_place, strict=True):
+            if moves and state is not None:
                 x, seen = block.step(x[:, 0], state, memory, rows.positions)[:, None], memory
             else:
                 x, state, *found = block(
