@@ -63,7 +63,7 @@ def main(folder: Path) -> None:
                 "DDP": losses(shared, mine, call),
                 "FSDP2": losses(sharing, mine, plainly),
             }
-        if hasattr(model, "generate") and name != "cosFormer encoder":
+        if model.can_generate():
             sharing, plain = sharded(copy.deepcopy(model.eval()), **MIXED), rounded(model).eval()
             with torch.no_grad():
                 got, want = (each.generate(ids, **GREEDY) for each in (sharing, plain))

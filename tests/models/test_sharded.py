@@ -57,7 +57,8 @@ def with_angles_inside(model: Any, **options: Any) -> Any:
         if type(part).__name__ in model._no_split_modules:
             fully_shard(part, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    register_fsdp_forward_method(model, "generate")
+    if model.can_generate():
+        register_fsdp_forward_method(model, "generate")
     return model
 
 
