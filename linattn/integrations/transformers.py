@@ -202,7 +202,7 @@ def _forward(
     kv = state.kv
     if past_key_values is not None:
         past_key_values.set_linear_cache(self.layer_idx, kv)
-        _take_place(past_key_values, self.layer_idx)
+        _take_place(past_key_values, self.layer_idx, self.num_hidden_layers)
         if _watched(self):  # what a hook keeps is this token's, and later steps change the cache's in place
             kv = kv.clone()
     return o, kv
@@ -242,8 +242,13 @@ class _NoKeys(DynamicLayer):
         """Nothing: the cache selects states itself."""
 
 
-def _take_place(cache: Any, layer: int) -> None:
-    """Let a cache that asks a lightning layer for its number of tokens find one."""
+def _take_place(cache: Any, layer: int, count: int) -> None:
+    """Let a cache that asks a lightning layer for its number of tokens find one.
+
+    It looks for states at all `count` layers when it repeats and selects rows, and keeps no place for the last
+    ones of full attention.
+    """
+    cache.linear_cache += [[] for _ in range(len(cache.linear_cache), count)]
     layers = cache.layers
     while len(layers) <= layer:
         layers.append(DynamicLayer())

@@ -62,6 +62,25 @@ def test_an_emptied_cache_has_no_states() -> None:
     torch.testing.assert_close(model(ids, past_key_values=cache, use_cache=True).logits, want, **TOL)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", ["llf", "lfl", "lff", "ll"])
+def test_rows_of_a_cache_are_repeated_and_selected(kinds: str) -> None:
+    """Full attention last, as in MiniMax-01, where the original's cache finds no place."""
+    model, ids, more = of_layers(kinds), tokens(2, 9), tokens(2, 1, seed=1)
+    ways = {
+        (0, 0, 1, 1): lambda cache: cache.batch_repeat_interleave(2),
+        (1,): lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        (1, 0): lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    }
+    with patch_minimax(model):
+        want = model(torch.cat([ids, more], 1), use_cache=False).logits[:, -1]
+        for rows, taken in ways.items():
+            cache = model(ids, use_cache=True).past_key_values
+            taken(cache)
+            found = model(more[list(rows)], past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(found, want[list(rows)], **TOL)
+
+
 class Own(MiniMaxLightningAttention):
     """A layer with another output."""
 

@@ -92,3 +92,13 @@ def test_texts_of_a_prompt_are_said_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(model.generate(ids, seq_idx=torch.zeros_like(ids), **GREEDY), want)
     with pytest.raises(ShapeError, match="seq_idx must have shape"):
         model.generate(ids, seq_idx=torch.zeros_like(ids), use_cache=False, **GREEDY)
+    parted = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    for name, value in (
+        ("cu_seqlens", torch.tensor([0, 3, 7])),
+        ("cu_seq_lens_q", torch.tensor([0, 7])),
+        ("seq_idx", parted),
+    ):
+        with pytest.raises(OptionError, match=f"{name}.*: generate takes one text a row"):
+            model.generate(ids[:1], **{name: value}, **GREEDY)
+    alone = model.generate(ids[:1], attention_mask=parted, **GREEDY)  # numbers of padding say nothing
+    assert torch.equal(model.generate(ids[:1], attention_mask=parted, seq_idx=parted, **GREEDY), alone)

@@ -22,7 +22,7 @@ from linattn.models.huggingface.model import StateGeneration, StateModel, check_
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
-from linattn.models.transnormer.packing import check_whole, packed_at
+from linattn.models.transnormer.packing import check_apart, check_whole, packed_at
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
 from linattn.nn.norm import only_matrix
@@ -297,6 +297,12 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
             loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
         )
         return answer if named(return_dict, self.config) else answer.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        check_apart(model_kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
 
     def _loss_by_chunks(
         self,

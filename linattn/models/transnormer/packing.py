@@ -18,6 +18,7 @@ PADDED = (
     "texts back to back have no padding: pass cu_seqlens, seq_idx or position_ids that begin again, or a "
     "mask with zeros"
 )
+ONE_ROW = "takes one text a row, padded to one length, with an attention_mask"
 ONE_TEXT = "position_ids begin again: an exported model takes one text a row"
 
 
@@ -67,6 +68,17 @@ def packed_at(
         )
     begins = nn.functional.pad(again, (1, 0), value=True).flatten().nonzero()[:, 0]
     return torch.cat([begins, begins.new_full((1,), again.shape[0] * (again.shape[1] + 1))])
+
+
+def check_apart(given: Mapping[str, Any]) -> None:
+    """Raise OptionError where the prompts that `generate` is given lie back to back."""
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        if given.get(name) is not None:
+            raise OptionError(f"{name}: generate {ONE_ROW}")
+    if given.get("seq_idx") is not None:
+        again = _begins_again(given["seq_idx"], None, given.get("attention_mask"), None)
+        if again is not None and bool(again.any()):
+            raise OptionError(f"seq_idx has several texts in a row: generate {ONE_ROW}")
 
 
 def check_whole(mask: torch.Tensor, n: int) -> None:
