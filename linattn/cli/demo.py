@@ -46,17 +46,34 @@ def demo(
     them.
     """
     from linattn.errors import ValueRangeError
-    from linattn.train.checkpoint import checkpoints, prepare
+    from linattn.train.checkpoint import alone
 
     if not 0 < seconds < math.inf:
         raise ValueRangeError(f"--seconds must be a number above 0, got {seconds}")
-    prepare(out)
-    for old in checkpoints(out):  # an earlier demo's
-        shutil.rmtree(old)
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    elsewhere = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    _look(out)  # before the folder is made, or a file in it,
+    with alone(out), elsewhere:
+        for old in _look(out):  # and again when nobody else can change it
+            shutil.rmtree(old)
         found = _told(out, seconds, seed, verify)
     if as_json:
         print_json(found)
+
+
+def _look(out: Path) -> list[Path]:
+    """Return an earlier demo's checkpoints. Raises OptionError where another run or a model lies there."""
+    from linattn.errors import OptionError
+    from linattn.train.checkpoint import checkpoints, load_facts, of_trainer, refuse_model
+
+    refuse_model(out)
+    found = checkpoints(out)
+    others = [one for one in found if load_facts(one).get("seconds") is None]
+    if others := others + of_trainer(out, whole=False):
+        raise OptionError(
+            f"{out} holds a run that is no demo's ({others[-1].name}), or one of an older version: choose "
+            "another --out"
+        )
+    return found
 
 
 def _told(out: Path, seconds: float, seed: int, verified: bool) -> dict[str, object]:

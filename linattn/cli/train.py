@@ -125,8 +125,9 @@ def train(
     if tokenizer is not None or accumulate != 1 or checkpointing:
         raise OptionError(f"--preset {preset} is trained on bytes by a small loop, without these options")
 
-    from linattn.train import SETTINGS, Trainer, read_text
+    from linattn.train import SETTINGS, Trainer
     from linattn.train.checkpoint import alone, checkpoints, of_trainer, refuse_model
+    from linattn.train.corpus import read_plain
     from linattn.train.loop import check_text
     from linattn.train.processes import refuse_several
     from linattn.train.report import Report
@@ -134,7 +135,7 @@ def train(
     refuse_several(preset)
     settings = dataclasses.replace(SETTINGS[preset], **changes)
     place = choose_device(device)
-    data = read_text(text[0], exclude=[out])
+    data = read_plain(text[0], exclude=[out])
     check_text(data, settings)
 
     def look() -> None:

@@ -245,8 +245,8 @@ class _NoKeys(DynamicLayer):
 def _take_place(cache: Any, layer: int, count: int) -> None:
     """Let a cache that asks a lightning layer for its number of tokens find one.
 
-    It looks for states at all `count` layers when it repeats and selects rows, and keeps no place for the last
-    ones of full attention.
+    When it repeats and selects rows, it looks for states at all `count` layers, and keeps no place for the
+    last ones of full attention.
     """
     cache.linear_cache += [[] for _ in range(len(cache.linear_cache), count)]
     layers = cache.layers

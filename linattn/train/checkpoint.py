@@ -248,13 +248,19 @@ def _altered(path: Path) -> CheckpointError:
 
 def load_run(folder: Path) -> Run:
     """Return what continues the run of a checkpoint. Raises CheckpointError when it is missing or damaged."""
+    facts = load_facts(folder)
+    return Run(step_of(folder), read_tensors(folder / TRAINING), facts)
+
+
+def load_facts(folder: Path) -> dict[str, Any]:
+    """Return what the run of a checkpoint was. Raises CheckpointError when that is missing or damaged."""
     fields = read_json(folder / RUN)
     step, facts = fields.get("step"), fields.get("facts")
     if type(step) is not int or not isinstance(facts, dict):
         raise CheckpointError(f"{folder / RUN} is damaged: it has no step or no facts")
     if step != step_of(folder):
         raise CheckpointError(f"{folder / RUN} is damaged: its step is {step}{instead(folder)}")
-    return Run(step, read_tensors(folder / TRAINING), facts)
+    return facts
 
 
 def _json(fields: Mapping[str, Any]) -> bytes:

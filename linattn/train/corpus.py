@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from linattn.errors import DataError
-from linattn.train.data import HELD_OUT, Bytes, File, read_text, text_files
+from linattn.train.data import HELD_OUT, Bytes, File, Text, read_text, text_files
 from linattn.train.tokenizers import vocabulary
 
 if TYPE_CHECKING:
@@ -55,6 +55,18 @@ def read_corpus(path: Path, tokenizer: Any = None, *, exclude: Iterable[Path] = 
         for data, ends in parts
     )
     return Corpus(train, held_out, len(text.held_out), size, text.fingerprint)
+
+
+def read_plain(path: Path, *, exclude: Iterable[Path] = ()) -> Text:
+    """Read bytes as `read_text` does, or those of the rows of a folder that `datasets` wrote.
+
+    Raises DataError when there is no text.
+    """
+    if not is_dataset(path):
+        return read_text(path, exclude=list(exclude))
+    rows, held, fingerprint = _dataset(path)
+    train, held_out = (np.frombuffer("".join(part).encode(), np.uint8) for part in (rows, held))
+    return Text(train, held_out, sum(1 for _ in path.rglob("*.arrow")), 0, fingerprint)
 
 
 def _cut(data: UInt8[np.ndarray, " n"], ends: Iterable[int]) -> Iterator[str]:
@@ -110,7 +122,7 @@ def encoded(texts: Iterable[str], tokenizer: Any) -> Int32[np.ndarray, " n"]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts: list[np.ndarray] = []
     for one in texts:
-        parts += [np.array(tokenizer(piece, add_special_tokens=False)["input_ids"], np.int32)
+        parts += [np.array(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
                   for piece in _pieces(one)]  # fmt: skip
         parts.append(np.array(end, np.int32))
     return np.concatenate(parts) if parts else np.empty(0, np.int32)

@@ -59,7 +59,7 @@ class Settings:
                 raise ValueRangeError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueRangeError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise ValueRangeError(f"{name} must be a number above 0, got {getattr(self, name)}")
 
 
 # What each model preset is trained with unless told otherwise.
@@ -137,6 +137,7 @@ class Trainer:
             "config": self.model.config.to_dict(),
             "settings": dataclasses.asdict(self.settings),
             "text": self.text.fingerprint,
+            "seconds": self.seconds,
         }
 
     def resume(self) -> None:

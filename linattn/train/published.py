@@ -61,7 +61,7 @@ class Plan:
             if getattr(self, name) < least:
                 raise ValueRangeError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
-            raise ValueRangeError(f"lr must be above 0, got {self.lr}")
+            raise ValueRangeError(f"lr must be a number above 0, got {self.lr}")
         if not 0 <= self.seed < SEEDS:
             raise ValueRangeError(
                 f"seed must be from 0 to {SEEDS - 1} for transformers' Trainer, got {self.seed}"

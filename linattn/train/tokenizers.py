@@ -61,9 +61,15 @@ def own_tokenizer(checkpoint: Path, vocab_size: int) -> Any:
 
 def unknown(ids: Any, tokenizer: Any) -> int:
     """Return how many ids stand for what a tokenizer does not know: int32 [n]; 0 for bytes."""
-    if tokenizer is None or tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
+    if tokenizer is None:
+        return 0
+    number = tokenizer.unk_token_id
+    if number is None:  # named by nobody but the model in tokenizer.json
+        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        number = tokenizer.get_vocab().get(getattr(model, "unk_token", None))
+    if number in (None, tokenizer.eos_token_id):
         return 0  # some tokenizers name their end of text there, for want of another
-    return int((ids == tokenizer.unk_token_id).sum())
+    return int((ids == number).sum())
 
 
 def vocabulary(tokenizer: Any) -> int:

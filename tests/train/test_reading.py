@@ -224,6 +224,16 @@ def test_unknown_words_are_counted(tmp_path):
     assert "unknown_tokens" in measured(of_words(tmp_path / "end", unk_token="<eos>"), tmp_path / "known")
     found = measured(of_words(tmp_path / "same", unk_token="<eos>"), tmp_path / "known")
     assert found["unknown_tokens"] == 0  # the end of a text is not a word
+    bare = of_words(tmp_path / "bare", unk_token=None)  # its tokenizer.json alone names one
+    assert measured(bare, tmp_path / "unknown")["unknown_tokens"] == 2
+
+
+def test_a_tokenizer_s_longest_text_is_no_limit(tmp_path, monkeypatch):
+    """Nothing is cut, and nothing is said: transformers' would be that reading on must fail."""
+    folder, said = of_words(tmp_path / "run", model_max_length=2), []
+    monkeypatch.setattr("logging.Logger.warning", lambda *given, **more: said.append(given))
+    (tmp_path / "text").write_text("one two " * 9)
+    assert measured(folder, tmp_path / "text")["tokens"] == 19 and not said
 
 
 def test_a_prompt_that_is_no_utf8(tmp_path):

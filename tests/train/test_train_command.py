@@ -12,9 +12,10 @@ from linattn.cli import app
 from linattn.errors import CheckpointError, DeviceError, OptionError
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
 from linattn.safetensors_io import write_whole
-from linattn.train import presets, run_folder
-from linattn.train.checkpoint import CONFIG, checkpoints, of_trainer
+from linattn.train import corpus, data, presets, run_folder
+from linattn.train.checkpoint import CONFIG, alone, checkpoints, load_facts, of_trainer
 from linattn.train.device import choose_device
+from tests.train.test_corpus import dataset
 from tests.train.test_corpus import words as few_words
 from tests.train.test_published import LINE, SIZES, words
 from tests.train.test_trainer_checkpoint import no_larger
@@ -43,8 +44,8 @@ def train(*more):
     return result
 
 
-def refused(sentence, *arguments):
-    result = invoke("train", *arguments)
+def refused(sentence, *arguments, command="train"):
+    result = invoke(command, *arguments)
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert sentence in result.stderr
@@ -141,6 +142,42 @@ def test_a_run_of_the_other_kind_is_named(home):
         said = f"out holds a run of the preset tiny or small ({last}): go on with that --preset, or choose"
         refused(said, "--text", "text", "--out", "out", "--preset", "sizes", *SHORT, *more)
     assert not (home / "out" / CONFIG).exists()
+
+
+def test_the_small_loop_learns_the_rows_of_a_dataset(home):
+    """Not the JSON that lies beside them; `eval` measures the same."""
+    dataset(home / "rows", [LINE, LINE * 2, "ä" * 300])
+    result = invoke("train", "--preset", "tiny", "--text", "rows", "--out", "out", *SHORT)
+    assert result.exit_code == 0 and "1 file" in result.output, result.output
+    begun = checkpoints(home / "out")[-1]
+    text = corpus.read_plain(home / "rows")
+    assert (text.train.tobytes() + text.held_out.tobytes()).decode() == LINE * 3 + "ä" * 300
+    assert text.fingerprint == load_facts(begun)["text"] == corpus.read_corpus(home / "rows").fingerprint
+    refused("of another run", "--preset", "tiny", "--text", "text", "--out", "out", *SHORT, "--resume")
+
+
+def test_a_demo_removes_a_demo_s_run_and_no_other(home, monkeypatch):
+    monkeypatch.setattr("linattn.cli.demo._standard_library", lambda: data.read_text(home / "text"))
+    demo = ["--seconds", "0.2", "--no-verify", "--out"]
+    for _ in range(2):
+        assert invoke("demo", *demo, "shown").exit_code == 0
+    assert len(checkpoints(home / "shown")) <= 2
+    train("--preset", "tiny")
+    train("--preset", "sizes", "--out", "run")
+    (home / "run" / "model.safetensors").unlink()  # as where it was cut short
+    weights(home / "model", 256)
+    for out, said in (("out", "no demo's"), ("run", "no demo's"), ("model", "a model already")):
+        before = sorted((home / out).rglob("*"))
+        refused(said, *demo, out, command="demo")
+        assert sorted((home / out).rglob("*")) == before
+    with alone(home / "shown"):
+        refused("another run is training into", *demo, "shown", command="demo")
+
+
+@pytest.mark.parametrize("preset", ["tiny", "sizes"])
+@pytest.mark.parametrize("rate", ["0", "inf", "nan"])
+def test_a_rate_is_a_number(home, preset, rate):
+    refused("lr must be a number above 0", "--preset", preset, "--text", "text", "--lr", rate, *SHORT)
 
 
 def test_there_is_one_cpu(home):
