@@ -15,6 +15,24 @@ Array = Any
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
+_torch: Any = sys.modules.get("torch")
+
+
+def torch_if_loaded() -> Any:
+    """torch, where it has been imported.
+
+    Compilers that see `sys.modules` look at all of it, and fail where another thread imports something then.
+    They see it only where torch was imported after this, and no call came before those that they record.
+    """
+    global _torch
+    if _torch is not None:
+        return _torch
+    found = sys.modules.get("torch")
+    if found is not None and hasattr(found, "compiler") and not found.compiler.is_compiling():
+        _torch = found
+    return found
+
+
 def kind_of(x: object) -> str | None:
     """Return "numpy", "torch" or "cupy", or None for anything else (lists, scalars, other libraries).
 
@@ -22,9 +40,11 @@ def kind_of(x: object) -> str | None:
     """
     if isinstance(x, np.ndarray):
         return None if isinstance(x, np.ma.MaskedArray) else "numpy"
-    torch = sys.modules.get("torch")
+    torch = torch_if_loaded()
     if torch is not None and isinstance(x, torch.Tensor):
         return "torch"
+    if torch is not None and torch.compiler.is_compiling():
+        return None
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return "cupy"
@@ -48,7 +68,7 @@ def device_name(x: Array) -> str:
 
 def traced() -> bool:
     """Whether a compiler, torch.export or torch.jit.trace records this call for values still to come."""
-    torch = sys.modules.get("torch")
+    torch = torch_if_loaded()
     return torch is not None and (torch.compiler.is_compiling() or torch._C._is_tracing())
 
 
@@ -66,12 +86,12 @@ def namespace(kind: str) -> Any:
     """The module whose functions take this kind of array (NumPy 2, torch and CuPy share most names)."""
     if kind == "numpy":
         return np
-    return sys.modules[kind]
+    return torch_if_loaded() if kind == "torch" else sys.modules[kind]
 
 
 def cast(x: Array, dtype: str) -> Array:
     """`x` in another dtype, or `x` itself when it has that dtype already."""
-    torch = sys.modules.get("torch")
+    torch = torch_if_loaded()
     if torch is not None and isinstance(x, torch.Tensor):
         wanted = getattr(torch, dtype)
         return x if x.dtype == wanted else x.to(wanted)
@@ -81,20 +101,20 @@ def cast(x: Array, dtype: str) -> Array:
 def empty_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """An uninitialised array of the same kind and on the same device as `x`."""
     if kind_of(x) == "torch":
-        return x.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
+        return x.new_empty(shape, dtype=getattr(torch_if_loaded(), dtype))
     return namespace(kind_of(x) or "numpy").empty(shape, dtype=dtype)
 
 
 def zeros_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """Zeros of the same kind and on the same device as `x`."""
     if kind_of(x) == "torch":
-        return x.new_zeros(shape, dtype=getattr(sys.modules["torch"], dtype))
+        return x.new_zeros(shape, dtype=getattr(torch_if_loaded(), dtype))
     return namespace(kind_of(x) or "numpy").zeros(shape, dtype=dtype)
 
 
 def written(*arrays: Any) -> None:
     """Tell autograd what kernels wrote: a graph that kept the old values must not go on with the new ones."""
-    torch = sys.modules.get("torch")
+    torch = torch_if_loaded()
     if torch is None:
         return
     parts = [x for x in arrays if isinstance(x, torch.Tensor) and not x.is_inference()]
@@ -131,7 +151,7 @@ def table(values: np.ndarray, like: Array, dtype: str) -> Array:
         if kind == "numpy":
             return values
         return _for_cupy(values.tobytes(), values.shape, dtype, int(like.device.id))
-    torch = sys.modules["torch"]
+    torch = torch_if_loaded()
     if not torch.compiler.is_compiling():
         values = np.array(values, dtype=dtype)  # a copy: later changes of the table are not this call's
     watched = torch.compiler.is_compiling() or type(like) not in (torch.Tensor, torch.nn.Parameter)
