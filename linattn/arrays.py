@@ -14,7 +14,6 @@ Array = Any
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
-
 _torch: Any = sys.modules.get("torch")
 
 
@@ -28,7 +27,7 @@ def torch_if_loaded() -> Any:
     if _torch is not None:
         return _torch
     found = sys.modules.get("torch")
-    if found is not None and hasattr(found, "compiler") and not found.compiler.is_compiling():
+    if found is not None and not found.compiler.is_compiling():
         _torch = found
     return found
 
@@ -101,14 +100,14 @@ def cast(x: Array, dtype: str) -> Array:
 def empty_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """An uninitialised array of the same kind and on the same device as `x`."""
     if kind_of(x) == "torch":
-        return x.new_empty(shape, dtype=getattr(torch_if_loaded(), dtype))
+        return x.new_empty(shape, dtype=getattr(namespace("torch"), dtype))
     return namespace(kind_of(x) or "numpy").empty(shape, dtype=dtype)
 
 
 def zeros_like_kind(x: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """Zeros of the same kind and on the same device as `x`."""
     if kind_of(x) == "torch":
-        return x.new_zeros(shape, dtype=getattr(torch_if_loaded(), dtype))
+        return x.new_zeros(shape, dtype=getattr(namespace("torch"), dtype))
     return namespace(kind_of(x) or "numpy").zeros(shape, dtype=dtype)
 
 
@@ -151,7 +150,7 @@ def table(values: np.ndarray, like: Array, dtype: str) -> Array:
         if kind == "numpy":
             return values
         return _for_cupy(values.tobytes(), values.shape, dtype, int(like.device.id))
-    torch = torch_if_loaded()
+    torch = namespace("torch")
     if not torch.compiler.is_compiling():
         values = np.array(values, dtype=dtype)  # a copy: later changes of the table are not this call's
     watched = torch.compiler.is_compiling() or type(like) not in (torch.Tensor, torch.nn.Parameter)

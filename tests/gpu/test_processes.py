@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from linattn.models.transnormer import TransNormerConfig
 from tests.gpu.calls import needs_two

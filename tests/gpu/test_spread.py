@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("transformers", reason="transformers is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from linattn.models.cosformer import (  # noqa: E402
     CosformerConfig,
