@@ -14,9 +14,11 @@ typedef unsigned long long uint64_t;
 #endif
 #define UNROLL _Pragma("unroll")
 #define BATCH _Pragma("unroll 8")
+#define ONCE _Pragma("unroll 1")
 #else  // a host compiler, with words for CUDA's from elsewhere
 #define UNROLL
 #define BATCH
+#define ONCE
 #endif
 
 enum Feature { NONE, RELU, SILU, ELU };

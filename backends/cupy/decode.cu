@@ -5,7 +5,7 @@
 // A block of threads works on some columns of one head's state: a thread has W of them side by side, in every
 // GROUPS-th row. Bound by the memory that holds the state: many rows are asked for before the first is waited for.
 // Letters: b rows of q, s rows of the state, d features of q and k, e features of v and o.
-#include "common.cuh"
+#include "twice.cuh"
 
 // What the state's addresses are made of comes first; slices_of and heads_of are for `divided`.
 struct Step {
@@ -35,32 +35,6 @@ __device__ __forceinline__ unsigned divided(unsigned x, int64_t of) {
 #else
   return of ? (unsigned)(((unsigned __int128)x * (uint64_t)of) >> 64) : x;
 #endif
-}
-
-// A constant in two numbers of one sign, neither 0 unless it is: a million steps of it are exact to the state's
-// own rounding, and infinity times it is no NaN.
-template <class S> struct Twice;
-template <> struct Twice<float> {
-  float high, low;
-  __device__ __forceinline__ Twice() {}
-  __device__ __forceinline__ Twice(double x) {
-    union { double number; uint64_t bits; } cut = {x};
-    cut.bits &= ~0x1fffffffull;  // what float32 holds
-    high = (float)cut.number, low = (float)(x - cut.number + x * 8.673617379884035e-19);  // 2^-60
-  }
-};
-template <> struct Twice<double> {
-  double high;
-  __device__ __forceinline__ Twice() {}
-  __device__ __forceinline__ Twice(double x) : high(x) {}
-};
-
-// x c + rest.
-__device__ __forceinline__ float times(float x, const Twice<float>& c, float rest) {
-  return fmaf(x, c.high, fmaf(x, c.low, rest));
-}
-__device__ __forceinline__ double times(double x, const Twice<double>& c, double rest) {
-  return fma(x, c.high, rest);
 }
 
 template <

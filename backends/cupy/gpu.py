@@ -65,6 +65,26 @@ class Gpu:
         return hopper.maps(arrays)
 
 
+def start_together(
+    file: str, kernel: str, arguments: bytes, grid: int, threads: int, shared: int, like: Array
+) -> None:
+    """Start blocks that wait for each other: they begin once there is a place for each of them.
+
+    On the current stream of the device of `like`.
+    """
+    import cupy
+
+    index = device_index(like)
+    with current(index):
+        found = function(file, kernel, index).ptr
+        held = ctypes.create_string_buffer(arguments, len(arguments))
+        places = ctypes.c_void_p(ctypes.addressof(held))
+        stream = Gpu().streams(like)()
+        cupy.cuda.driver.launchCooperativeKernel(
+            found, grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(places)
+        )
+
+
 @functools.cache
 def unavailable() -> str | None:
     """None if this machine has what CuPy needs, else the sentence that says what is missing."""

@@ -13,7 +13,7 @@ OPTIONS = ("-std=c++17",)
 FEATURES = {None: 0, "relu": 1, "silu": 2, "elu+1": 3}
 ANGLES = {None: 0, "cosine": 1, "lrpe": 2}
 DECAY = {None: 0, "head": 1, "token": 2}
-EXACT = {"hopper.cu": "sm_90a"}
+EXACT = {"hopper.cu": "sm_90a", "persistent.cu": "sm_90a"}
 """Sources that are written for one architecture's own instructions."""
 
 

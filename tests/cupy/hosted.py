@@ -20,7 +20,7 @@ from tests.cupy.again import Again
 
 HOST = Path(__file__).parent / "host"
 LIBRARIES = {"product.cu": "run.cpp", "between.cu": "between.cpp", "decode.cu": "decode.cpp"}
-LIBRARIES["tensor.cu"] = "tensor.cpp"
+LIBRARIES |= {"tensor.cu": "tensor.cpp", "persistent.cu": "persistent.cpp"}
 COMPILER = shutil.which("g++")
 FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
 """With sums and products joined, as CUDA's compiler joins them."""

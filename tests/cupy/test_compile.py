@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from linattn.backends.cupy import sources
+from linattn.backends.cupy import persistent, sources
 from tests.cupy.recorded import COSFORMER, H200, Kernel, decays, kernels, lrpe
 
 pathfinder = pytest.importorskip("cuda.pathfinder", reason="NVRTC is not installed")
@@ -33,12 +33,14 @@ def checked(answer: Any) -> Any:
 
 
 @functools.cache
-def compiled(file: str, name: str, architecture: str) -> Resources:
-    """Compile one instantiation, as CuPy does."""
-    program = checked(nvrtc.nvrtcCreateProgram(sources.text(file).encode(), file.encode(), 0, [], []))
+def compiled(file: str, name: str, architecture: str, more: str = "") -> Resources:
+    """Compile one instantiation, as CuPy does; more: source behind the file's own."""
+    text = sources.text(file) + more
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), file.encode(), 0, [], []))
     checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
-    include = pathfinder.find_nvidia_header_directory("cudart")
-    options = [*sources.OPTIONS, f"-arch={architecture}", f"-I{include}", "--ptxas-options=-v"]
+    options = [*sources.OPTIONS, f"-arch={architecture}", "--ptxas-options=-v"]
+    if file not in sources.EXACT:  # which are compiled without CuPy, and so without its headers
+        options.append(f"-I{pathfinder.find_nvidia_header_directory('cudart')}")
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
     checked(nvrtc.nvrtcGetProgramLog(program, log))
@@ -101,6 +103,13 @@ HOPPER: dict[
 }
 
 
+MEASURES = """
+static_assert(SLOTS * STAGE + sizeof(Shared) <= {persistent.SHARED}, "shared memory");
+static_assert(sizeof(Exchange<{persistent.WIDEST}>) == {room}, "room");
+static_assert(sizeof(Call) <= 4096 && THREADS == {persistent.THREADS}, "a launch");
+"""
+
+
 def check(found: list[Kernel], architecture: str, spilled: int = 0) -> None:
     """spilled: bytes of a thread that may be."""
     assert found
@@ -122,6 +131,23 @@ def test_kernels_for_hopper_compile(name: str) -> None:
     found = [one for one in kernels(dtype=BFLOAT16, architecture=90, **given) if one.file == "hopper.cu"]
     check(found, "sm_90a", spilled)
     assert all(one.shared <= H200.shared for one in found)
+
+
+@pytest.mark.parametrize("inner", [256, 2048, 2816, 3072])
+def test_the_kernel_for_all_layers_compiles(inner: int) -> None:
+    """Without spilling, as what spills would wait for weights; its readers take what the others give."""
+    resources = compiled("persistent.cu", f"persistent<2, {inner}>", "sm_90a")
+    assert resources.spilled == 0 and resources.registers == 65536 // persistent.THREADS // 8 * 8
+
+
+def test_python_and_the_kernel_for_all_layers_agree() -> None:
+    text = sources.text("persistent.cu")
+    for name in ("WIDTH", "HEADS", "BLOCKS", "MOST"):
+        assert re.search(rf"\b{name} = {getattr(persistent, name)}\b", text), name
+    assert [name for name, _ in sources.fields("persistent.cu", "Layer")] == [*persistent.Layer._fields]
+    more = MEASURES.format(persistent=persistent, room=persistent.room(persistent.WIDEST))
+    measured = compiled("persistent.cu", "persistent<2, 2816>", "sm_90a", more)
+    assert measured.spilled == 0
 
 
 @pytest.mark.slow

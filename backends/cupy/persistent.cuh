@@ -1,0 +1,224 @@
+// What a kernel that stays on the device is made of: weights that stream through shared memory, products of them with
+// one row of numbers, and words that blocks leave for each other.
+#pragma once
+
+#define WITHOUT_NARROW_TYPES  // NVRTC has to find no header
+#include "twice.cuh"
+#include "hopper.cuh"
+
+typedef unsigned short Weight;  // bfloat16, of which only tensor cores make numbers
+
+#ifdef __CUDACC__
+extern __shared__ __align__(128) char shared_memory[];
+
+// 16 bytes to shared memory, for this thread to wait for.
+__device__ __forceinline__ void copy_late(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void late_copies_are_there() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Bytes to shared memory, which a barrier counts; of L2 they make room first.
+__device__ __forceinline__ uint64_t read_once() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_bytes(
+    uint32_t to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(place(barrier)), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ uint4 read_16(uint32_t at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(at)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void write_4(uint32_t at, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+
+// sums [16 8] += weights [16 16] numbers [16 8], by a warp.
+__device__ __forceinline__ void add_weights(float (&s)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// What other blocks read, and what they wrote.
+__device__ __forceinline__ void tell(float* to, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+__device__ __forceinline__ uint32_t look(const float* at) {
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  return x;
+}
+__device__ __forceinline__ uint4 look_4(const float* at) {
+  uint4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(at)
+               : "memory");
+  return x;
+}
+#endif
+
+// Weights, 8 rows a stage, up to 1024 numbers each. The second row of a pair begins half a line of banks later, so that
+// threads which read 16 bytes of both do not meet. Stages are released in the order in which they were asked for.
+constexpr int PAIR = 2 * 2048 + 64, SECOND = 2048 + 64, STAGE = 4 * PAIR;
+
+template <int SLOTS> struct Ring {
+  uint64_t full[SLOTS], empty[SLOTS];
+
+  __device__ __forceinline__ void begin(int readers) {
+    for (int i = 0; i < SLOTS; ++i) barrier_begin(full + i, 1), barrier_begin(empty + i, readers);
+    barriers_are_seen();
+  }
+};
+
+// The thread that asks for weights; IN_FLIGHT stages at most are under way, as what blocks tell each other waits behind
+// them.
+template <int SLOTS, int IN_FLIGHT> struct Source {
+  Ring<SLOTS>& ring;
+  const uint32_t stages;
+  const uint64_t policy;
+  int at, turn, behind, behind_turn, asked;
+
+  __device__ __forceinline__ Source(Ring<SLOTS>& ring, const void* stages)
+      : ring(ring), stages(place(stages)), policy(read_once()), at(0), turn(0), behind(0), behind_turn(0), asked(0) {}
+
+  // A stage: rows which are `apart` numbers from each other.
+  __device__ __forceinline__ void ask(const Weight* from, int rows, int numbers, int apart) {
+    wait(ring.empty + at, turn & 1 ^ 1);
+    if (asked == IN_FLIGHT) {
+      wait(ring.full + behind, behind_turn & 1);
+      if (++behind == SLOTS) behind = 0, ++behind_turn;
+    } else {
+      ++asked;
+    }
+    arrive_expecting(ring.full + at, rows * numbers * 2);
+    const uint32_t to = stages + at * STAGE;
+    ONCE for (int r = 0; r < rows; ++r)
+      copy_bytes(to + r / 2 * PAIR + r % 2 * SECOND, from + (int64_t)r * apart, numbers * 2, ring.full + at, policy);
+    if (++at == SLOTS) at = 0, ++turn;
+  }
+};
+
+// A warp that reads them. `nothing` is 0, which the compiler does not know.
+template <int SLOTS> struct Reader {
+  Ring<SLOTS>& ring;
+  const uint32_t rows, nothing;  // rows: where this thread's 16 bytes of a first stage are
+  const int lane;
+  int at, turn;
+  uint32_t read;
+
+  __device__ __forceinline__ Reader(Ring<SLOTS>& ring, const void* stages, int lane, uint32_t nothing)
+      : ring(ring), rows(place(stages) + lane / 8 * PAIR + lane / 4 % 2 * SECOND + lane % 4 * 16), nothing(nothing),
+        lane(lane), at(0), turn(0), read(0) {}
+
+  __device__ __forceinline__ int slot(int stage) const { return at + stage - (at + stage >= SLOTS) * SLOTS; }
+
+  // The next stages are there; a lane waits for each.
+  __device__ __forceinline__ void arrived(int stages) {
+    if (lane < stages) wait(ring.full + slot(lane), turn + (at + lane >= SLOTS) & 1);
+    __syncwarp();
+    read = 0;
+  }
+  // Of row lane / 4 of a stage, numbers 8 (lane % 4) to 8 (lane % 4) + 7 of COUNT times 32 from `first` on.
+  template <int COUNT> __device__ __forceinline__ void take(uint4 (&a)[4], int stage, int first) {
+    const uint32_t from = rows + slot(stage) * STAGE + first * 2;
+    UNROLL for (int i = 0; i < COUNT; ++i) a[i] = read_16(from + i * 64), read ^= a[i].x;
+  }
+  // They may be overwritten. Arriving has to wait until what was read is in registers, which a barrier alone does not.
+  __device__ __forceinline__ void release(int stages) {
+    __syncwarp();
+    if (lane < stages) arrive((uint64_t*)((char*)(ring.empty + slot(lane)) + (read & nothing)));
+    at += stages;
+    if (at >= SLOTS) at -= SLOTS, ++turn;
+  }
+};
+
+// A row of numbers in float32 times weights in bfloat16, exactly but for the sums: three bfloat16 add up to a number.
+//
+// A product has 8 weights of a thread at once, of row lane / 4, as if pairs 0 and 2 of them were of one row and pairs 1
+// and 3 of another one. Columns 0, 1, 2 of the other operand are a number's three parts, for pairs 0 and 2; columns 3,
+// 4, 5 those for pairs 1 and 3. So columns 0, 1, 2 of the first row count, and 3, 4, 5 of the second.
+__device__ __forceinline__ float row_of(const float (&s)[4], int lane) {  // all four lanes of a row get it
+  const int quarter = lane % 4;
+  float x = quarter < 2 ? s[0] : s[2];
+  x += quarter == 0 ? s[1] : s[3];
+  x = quarter == 3 ? 0 : x;
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ float cut(float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000); }
+__device__ __forceinline__ uint32_t cut(float low, float high) {  // both as bfloat16
+  return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+}
+
+// 128 numbers of a warp, 4 of each lane, in parts: [3][pairs 0 and 2, pairs 1 and 3][64]. Of 128 numbers a lane later
+// wants 8 times 4; 16 bytes have its pairs of 32 numbers and of the next 32.
+constexpr int PARTS = 3 * 2 * 128;  // bytes
+__device__ __forceinline__ void lay_parts(uint32_t parts, int lane, const float (&x)[4]) {
+  const int step = lane / 8;
+  const uint32_t to = parts + (step / 2 * 4 + lane % 8 / 2) * 16 + step % 2 * 8 + lane % 2 * 4;
+  float rest[4] = {x[0], x[1], x[2], x[3]};
+  UNROLL for (int n = 0; n < 3; ++n) {
+    write_4(to + n * 256, cut(rest[0], rest[1]));
+    write_4(to + n * 256 + 128, cut(rest[2], rest[3]));
+    UNROLL for (int i = 0; i < 4; ++i) rest[i] -= cut(rest[i]);
+  }
+}
+struct Parts {  // of column lane / 4
+  uint4 b[2];
+
+  __device__ __forceinline__ Parts(uint32_t parts, int lane) {
+    const int column = lane / 4;
+    const uint32_t from = parts + column % 3 * 256 + column / 3 * 128 + lane % 4 * 16;
+    b[0] = b[1] = make_uint4(0, 0, 0, 0);
+    if (column < 6) b[0] = read_16(from), b[1] = read_16(from + 64);
+  }
+  // sums += the i-th 32 numbers times weights of 8 rows.
+  __device__ __forceinline__ void add_to(float (&sums)[4], const uint4& weights, int i) const {
+    add_weights(sums, weights, i % 2 ? b[i / 2].z : b[i / 2].x, i % 2 ? b[i / 2].w : b[i / 2].y);
+  }
+};
+
+__device__ __forceinline__ float sum_of_warp(float x, int lanes = 32) {
+  UNROLL for (int o = lanes / 2; o; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
+  return x;
+}
+__device__ __forceinline__ float squares_of(const float (&x)[4]) {
+  return x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
+}
+__device__ __forceinline__ float sum_of(const float4& x) { return (x.x + x.y) + (x.z + x.w); }
+
+// Words for other blocks. A word's lowest bit says which use of its place it is of, so nobody waits for more than the
+// words, and none has to be taken back. The number has a bit less.
+__device__ __forceinline__ void publish(float* to, float x, uint32_t mark) {
+  tell(to, (__float_as_uint(x) & ~1u) | mark);
+}
+__device__ __forceinline__ float number(uint32_t word) { return from_bits(word & ~1u); }
+__device__ __forceinline__ bool there(uint32_t word, uint32_t mark) { return (word & 1) == mark; }
+__device__ __forceinline__ bool there(const uint4& words, uint32_t mark) {
+  return there(mark ? words.x & words.y & words.z & words.w : words.x | words.y | words.z | words.w, mark);
+}
+__device__ __forceinline__ uint4 awaited(const float* at, uint32_t mark) {
+  uint4 words;
+  do words = look_4(at);
+  while (!there(words, mark));
+  return words;
+}
+__device__ __forceinline__ void add(float (&x)[4], const uint4& words) {
+  x[0] += number(words.x), x[1] += number(words.y), x[2] += number(words.z), x[3] += number(words.w);
+}

@@ -1,0 +1,179 @@
+"""One kernel for all layers without a GPU: its threads on a CPU, where what they wait for comes late."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linattn import tolerance
+from linattn.backends.cupy import persistent, sources
+from tests.cupy import hosted
+from tests.cupy.test_mutants import changed
+
+torch = pytest.importorskip("torch", reason="torch is not installed, and NumPy has no bfloat16")
+pytestmark = pytest.mark.skipif(
+    hosted.COMPILER is None, reason="g++ is not installed, by which the kernels run on a CPU"
+)
+
+ROOT = Path(__file__).parents[2]
+SUMS = 1e-5  # of the largest number: what sums in float32 may be off by
+ACTS = {
+    None: lambda x: x, "silu": torch.nn.functional.silu, "relu": torch.relu,
+    "elu+1": lambda x: torch.nn.functional.elu(x) + 1,
+}  # fmt: skip
+
+
+def library(inner: int, feature_map: str | None = "silu") -> ctypes.CDLL:
+    feature = sources.FEATURES[feature_map]
+    return hosted.library("persistent.cu", "-O2", f"-DHOST_FEATURE={feature}", f"-DHOST_INNER={inner}")
+
+
+def drawn(*shape: int, seed: int, size: float = 1.0) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def layer(i: int, inner: int, *, turned: bool = False, decay: float | None = 0.3, **more: Any) -> Any:
+    """A layer in the middle of a text; weights keep the size of what they are for."""
+    shapes = {"qkvu": (4096, 1024), "out": (1024, 1024), "l1": (inner, 1024), "l2": (inner, 1024)}
+    shapes["l3"] = (1024, inner)
+    made = {
+        name: drawn(*shape, seed=10 * i + j, size=shape[1] ** -0.5).bfloat16()
+        for j, (name, shape) in enumerate(shapes.items())
+    }
+    log_decay = None if decay is None else -decay * torch.arange(1, 9) / 8
+    theta = torch.rand(8, 1, 128, generator=torch.Generator().manual_seed(i)) if turned else None
+    kv = drawn(1, 8, 256 if turned else 128, 128, seed=10 * i + 9)
+    given = {"eps": 1e-6, "gate_eps": 1e-6} | more
+    return persistent.Layer(
+        **made, kv=kv, log_decay=log_decay, theta=theta, length=torch.tensor([7]), **given
+    )
+
+
+def exactly(x: Any, layers: Any, feature_map: str | None) -> tuple[Any, list[Any]]:
+    """The formulas in float64, and the states that they give."""
+    act, x, after = ACTS[feature_map], x.double(), []
+
+    def normed(y: Any, eps: float) -> Any:
+        return y * torch.rsqrt(y.square().mean() + eps)
+
+    for one in layers:
+        q, k, v, u = (normed(x, one.eps) @ one.qkvu.double().T).chunk(4, -1)
+        q, k, v = act(q).view(8, 128, 1), act(k).view(8, 128, 1), v.view(8, 1, 128)
+        decay = 1.0 if one.log_decay is None else one.log_decay.double().exp()[:, None, None]
+        new = one.kv[0].double()
+        new = torch.where(torch.as_tensor(decay) == 0, 0.0, decay * new)
+        if one.theta is not None:
+            turn, (c, s) = one.theta.double().view(8, 128, 1), new.split(128, 1)
+            new = torch.cat([c * turn.cos() - s * turn.sin(), s * turn.cos() + c * turn.sin()], 1)
+        new[:, :128] += k * v
+        after.append(new)
+        o = (q * new[:, :128]).sum(1).view(1, 1024)
+        x = x + (normed(o, one.gate_eps) * u) @ one.out.double().T
+        y = normed(x, one.eps)
+        x = x + ((y @ one.l1.double().T) * (y @ one.l2.double().T)) @ one.l3.double().T
+    return x, after
+
+
+def assert_near(got: Any, want: Any, unit: float = 0.0) -> None:
+    over = (got.double() - want).abs() - unit * want.abs() - SUMS * want.abs().max()
+    assert float(over.max()) <= 0, float(over.max())
+
+
+def check(layers: Any, feature_map: str | None = "silu", *, exchange: Any = None, seed: int = 0) -> Any:
+    """A step by the kernel against the formulas; the bits of its result."""
+    x = drawn(1, 1024, seed=seed).bfloat16()
+    y = torch.full_like(x, math.nan)
+    want, after = exactly(x, layers, feature_map)
+    inner = layers[0].l1.shape[0]
+    if exchange is None:
+        exchange = torch.zeros(persistent.room(inner), dtype=torch.uint8)
+    run = library(inner, feature_map).persistent_run
+    run(persistent.told(x, y, layers, exchange), ctypes.c_uint32(seed))
+    assert_near(y, want, tolerance.UNIT["bfloat16"])
+    for one, new in zip(layers, after, strict=True):
+        assert_near(one.kv[0], new)
+        assert int(one.length) == 8
+    return y
+
+
+def test_sizes_are_those_of_the_kernel() -> None:
+    found = (ctypes.c_int64 * 3)()
+    for inner in (256, 2816):
+        library(inner).persistent_bytes(found)
+        told = persistent.told(torch.zeros(1), torch.zeros(1), [], torch.zeros(1))
+        assert [*found] == [len(told), persistent.SHARED, persistent.room(inner)], [*found]
+
+
+@pytest.mark.parametrize("feature_map", ACTS)
+def test_one_layer(feature_map: str | None) -> None:
+    check([layer(0, 256, turned=feature_map == "silu", eps=0.5, gate_eps=0.25)], feature_map)
+
+
+def test_the_published_width() -> None:
+    check([layer(0, 2816, turned=True), layer(1, 2816)])
+
+
+def test_what_is_forgotten_may_not_be_finite() -> None:
+    layers = [
+        layer(0, 256, turned=True, decay=math.inf),
+        layer(1, 256, decay=math.inf),
+        layer(2, 256, decay=None),
+    ]
+    layers[0].kv.fill_(math.nan)
+    layers[1].kv.fill_(math.inf)
+    check(layers)
+
+
+def test_the_same_bits_in_any_order_of_threads() -> None:
+    """Steps that share their memory, by odd and even numbers of layers; words and copies come as drawn."""
+    exchange = torch.zeros(persistent.room(256), dtype=torch.uint8)
+    seen: list[Any] = []
+    for turn in range(3):
+        layers = [layer(i, 256, turned=i == 1) for i in range(2 + turn % 2)]
+        check(layers, exchange=exchange, seed=turn)
+        again = [layer(i, 256, turned=i == 1) for i in range(2)]
+        x, y = drawn(1, 1024, seed=0).bfloat16(), torch.zeros(1, 1024, dtype=torch.bfloat16)
+        library(256).persistent_run(persistent.told(x, y, again, exchange), ctypes.c_uint32(100 + turn))
+        seen.append((y, again[1].kv))
+    for y, kv in seen[1:]:
+        assert torch.equal(y, seen[0][0]) and torch.equal(kv, seen[0][1])
+
+
+MUTANTS = {
+    "rows": ("persistent.cu", "awaited(ex.rows + own, mark ^ 1)", "look_4(ex.rows + own)"),
+    "what is gated": ("persistent.cu", "awaited(ex.gated + own, mark)", "look_4(ex.gated + own)"),
+    "squares": (
+        "persistent.cu", "16);\n      while (!there(word, mark));", "16);\n      while (false);",
+    ),
+    "inner rows": ("persistent.cu", "while (!ready);", "while (false);"),
+    "values": ("persistent.cu", "while (!there(word_of_v, mark))", "if (false)"),
+    "shares": ("persistent.cu", "awaited(ex.shares[head][lane / 2] + slot * 8 + half, mark)",
+               "look_4(ex.shares[head][lane / 2] + slot * 8 + half)"),
+    "the state": ("persistent.cu", "      late_copies_are_there();\n      bool ready", "      bool ready"),
+    "stages": ("persistent.cuh", "if (lane < stages) wait(ring.full", "if (false) wait(ring.full"),
+    "room": ("persistent.cuh", "    wait(ring.empty + at, turn & 1 ^ 1);\n", ""),
+    "the last bit": ("persistent.cuh", "return (word & 1) == mark;", "return word != 0;"),
+    "a number's third part": ("persistent.cuh", "for (int n = 0; n < 3; ++n)", "for (int n = 0; n < 2; ++n)"),
+    "the mark taken off": ("persistent.cuh", "return from_bits(word & ~1u);", "return from_bits(word);"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_without(name: str) -> None:
+    """Each wait is needed, and each part of a number: in a process of its own, as kernels may stop it."""
+    code = f"from tests.cupy.test_persistent import mutant; mutant({name!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and ("AssertionError" in done.stderr or "block" in done.stderr), done.stderr
+
+
+def mutant(name: str) -> None:
+    file, right, wrong = MUTANTS[name]
+    with changed(file, right, wrong):
+        check([layer(0, 1280, turned=True), layer(1, 1280)])
+        test_the_same_bits_in_any_order_of_threads()
