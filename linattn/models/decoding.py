@@ -1,8 +1,10 @@
-"""One token through TransNormer layers: five kernels a layer on a GPU, the layers' own steps elsewhere.
+"""One token through TransNormer layers: few kernels on a GPU, the layers' own steps elsewhere.
 
 A step of one text reads every weight once and has hardly any arithmetic: kernels' beginnings and ends cost
-more than what they do. So the norm rides on the product that follows it, the gate and the residual on
-theirs, and each product asks for its weights before the row exists (`linattn.backends.triton.rows`).
+more than what they do. So there are five kernels a layer: the norm rides on the product that follows it, the
+gate and the residual on theirs, and each product asks for its weights before the row exists
+(`linattn.backends.triton.rows`). For one size of layers there is one kernel for all of them
+(`linattn.models.persistent`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import nn
 
 import linattn
 from linattn.arrays import traced, written
-from linattn.models import replay
+from linattn.models import persistent, replay
 from linattn.models.parts import facts_of, kind_of_state, numbers, steps_as_written, taken, wide
 from linattn.nn import GatedLinearAttention, Lrpe
 from linattn.nn.fused import unwatched
@@ -34,11 +36,18 @@ SMALL = 1 << 24  # bytes of states; larger ones, read early, are in the way of t
 
 
 def last(
-    layers: Sequence[TransNormerLayer], states: Sequence[State], x: Tensor, *, graphs: bool = True
+    layers: Sequence[TransNormerLayer],
+    states: Sequence[State],
+    x: Tensor,
+    *,
+    graphs: bool = True,
+    one_kernel: bool = False,
 ) -> Tensor:
     """What the last of `steps` yields. The third time on the same states, kernels become a CUDA graph.
 
     graphs: whether they may. The graph is used for as long as nothing has changed but numbers in memory.
+    one_kernel: whether one may take all layers, where it does (`linattn.models.persistent`): then nothing but
+    the result is rounded to x's dtype.
     """
     if graphs and layers and _now(x) and replay.possible(x):
         known = facts_of(layers, states, x)
@@ -46,15 +55,33 @@ def last(
             facts, decays = known
             if x.stride() != (x.shape[1], 1):
                 x = x.contiguous().flatten().view(x.shape)  # numbers of one row may be said to be apart
-            y = replay.of(layers[0])(facts, x, lambda x: _last(x, steps(layers, states, x, decays)), decays)
+            one_kernel = one_kernel and persistent.possible(x)
+            exchange = persistent.exchange_of(layers, x) if one_kernel else None
+            y = replay.of(layers[0])(
+                (one_kernel, facts),
+                x,
+                lambda x: _last(layers, states, x, one_kernel, decays, exchange),
+                (decays, exchange),
+            )
             if y is not None:
                 written(*numbers(states))
                 return y
-    return _last(x, steps(layers, states, x))
+    return _last(layers, states, x, one_kernel)
 
 
-def _last(x: Tensor, rows: Iterator[Tensor]) -> Tensor:
-    for row in rows:
+def _last(
+    layers: Sequence[TransNormerLayer],
+    states: Sequence[State],
+    x: Tensor,
+    one_kernel: bool,
+    decays: Sequence[Tensor | None] | None = None,
+    exchange: Tensor | None = None,
+) -> Tensor:
+    if one_kernel and layers and _now(x):
+        y = persistent.step(layers, states, x, decays, exchange)
+        if y is not None:
+            return y
+    for row in steps(layers, states, x, decays):
         x = row
     return x
 

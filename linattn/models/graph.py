@@ -58,6 +58,20 @@ class Graph:
             _call("cuGraphLaunch", self.handle, ctypes.c_void_p(stream))
 
 
+def capture_of(stream: int) -> int:
+    """The number of what is being recorded on a stream of the current device, 0 if nothing is."""
+    status, number = ctypes.c_int(), ctypes.c_ulonglong()
+    rest = (ctypes.c_void_p(),) * 3
+    _call(
+        "cuStreamGetCaptureInfo_v2",
+        ctypes.c_void_p(stream),
+        ctypes.byref(status),
+        ctypes.byref(number),
+        *rest,
+    )
+    return number.value if status.value else 0
+
+
 def _call(name: str, *arguments: Any) -> None:
     status = getattr(_driver(), name)(*arguments)
     if status:

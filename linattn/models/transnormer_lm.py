@@ -91,12 +91,14 @@ class TransNormerLM(nn.Module):
 
     graphs (an attribute, which may be changed): on a GPU, steps of the same states are a CUDA graph from the
     third one on, unless the kernels of `linattn.models.decoding` do not take them.
+    one_kernel (an attribute, too): steps of one text go through all layers in one kernel, where there is one
+    (`linattn.models.persistent`). Off unless it is set.
 
     Source: TransNormerLLM, arXiv:2307.14995; the order of residuals, the embedding's scale and the untied
     head are the released code's.
     """
 
-    graphs = True
+    graphs, one_kernel = True, False
 
     def __init__(self, config: TransNormerConfig) -> None:
         super().__init__()
@@ -173,7 +175,8 @@ class TransNormerLM(nn.Module):
                 raise OptionError(
                     f"a class with a forward of its own needs a step to it, one of a {names} has none"
                 )
-            x = decoding.last(layers, self._check_states(states), x, graphs=self.graphs)
+            how = {"graphs": self.graphs, "one_kernel": self.one_kernel}
+            x = decoding.last(layers, self._check_states(states), x, **how)
             return decoding.logits(self.lm_head, self.norm(x))
 
     def initial_states(self, sequences: int) -> list[linattn.State]:

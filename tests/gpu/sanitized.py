@@ -111,6 +111,20 @@ def stepped(dtype: torch.dtype, width: int) -> int:
     return 10
 
 
+def resident(layers: int) -> int:
+    """Steps in one kernel for all layers, where there is one."""
+    config = TransNormerConfig(
+        vocab_size=67, embed_dim=1024, hidden_dim=1024, num_heads=8, num_layers=layers, glu_dim=2816,
+        linear_use_lrpe_list=(1, *[0] * (layers - 1)),
+    )  # fmt: skip
+    model = TransNormerLM(config).to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        states, x = model.initial_states(1), drawn(1, 1024, dtype=torch.bfloat16)
+        for _ in range(2):
+            decoding.last([*model.layers], states, x, graphs=False, one_kernel=True)
+    return 2
+
+
 def calls(backend: str, libraries: bool = True) -> list[Callable[[], int]]:
     """libraries: models too, whose linear maps are cuBLAS's."""
     found: list[Callable[[], int]] = []
@@ -127,6 +141,7 @@ def calls(backend: str, libraries: bool = True) -> list[Callable[[], int]]:
             found += [partial(differentiated, kind, *SIZES[0], dtype, backend) for kind in chosen]
         for size, chosen in ((SIZES[1], range(KINDS)), (LONG, (3, 6))):
             found += [partial(differentiated, kind, *size, torch.bfloat16, backend) for kind in chosen]
+        found.append(partial(resident, 2))
     return found + [partial(served, dtype, backend) for dtype in (torch.bfloat16, torch.float32)]
 
 

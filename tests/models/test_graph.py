@@ -69,6 +69,17 @@ def test_a_recording(recording: Any) -> None:
     assert driver.said[4:] == ["GraphLaunch", "GraphExecDestroy"]
 
 
+@pytest.mark.parametrize("status, number", [(0, 0), (1, 17)])
+def test_what_is_being_recorded(monkeypatch: pytest.MonkeyPatch, status: int, number: int) -> None:
+    def asked(stream: Any, to_status: Any, to_number: Any, *rest: Any) -> int:
+        assert stream.value == 5 and [one.value for one in rest] == [None] * 3
+        to_status._obj.value, to_number._obj.value = status, 17
+        return 0
+
+    monkeypatch.setattr(graph, "_driver", lambda: SimpleNamespace(cuStreamGetCaptureInfo_v2=asked))
+    assert graph.capture_of(5) == number
+
+
 def test_a_graph_starts_on_its_own_device(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     current = [None]
 

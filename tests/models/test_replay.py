@@ -221,8 +221,10 @@ def test_a_graph_has_the_decays_of_its_facts_and_keeps_them(
         monkeypatch.setattr(decoding, "steps", lambda *given: seen.append(given) or iter([x]))
         graphs[0].work(x)
     (recording,) = replay.of(layers[0]).found.values()
-    assert isinstance(recording, replay.Recording) and seen[0][3] is recording.kept
-    assert [one.shape for one in recording.kept] == [(3,)] * 3
+    assert isinstance(recording, replay.Recording)
+    decays, exchange = recording.kept
+    assert seen[0][3] is decays and exchange is None
+    assert [one.shape for one in decays] == [(3,)] * 3
 
 
 def test_no_layers(model: TransNormerLM, kernels: Kernels, graphs: list[Graph]) -> None:

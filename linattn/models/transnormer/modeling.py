@@ -63,10 +63,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
 
     graphs (an attribute, which may be changed): on a GPU, steps of one token that continue the same cache are
     a CUDA graph from the third one on, unless the kernels of `linattn.models.decoding` do not take them.
+    one_kernel (an attribute, too): steps of one text go through all layers in one kernel, where there is one
+    (`linattn.models.persistent`). Off unless it is set.
     Source: TransNormerLLM, arXiv:2307.14995, section 3; `TransnormerModel` of the released code.
     """
 
-    graphs = True
+    graphs, one_kernel = True, False
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
 
     def __init__(self, config: TransNormerConfig) -> None:
@@ -199,7 +201,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
                 for row in decoding.steps(blocks, cache.states, x[:, 0]):
                     yield row[:, None]
             else:
-                yield decoding.last(blocks, cache.states, x[:, 0], graphs=self.graphs)[:, None]
+                how = {"graphs": self.graphs, "one_kernel": self.one_kernel}
+                yield decoding.last(blocks, cache.states, x[:, 0], **how)[:, None]
             cache.columns += n
             return
         for layer, state in zip(self.layers, states, strict=True):
@@ -241,6 +244,15 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
     @graphs.setter
     def graphs(self, on: bool) -> None:
         self.model.graphs = on
+
+    @property
+    def one_kernel(self) -> bool:
+        """Whether steps of one text may be one kernel: the attribute of the model inside."""
+        return self.model.one_kernel
+
+    @one_kernel.setter
+    def one_kernel(self, on: bool) -> None:
+        self.model.one_kernel = on
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""

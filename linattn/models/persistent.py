@@ -1,0 +1,179 @@
+"""All layers of a step of one text in one kernel, where there is one (`linattn.backends.cupy.persistent`).
+
+Between the kernels of a step of one text, a GPU waits for longer than it takes to read the weights. The one
+kernel has no such pauses. It is for layers of one published size, on GPUs of compute capability 9.0, and
+needs CuPy.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from linattn import registry
+from linattn.arrays import written
+from linattn.models.graph import capture_of
+from linattn.models.parts import Parts, numbers, taken
+from linattn.nn import Lrpe
+from linattn.nn.norm import bare
+from linattn.prepared import PLAIN
+from linattn.state import State
+
+if TYPE_CHECKING:
+    from linattn.models.transnormer_lm import TransNormerLayer
+
+Tensor = torch.Tensor
+
+HAS_CUPY = importlib.util.find_spec("cupy") is not None
+
+
+def possible(x: Tensor) -> bool:
+    """Whether the kernel takes such rows, on this device; whether it takes the layers is another question."""
+    return (
+        HAS_CUPY
+        and x.is_cuda
+        and x.dtype == torch.bfloat16
+        and x.ndim == 2
+        and len(x) == 1
+        and registry.requested("auto") == "auto"
+        and _kernel().runs(x.device.index)
+    )
+
+
+def step(
+    layers: Sequence[TransNormerLayer],
+    states: Sequence[State],
+    x: Tensor,
+    decays: Sequence[Tensor | None] | None = None,
+    exchange: Tensor | None = None,
+) -> Tensor | None:
+    """What the layers make of x [1, E]; the states move on in place. None where the kernel does not take it.
+
+    decays: the layers' log decays, where they are at hand. exchange: memory as `exchange_of` gives it.
+    Sums are formed in float32, and nothing is rounded to x's dtype but the result.
+    """
+    if not possible(x):
+        return None
+    parts = taken(layers, x)
+    if parts is None:
+        return None
+    told = _told(parts, states, x, decays)
+    if told is None:
+        return None
+    if x.stride() != (x.shape[1], 1) or x.data_ptr() % 8 or x.is_neg():
+        x = x.resolve_neg().clone(memory_format=torch.contiguous_format)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    memory = exchange_of(layers, x) if exchange is None else exchange
+    _kernel().launch(x, y, told, parts.mixers[0].feature_map, memory)
+    written(*numbers(states))
+    return y
+
+
+def exchange_of(layers: Sequence[TransNormerLayer], x: Tensor) -> Tensor | None:
+    """The memory that the kernel's blocks meet in, for the current stream; None for layers of other sizes.
+
+    Kernels on one stream run one after the other, so they share it. A graph may be replayed on any stream, so
+    what is captured has one of its own.
+    """
+    of, first = _kernel(), layers[0]
+    inner = first.channel_mixer.l3.in_features
+    if of.refusal(x.shape[1], first.token_mixer.num_heads, inner, len(layers)) is not None:
+        return None
+    index = x.device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    with torch.cuda.device(x.device):
+        key = stream, capture_of(stream), inner
+    with _lock:
+        mine = _exchanges.setdefault(index, {})
+        if key not in mine:
+            for old in [
+                one for one in mine if one[1] not in (0, key[1])
+            ]:  # captures that are over have theirs
+                del mine[old]
+            mine[key] = _zeros(of.room(inner), x.device)
+        return mine[key]
+
+
+_lock = threading.Lock()
+_exchanges: dict[int, dict[tuple[int, int, int], Tensor]] = {}  # of devices, by streams, captures and widths
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def _kernel() -> Any:
+    return importlib.import_module("linattn.backends.cupy.persistent")
+
+
+def _told(
+    parts: Parts, states: Sequence[State], x: Tensor, decays: Sequence[Tensor | None] | None
+) -> list[Any] | None:
+    """What the kernel is told of each layer; None where it does not take one of them."""
+    of, mixers = _kernel(), parts.mixers
+    weights = [*zip(*parts.weights, strict=True)]
+    kinds = {(mixer.num_heads, mixer.feature_map) for mixer in mixers}
+    inner = {l3.shape[1] for *_, l3 in weights}
+    if len(kinds) != 1 or len(inner) != 1 or len(states) != len(mixers):
+        return None
+    ((heads, _),) = kinds
+    if (
+        of.refusal(x.shape[1], heads, *inner, len(mixers)) is not None
+        or parts.weights[1][0].shape[1] != of.WIDTH
+    ):
+        return None
+    angles = [mixer.lrpe for mixer in mixers]
+    some = [one for one in angles if one is not None]
+    if not ({*map(type, some)} <= {Lrpe} and bare(some)):
+        return None
+    if decays is None:
+        decays = [mixer.decays(x.dtype) for mixer in mixers]
+    told = []
+    for i, (mixer, state, decay, lrpe) in enumerate(zip(mixers, states, decays, angles, strict=True)):
+        theta = None if lrpe is None else lrpe.theta
+        decay = None if decay is None else decay.to(torch.float32)
+        if not _fits(state, x, mixer.feature_map, turned=theta is not None):
+            return None
+        if not all(_dense(one, x, torch.float32) for one in (decay, theta) if one is not None):
+            return None
+        eps = float(parts.norms[i].eps), float(parts.gates[i].eps)
+        told.append(of.Layer(*weights[i], state.kv, decay, theta, state.length, *eps))
+    places = sorted((one.kv.data_ptr(), one.kv.nbytes) for one in told)
+    if any(first + size > second for (first, size), (second, _) in pairwise(places)):
+        return None  # layers that share a state
+    return told
+
+
+def _fits(state: State, x: Tensor, feature_map: str | None, *, turned: bool) -> bool:
+    of = _kernel()
+    features = 2 * of.D if turned else of.D
+    return (
+        isinstance(state, State)
+        and state.z is None
+        and (state.feature_map, state.reweight) == (feature_map, "lrpe" if turned else None)
+        and _dense(state.kv, x, torch.float32)
+        and state.kv.data_ptr() % 16 == 0
+        and state.kv.shape == (1, of.HEADS, features, of.D)
+        and _dense(state.length, x, torch.int64)
+        and state.length.shape == (1,)
+    )
+
+
+def _dense(one: Any, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether something is a tensor as the kernel reads it, beside x."""
+    return (
+        type(one) in PLAIN
+        and one.dtype == dtype
+        and one.device == x.device
+        and one.is_contiguous()
+        and not one.is_neg()
+    )

@@ -1,0 +1,260 @@
+"""Which steps are one kernel's, and what it is told, on a machine that has none."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import linattn
+from linattn.backends.cupy import persistent as kernel
+from linattn.models import TransNormerConfig, TransNormerLM, decoding, persistent, replay
+from linattn.models.transnormer import TransNormerConfig as Released
+from linattn.models.transnormer import TransNormerForCausalLM
+from tests.models.stepping import Kernels
+from tests.models.test_rounded_decays import on_a_gpu
+
+EXCHANGE = torch.zeros(1)
+
+
+def launch(x: Any, y: Any, layers: Any, feature_map: Any, exchange: Any) -> None:
+    """The kernel's contract in torch, for silu."""
+    assert feature_map == "silu"
+    row = x.double()
+
+    def normed(z: Any, eps: float) -> Any:
+        return z * torch.rsqrt(z.square().mean() + eps)
+
+    for one in layers:
+        wide = {name: getattr(one, name).double() for name in ("qkvu", "out", "l1", "l2", "l3", "log_decay")}
+        q, k, v, u = (normed(row, one.eps) @ wide["qkvu"].T).chunk(4, -1)
+        q, k = (nn.functional.silu(z).view(8, 128, 1) for z in (q, k))
+        decay, kv = wide["log_decay"].exp()[:, None, None], one.kv[0].double()
+        if one.theta is None:
+            new = decay * kv
+        else:
+            turn = one.theta.double().view(8, 128, 1)
+            c, s = kv.chunk(2, 1)
+            new = decay * torch.cat([c * turn.cos() - s * turn.sin(), s * turn.cos() + c * turn.sin()], 1)
+        new[:, :128] += k * v.view(8, 1, 128)
+        one.kv.copy_(new)
+        one.length.add_(1)
+        o = (q * new[:, :128]).sum(1).view(1, 1024)
+        row = row + (normed(o, one.gate_eps) * u) @ wide["out"].T
+        z = normed(row, one.eps)
+        row = row + ((z @ wide["l1"].T) * (z @ wide["l2"].T)) @ wide["l3"].T
+    y.copy_(row)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> list[Any]:
+    """What the kernel was told, each time."""
+    seen: list[Any] = []
+
+    def told(*given: Any) -> None:
+        seen.append(given)
+        launch(*given)
+
+    names = "refusal", "Layer", "D", "WIDTH", "HEADS", "WIDEST", "room"
+    fake = SimpleNamespace(launch=told, **{name: getattr(kernel, name) for name in names})
+    monkeypatch.setattr(persistent, "_kernel", lambda: fake)
+    monkeypatch.setattr(persistent, "possible", lambda x: len(x) == 1)
+    monkeypatch.setattr(persistent, "exchange_of", lambda layers, x: EXCHANGE)
+    return seen
+
+
+def built(inner: int = 256, **more: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 1024, "hidden_dim": 1024, "num_heads": 8, "num_layers": 2, "glu_dim": inner}
+    config = TransNormerConfig(vocab_size=8, linear_use_lrpe_list=(1, 0), **sizes | more)
+    return TransNormerLM(config).to(torch.bfloat16).eval()
+
+
+@pytest.fixture
+def one() -> Any:
+    return built()
+
+
+def rows(n: int = 5) -> Any:
+    return torch.randn(n, 1, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+last = partial(decoding.last, one_kernel=True)
+
+
+def walked(model: Any, given: Any) -> tuple[Any, Any]:
+    states = model.initial_states(1)
+    with torch.no_grad():
+        return torch.stack([last(model._layers(), states, x, graphs=False) for x in given]), states
+
+
+def test_steps_are_those_of_the_modules(
+    one: Any, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got, states = walked(one, rows())
+    assert len(launched) == 5
+    for x, _, layers, _, exchange in launched:
+        assert x.shape == (1, 1024) and len(layers) == 2 and exchange is EXCHANGE
+        assert [layer.theta is None for layer in layers] == [False, True]
+    monkeypatch.setattr(persistent, "possible", lambda x: False)
+    five, others = walked(one.double(), rows().double())
+    assert len(launched) == 5
+    assert (got.double() - five).abs().max() <= five.abs().max() / 64
+    for mine, other in zip(states, others, strict=True):
+        assert torch.equal(mine.length, other.length)
+        assert (mine.kv.double() - other.kv).abs().max() <= 0.05 * other.kv.abs().max()
+
+
+def test_rows_that_lie_apart(one: Any, launched: list[Any]) -> None:
+    want, _ = walked(one, rows())
+    apart = torch.stack([rows(), rows()], -1)[..., 0]
+    got, _ = walked(one, apart)
+    assert torch.equal(got, want)
+    assert all(x.is_contiguous() and x.data_ptr() % 8 == 0 for x, *_ in launched)
+
+
+def test_a_recorded_step_has_its_memory(
+    one: Any, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    on_a_gpu(monkeypatch)  # decays are kept in float32
+    monkeypatch.setattr(replay, "possible", lambda x: True)
+    monkeypatch.setattr(replay, "recorded", lambda work, x, given: kept.append((work, given)))
+    states = one.initial_states(1)
+    with torch.no_grad():
+        for x in rows():
+            last(one._layers(), states, x)
+    ((work, (decays, exchange)),) = kept
+    assert exchange is EXCHANGE and [tuple(decay.shape) for decay in decays] == [(8,)] * 2
+    monkeypatch.setattr(persistent, "exchange_of", lambda layers, x: pytest.fail("another memory"))
+    with torch.no_grad():
+        work(rows()[0])
+    assert len(launched) == 6
+
+
+def own_forward(model: Any) -> None:
+    lrpe = model.layers[0].token_mixer.lrpe
+    lrpe.forward = lrpe.forward
+
+
+CHANGES = {
+    "a hook": lambda model: model.layers[1].channel_mixer.l1.register_forward_hook(lambda *given: None),
+    "angles of somebody's own": own_forward,
+    "a seen angle": lambda model: model.layers[0].token_mixer.lrpe.register_forward_hook(lambda *given: None),
+    "half angles": lambda model: setattr(
+        model.layers[0].token_mixer.lrpe, "theta", nn.Parameter(torch.zeros(8, 1, 128, dtype=torch.bfloat16))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*angles")
+def test_layers_that_it_does_not_take(one: Any, launched: list[Any], change: str) -> None:
+    CHANGES[change](one)
+    walked(one, rows(1))
+    assert not launched
+
+
+@pytest.mark.parametrize("sizes", [{"inner": 320}, {"num_heads": 4}, {"hidden_dim": 2048}, {"inner": 3328}])
+def test_sizes_that_it_does_not_take(launched: list[Any], sizes: dict[str, int]) -> None:
+    walked(built(**sizes), rows(1))
+    assert not launched
+
+
+def test_states_that_it_does_not_take(one: Any, launched: list[Any]) -> None:
+    layers, x = one._layers(), rows(1)[0]
+    with torch.no_grad():
+        shared = one.initial_states(1)[1]
+        last([layers[1]] * 2, [shared] * 2, x)
+        assert int(shared.length) == 2
+        overlapping = one.initial_states(1)
+        memory = torch.zeros(8 * 128 * 128 * 3)
+        for state, first in zip(overlapping, (0, 8 * 128 * 128), strict=True):
+            size = state.kv.numel()
+            state.kv = memory[first : first + size].view(state.kv.shape)
+        last(layers, overlapping, x)
+        apart = one.initial_states(1)
+        apart[1].kv = torch.cat([apart[1].kv, apart[1].kv], 3)[..., ::2]
+        last(layers, apart, x)
+        assert not launched
+        for wrong in (one.initial_states(2), one.initial_states(1)[::-1]):
+            with pytest.raises(linattn.errors.StateError):
+                last(layers, wrong, x)
+        last(layers, one.initial_states(1), x)
+    assert len(launched) == 1
+
+
+def test_it_is_off_unless_it_is_asked_for(one: Any, launched: list[Any]) -> None:
+    token, states = torch.zeros(1, dtype=torch.int64), one.initial_states(1)
+    for on in (None, True, False):
+        if on is not None:
+            one.one_kernel = on
+        one.step(token, states)
+        assert len(launched) == (on is not None)
+    config = Released(
+        vocab_size=8, decoder_embed_dim=1024, hidden_dim=1024, decoder_attention_heads=8, decoder_layers=2,
+        glu_dim=256,
+    )  # fmt: skip
+    model = TransNormerForCausalLM(config).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        cache = model(token[None], use_cache=True).past_key_values
+        for on in (None, True, False):
+            if on is not None:
+                model.one_kernel = on
+            model(token[None], past_key_values=cache)
+            assert len(launched) == 1 + (on is not None) and model.one_kernel == bool(on)
+
+
+def test_two_rows_and_gradients(one: Any, launched: list[Any]) -> None:
+    with torch.no_grad():
+        last(one._layers(), one.initial_states(2), torch.cat([*rows(2)]))
+    with pytest.raises(linattn.errors.GradientError):
+        last(one._layers(), one.initial_states(1), rows(1)[0])
+    assert not launched
+
+
+def test_where_there_is_no_gpu() -> None:
+    x = rows(1)[0]
+    assert not persistent.possible(x)
+    with torch.no_grad():
+        assert persistent.step(built()._layers(), built().initial_states(1), x) is None
+
+
+def test_memory_is_of_a_stream_a_capture_and_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"stream": 5, "capture": 0}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: here["stream"], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(persistent, "capture_of", lambda stream: here["capture"])
+    monkeypatch.setattr(persistent, "_zeros", lambda size, device: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(persistent, "_exchanges", {})
+    x, model, wide = SimpleNamespace(shape=(1, 1024), device=SimpleNamespace(index=0)), built(), built(512)
+
+    def found(layers: Any, **changed: int) -> Any:
+        here.update(changed)
+        return persistent.exchange_of(layers._layers(), x)  # type: ignore[arg-type]
+
+    first, other = found(model), found(wide)
+    assert first.numel() == kernel.room(256) and other.numel() == kernel.room(512)
+    assert found(model) is first and found(wide) is other
+    elsewhere = found(model, stream=6)
+    recorded = found(model, capture=1)
+    again = found(model, capture=2)
+    assert len({id(one) for one in (first, other, elsewhere, recorded, again)}) == 5
+    assert found(model) is again and found(model, capture=0) is elsewhere
+    assert sorted(key[1] for key in persistent._exchanges[0]) == [0, 0, 0, 2]  # what is over is its graph's
+    assert found(built(320)) is None
+
+
+def test_sentences() -> None:
+    assert kernel.refusal(1024, 8, 2816, 24) is None
+    for sizes, words in (
+        ((2048, 16, 5632, 24), "takes width 1024 with 8 heads, got 2048 with 16"),
+        ((1024, 8, 2800, 24), "takes inner widths in multiples of 256 up to 3072, got 2800"),
+        ((1024, 8, 2816, 41), "takes 1 to 40 layers, got 41"),
+    ):
+        assert kernel.refusal(*sizes) == words
