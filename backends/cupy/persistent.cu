@@ -24,7 +24,9 @@ struct Layer {
 };
 struct Token {
   void *x, *y, *exchange;
-  int64_t layers, nothing;
+  void *head, *logits;
+  int64_t layers, outputs, nothing;
+  double eps;
 };
 struct Call {
   Token token;
@@ -72,14 +74,23 @@ template <int INNER> struct Sizes {
   static_assert(INNER % 256 == 0 && OWN <= 24, "what registers hold");
 };
 
+struct Outputs {  // of the head, that are a block's; none without a head
+  int begin, end;
+
+  __device__ __forceinline__ Outputs(const Token& token, int c) {
+    const int all = token.head ? (int)token.outputs : 0, each = (all + BLOCKS - 1) / BLOCKS;
+    begin = c * each < all ? c * each : all, end = begin + each < all ? begin + each : all;
+  }
+};
+
 template <int INNER>
-__device__ __forceinline__ void ask_for_weights(const Layer* layer, int layers, Ring<SLOTS>& ring, const void* stages) {
+__device__ __forceinline__ void ask_for_weights(const Token& token, Shared& s, const void* stages) {
   typedef Sizes<INNER> S;
   typedef const Weight* Rows;
   const int c = blockIdx.x;
-  Source<SLOTS, IN_FLIGHT> source(ring, stages);
-  for (int l = 0; l < layers; ++l) {
-    const Layer& a = layer[l];
+  Source<SLOTS, IN_FLIGHT> source(s.ring, stages);
+  for (int l = 0; l < (int)token.layers; ++l) {
+    const Layer& a = s.layer[l];
     ONCE for (int i = 0; i < 4; ++i) source.ask((Rows)a.qkvu + (i * WIDTH + c * 8) * WIDTH, 8, WIDTH, WIDTH);
     source.ask((Rows)a.out + c * 8 * WIDTH, 8, WIDTH, WIDTH);
     ONCE for (int i = 0; i < 2 * S::TILES; ++i) {
@@ -89,6 +100,9 @@ __device__ __forceinline__ void ask_for_weights(const Layer* layer, int layers, 
     ONCE for (int i = 0; i < S::CHUNKS; ++i)
       source.ask((Rows)a.l3 + c * 8 * INNER + i * 1024, 8, i + 1 < S::CHUNKS ? 1024 : S::LAST, INNER);
   }
+  const Outputs own(token, c);
+  for (int row = own.begin; row < own.end; row += 8)
+    source.ask((Rows)token.head + (int64_t)row * WIDTH, own.end - row < 8 ? own.end - row : 8, WIDTH, WIDTH);
 }
 
 // The next layer's state is on its way to shared memory.
@@ -170,7 +184,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
   __syncthreads();
   if (warp >= WARPS) {
     give_registers<40>();
-    if (t == READERS) ask_for_weights<INNER>(s.layer, layers, s.ring, shared_memory);
+    if (t == READERS) ask_for_weights<INNER>(call.token, s, shared_memory);
     return;
   }
   take_registers<232>();
@@ -333,9 +347,43 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     if (warp == 0 && lane < 8) publish(ex.rows + c * 8 + lane, total(s.sums[1][lane]), mark);
   }
 
-  if (c == 0) {
+  // the norm, and outputs of the head, 64 at a time
+  const Outputs of_head(call.token, c);
+  float r = 1;
+  if (c == 0 || of_head.begin < of_head.end) {
     add(x, awaited(ex.rows + own, (uses + layers - 1) & 1));
-    *(uint2*)((Weight*)call.token.y + own) = make_uint2(rounded_bf16(x[0], x[1]), rounded_bf16(x[2], x[3]));
+    __syncwarp();
+    lay_parts(parts, lane, x);
+    __syncwarp();
+    const Parts b(parts, lane);
+    const float squares = sum_of_warp(squares_of(x));
+    if (lane == 0) put(s.squares[0], warp, squares);
+    meet(1, READERS);
+    if (call.token.head) r = factor(s.squares[0], call.token.eps);
+    for (int first = of_head.begin, turn = 0; first < of_head.end; first += 64, turn ^= 1) {
+      const int tiles = of_head.end - first < 64 ? (of_head.end - first + 7) / 8 : 8;
+      uint4 head[8][4];
+      float sums[8][4] = {};
+      reader.arrived(tiles);
+      UNROLL for (int m = 0; m < 8; ++m)
+        if (m < tiles) reader.template take<4>(head[m], m, warp * 128);
+      reader.release(tiles);
+      UNROLL for (int m = 0; m < 8; ++m)
+        if (m < tiles) {
+          UNROLL for (int i = 0; i < 4; ++i) b.add_to(sums[m], head[m][i], i);
+          put_row(s.sums[turn][m * 8 + lane / 4], warp, lane, sums[m]);
+        }
+      meet(1, READERS);
+      if (t < 64 && first + t < of_head.end) {
+        const float output = total(s.sums[turn][t]) * r;
+        ((Weight*)call.token.logits)[first + t] = (Weight)rounded_bf16(output, 0.0f);
+      }
+    }
+  }
+
+  if (c == 0) {
+    *(uint2*)((Weight*)call.token.y + own) =
+        make_uint2(rounded_bf16(r * x[0], r * x[1]), rounded_bf16(r * x[2], r * x[3]));
     for (int i = t; i < layers; i += READERS) *(int64_t*)s.layer[i].length += 1;
     meet(1, READERS);
     if (t == 0) ex.uses += layers;

@@ -73,22 +73,37 @@ SHARED = 228_480
 """Bytes of shared memory: 12 stages of weights, and the struct `Shared`."""
 
 
-def launch(x: Array, y: Array, layers: Sequence[Layer], feature_map: str | None, exchange: Array) -> None:
+class End(NamedTuple):
+    """What comes behind the layers: the norm, and a head [N, 1024] in bfloat16, whose outputs are logits."""
+
+    head: Array
+    logits: Array
+    eps: float
+
+
+def launch(
+    x: Array, y: Array, layers: Sequence[Layer], feature_map: str | None, exchange: Array, end: End | None
+) -> None:
     """Start it on rows x and y [1, 1024] in bfloat16; the states move on in place.
 
-    exchange: `room` bytes that were 0 before the first call, which only calls behind each other use, all of
-    this inner width.
+    end: then y is the last row normed, and its logits [1, N] are written as well. exchange: `room` bytes that
+    were 0 before the first call, which only calls behind each other use, all of this inner width.
     """
     inner = layers[0].l1.shape[0]
     kernel = sources.expression("persistent", (), (sources.FEATURES[feature_map], inner))
-    gpu.start_together(FILE, kernel, told(x, y, layers, exchange), BLOCKS, THREADS, SHARED, x)
+    gpu.start_together(FILE, kernel, told(x, y, layers, exchange, end), BLOCKS, THREADS, SHARED, x)
 
 
-def told(x: Array, y: Array, layers: Sequence[Layer], exchange: Array) -> bytes:
+def told(x: Array, y: Array, layers: Sequence[Layer], exchange: Array, end: End | None = None) -> bytes:
     """The kernel's argument, `Call` in persistent.cu."""
     values: dict[str, float] = {
         "x": address(x), "y": address(y), "exchange": address(exchange), "layers": len(layers)
     }  # fmt: skip
+    if end is not None:
+        values |= {
+            "head": address(end.head), "outputs": end.head.shape[0], "logits": address(end.logits),
+            "eps": end.eps,
+        }  # fmt: skip
     parts = [sources.packed(FILE, "Token", values)]
     for layer in layers:
         values = {

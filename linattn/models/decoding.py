@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,14 @@ PROGRAMMATIC = (9, 0)  # compute capability from which kernels may start before 
 SMALL = 1 << 24  # bytes of states; larger ones, read early, are in the way of the product in front
 
 
+@dataclass
+class Wanted:
+    """A head whose outputs for a step are wanted, and once a step has formed them, what they are: [B, N]."""
+
+    head: nn.Module
+    logits: Tensor | None = None
+
+
 def last(
     layers: Sequence[TransNormerLayer],
     states: Sequence[State],
@@ -49,24 +58,61 @@ def last(
     one_kernel: whether one may take all layers, where it does (`linattn.models.persistent`): then nothing but
     the result is rounded to x's dtype.
     """
-    if graphs and layers and _now(x) and replay.possible(x):
-        known = facts_of(layers, states, x)
-        if known is not None:
-            facts, decays = known
-            if x.stride() != (x.shape[1], 1):
-                x = x.contiguous().flatten().view(x.shape)  # numbers of one row may be said to be apart
-            one_kernel = one_kernel and persistent.possible(x)
-            exchange = persistent.exchange_of(layers, x) if one_kernel else None
-            y = replay.of(layers[0])(
-                (one_kernel, facts),
-                x,
-                lambda x: _last(layers, states, x, one_kernel, decays, exchange),
-                (decays, exchange),
-            )
-            if y is not None:
-                written(*numbers(states))
-                return y
-    return _last(layers, states, x, one_kernel)
+    one_kernel = one_kernel and persistent.possible(x)
+    y = _replayed(layers, states, x, one_kernel, None) if graphs else None
+    return _last(layers, states, x, one_kernel) if y is None else y
+
+
+def ended(
+    layers: Sequence[TransNormerLayer],
+    states: Sequence[State],
+    x: Tensor,
+    end: persistent.End,
+    *,
+    graphs: bool = True,
+    one_kernel: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The norm of what `last` yields, and the head's outputs: by the one kernel, where it takes layers."""
+    if one_kernel and layers and _now(x) and persistent.ends(end, x):
+        y = _replayed(layers, states, x, True, end) if graphs else None
+        y = persistent.step(layers, states, x, end=end) if y is None else y
+        if y is not None:
+            return y[:, : x.shape[1]], y[:, x.shape[1] :]
+    row = end.norm(last(layers, states, x, graphs=graphs, one_kernel=one_kernel))
+    return row, logits(end.head, row)
+
+
+def _replayed(
+    layers: Sequence[TransNormerLayer],
+    states: Sequence[State],
+    x: Tensor,
+    one_kernel: bool,
+    end: persistent.End | None,
+) -> Tensor | None:
+    """The step by a graph, which is there for as long as nothing has changed but numbers in memory."""
+    if not (layers and _now(x) and replay.possible(x)):
+        return None
+    known = facts_of(layers, states, x)
+    if known is None:
+        return None
+    facts, decays = known
+    if x.stride() != (x.shape[1], 1):
+        x = x.contiguous().flatten().view(x.shape)  # numbers of one row may be said to be apart
+    exchange = persistent.exchange_of(layers, x) if one_kernel else None
+
+    def work(x: Tensor) -> Tensor:
+        if end is None:
+            return _last(layers, states, x, one_kernel, decays, exchange)
+        y = persistent.step(layers, states, x, decays, exchange, end)
+        if y is None:
+            raise RuntimeError("the kernel does not take these layers")
+        return y
+
+    facts = one_kernel, facts, None if end is None else end.facts()
+    y = replay.of(layers[0])(facts, x, work, (decays, exchange))
+    if y is not None:
+        written(*numbers(states))
+    return y
 
 
 def _last(

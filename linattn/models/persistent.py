@@ -11,9 +11,9 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,8 +21,8 @@ from linattn import registry
 from linattn.arrays import written
 from linattn.models.graph import capture_of
 from linattn.models.parts import Parts, numbers, taken
-from linattn.nn import Lrpe
-from linattn.nn.norm import bare
+from linattn.nn import Lrpe, SimpleRMSNorm
+from linattn.nn.norm import bare, kernels, only_matrix
 from linattn.prepared import PLAIN
 from linattn.state import State
 
@@ -47,16 +47,39 @@ def possible(x: Tensor) -> bool:
     )
 
 
+class End(NamedTuple):
+    """What comes behind the layers; where `ends` says so, the kernel does it as well."""
+
+    norm: Any  # modules
+    head: Any
+
+    def facts(self) -> Hashable:
+        """What decides about it but the numbers in memory."""
+        return float(self.norm.eps), self.head.weight.data_ptr(), self.head.weight.shape
+
+
+def ends(end: End, x: Tensor) -> bool:
+    """Whether the kernel takes a norm and a head, for such rows."""
+    norm, head = end
+    if not (
+        possible(x) and type(norm) is SimpleRMSNorm and norm.fused and bare([norm]) and only_matrix(head)
+    ):
+        return False
+    return bool(kernels("rows").fits(x, head.weight)) and head.weight.shape[1] == x.shape[1]
+
+
 def step(
     layers: Sequence[TransNormerLayer],
     states: Sequence[State],
     x: Tensor,
     decays: Sequence[Tensor | None] | None = None,
     exchange: Tensor | None = None,
+    end: End | None = None,
 ) -> Tensor | None:
     """What the layers make of x [1, E]; the states move on in place. None where the kernel does not take it.
 
-    decays: the layers' log decays, where they are at hand. exchange: memory as `exchange_of` gives it.
+    decays: the layers' log decays, where they are at hand. exchange: memory as `exchange_of` gives it. end:
+    one that `ends` has seen; then the result is [1, E + N]: the row normed, and N outputs of the head.
     Sums are formed in float32, and nothing is rounded to x's dtype but the result.
     """
     if not possible(x):
@@ -69,9 +92,12 @@ def step(
         return None
     if x.stride() != (x.shape[1], 1) or x.data_ptr() % 8 or x.is_neg():
         x = x.resolve_neg().clone(memory_format=torch.contiguous_format)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    of, size = _kernel(), x.shape[1]
+    outputs = 0 if end is None else len(end.head.weight)
+    y = torch.empty(1, size + outputs, dtype=x.dtype, device=x.device)
     memory = exchange_of(layers, x) if exchange is None else exchange
-    _kernel().launch(x, y, told, parts.mixers[0].feature_map, memory)
+    behind = None if end is None else of.End(end.head.weight, y[:, size:], float(end.norm.eps))
+    of.launch(x, y, told, parts.mixers[0].feature_map, memory, behind)
     written(*numbers(states))
     return y
 

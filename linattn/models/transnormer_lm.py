@@ -14,6 +14,7 @@ from linattn import decay
 from linattn.errors import DtypeError, OptionError, ShapeError, StateError, ValueRangeError
 from linattn.models import decoding, parts
 from linattn.models.config import PRESETS, TransNormerConfig
+from linattn.models.persistent import End
 from linattn.nn import SGLU, GatedLinearAttention, SimpleRMSNorm
 from linattn.nn.fused import unwatched
 from linattn.nn.norm import unseen
@@ -176,8 +177,8 @@ class TransNormerLM(nn.Module):
                     f"a class with a forward of its own needs a step to it, one of a {names} has none"
                 )
             how = {"graphs": self.graphs, "one_kernel": self.one_kernel}
-            x = decoding.last(layers, self._check_states(states), x, **how)
-            return decoding.logits(self.lm_head, self.norm(x))
+            end = End(self.norm, self.lm_head)
+            return decoding.ended(layers, self._check_states(states), x, end, **how)[1]
 
     def initial_states(self, sequences: int) -> list[linattn.State]:
         """Return the states of `sequences` texts before their first token."""

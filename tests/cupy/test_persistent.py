@@ -85,7 +85,14 @@ def assert_near(got: Any, want: Any, unit: float = 0.0) -> None:
     assert float(over.max()) <= 0, float(over.max())
 
 
-def check(layers: Any, feature_map: str | None = "silu", *, exchange: Any = None, seed: int = 0) -> Any:
+def check(
+    layers: Any,
+    feature_map: str | None = "silu",
+    *,
+    exchange: Any = None,
+    outputs: int = 0,
+    seed: int = 0,
+) -> Any:
     """A step by the kernel against the formulas; the bits of its result."""
     x = drawn(1, 1024, seed=seed).bfloat16()
     y = torch.full_like(x, math.nan)
@@ -94,8 +101,15 @@ def check(layers: Any, feature_map: str | None = "silu", *, exchange: Any = None
     if exchange is None:
         exchange = torch.zeros(persistent.room(inner), dtype=torch.uint8)
     run = library(inner, feature_map).persistent_run
-    run(persistent.told(x, y, layers, exchange), ctypes.c_uint32(seed))
+    end = None
+    if outputs:
+        head, eps = drawn(outputs, 1024, seed=5, size=1 / 32).bfloat16(), 0.5
+        end = persistent.End(head, torch.full((outputs,), math.nan, dtype=torch.bfloat16), eps)
+        want = want * torch.rsqrt(want.square().mean() + eps)
+    run(persistent.told(x, y, layers, exchange, end), ctypes.c_uint32(seed))
     assert_near(y, want, tolerance.UNIT["bfloat16"])
+    if end is not None:
+        assert_near(end.logits, want[0] @ end.head.double().T, tolerance.UNIT["bfloat16"])
     for one, new in zip(layers, after, strict=True):
         assert_near(one.kv[0], new)
         assert int(one.length) == 8
@@ -117,6 +131,12 @@ def test_one_layer(feature_map: str | None) -> None:
 
 def test_the_published_width() -> None:
     check([layer(0, 2816, turned=True), layer(1, 2816)])
+
+
+@pytest.mark.parametrize("outputs", [1, 100, 1024, 9000])
+def test_logits(outputs: int) -> None:
+    """Some blocks have none, some a part of 8, some more than they form at once."""
+    check([layer(0, 256)], outputs=outputs)
 
 
 def test_what_is_forgotten_may_not_be_finite() -> None:

@@ -32,15 +32,16 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def built(layers: int = 3, inner: int = 2816, feature_map: str | None = "silu", seed: int = 0) -> Any:
+def built(
+    layers: int = 3, inner: int = 2816, feature_map: str | None = "silu", seed: int = 0, vocab: int = 64
+) -> Any:
     torch.manual_seed(seed)
+    config = TransNormerConfig(
+        vocab_size=vocab, embed_dim=1024, hidden_dim=1024, num_heads=8, num_layers=layers, glu_dim=inner,
+        linear_use_lrpe_list=tuple(int(i % 2 == 0) for i in range(layers)), feature_map=feature_map,
+    )  # fmt: skip
     with torch.device("cuda"):
-        model = TransNormerLM(
-            TransNormerConfig(
-                vocab_size=64, embed_dim=1024, hidden_dim=1024, num_heads=8, num_layers=layers, glu_dim=inner,
-                linear_use_lrpe_list=tuple(int(i % 2 == 0) for i in range(layers)), feature_map=feature_map,
-            )
-        )  # fmt: skip
+        model = TransNormerLM(config)
     torch.nn.init.normal_(model.lm_head.weight, std=1 / 32)
     model.graphs, model.one_kernel = False, True
     return model.to(torch.bfloat16).eval()
@@ -149,6 +150,26 @@ def test_decays(log_decay: float) -> None:
         assert all(bool(state.kv.isfinite().all()) for state in states)
     else:
         check(model, states, drawn()[0])
+
+
+@pytest.mark.parametrize("vocab", [1, 100, 9000, 64000])
+def test_logits(vocab: int) -> None:
+    model, x = built(2, 512, vocab=vocab), drawn()[0]
+    states, end = begun(model), persistent.End(model.norm, model.lm_head)
+    want, _ = exactly(model, states, x)
+    want = want * torch.rsqrt(want.square().mean() + model.norm.eps)
+    assert persistent.ends(end, x)
+    found = []
+    for graphs in (False, True):
+        states = begun(model)
+        for _ in range(4):
+            for state, first in zip(states, begun(model), strict=True):
+                state.kv.copy_(first.kv)
+            row, logits = decoding.ended(model._layers(), states, x, end, graphs=graphs, one_kernel=True)
+            assert_near(row, want, tolerance.UNIT["bfloat16"])
+            assert_near(logits, want @ model.lm_head.weight.double().T, tolerance.UNIT["bfloat16"])
+            found.append(logits)
+    same(found[1:], found[:-1])
 
 
 def test_sizes_in_turn() -> None:

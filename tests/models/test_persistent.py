@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from tests.models.test_rounded_decays import on_a_gpu
 EXCHANGE = torch.zeros(1)
 
 
-def launch(x: Any, y: Any, layers: Any, feature_map: Any, exchange: Any) -> None:
+def launch(x: Any, y: Any, layers: Any, feature_map: Any, exchange: Any, end: Any) -> None:
     """The kernel's contract in torch, for silu."""
     assert feature_map == "silu"
     row = x.double()
@@ -48,7 +49,10 @@ def launch(x: Any, y: Any, layers: Any, feature_map: Any, exchange: Any) -> None
         row = row + (normed(o, one.gate_eps) * u) @ wide["out"].T
         z = normed(row, one.eps)
         row = row + ((z @ wide["l1"].T) * (z @ wide["l2"].T)) @ wide["l3"].T
-    y.copy_(row)
+    if end is not None:
+        row = normed(row, end.eps)
+        end.logits.copy_(row @ end.head.double().T)
+    y[:, :1024].copy_(row)
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> list[Any]:
         seen.append(given)
         launch(*given)
 
-    names = "refusal", "Layer", "D", "WIDTH", "HEADS", "WIDEST", "room"
+    names = "refusal", "Layer", "End", "D", "WIDTH", "HEADS", "WIDEST", "room"
     fake = SimpleNamespace(launch=told, **{name: getattr(kernel, name) for name in names})
     monkeypatch.setattr(persistent, "_kernel", lambda: fake)
     monkeypatch.setattr(persistent, "possible", lambda x: len(x) == 1)
@@ -98,7 +102,8 @@ def test_steps_are_those_of_the_modules(
 ) -> None:
     got, states = walked(one, rows())
     assert len(launched) == 5
-    for x, _, layers, _, exchange in launched:
+    for x, _, layers, _, exchange, end in launched:
+        assert end is None
         assert x.shape == (1, 1024) and len(layers) == 2 and exchange is EXCHANGE
         assert [layer.theta is None for layer in layers] == [False, True]
     monkeypatch.setattr(persistent, "possible", lambda x: False)
@@ -189,25 +194,82 @@ def test_states_that_it_does_not_take(one: Any, launched: list[Any]) -> None:
     assert len(launched) == 1
 
 
-def test_it_is_off_unless_it_is_asked_for(one: Any, launched: list[Any]) -> None:
-    token, states = torch.zeros(1, dtype=torch.int64), one.initial_states(1)
-    for on in (None, True, False):
-        if on is not None:
-            one.one_kernel = on
-        one.step(token, states)
-        assert len(launched) == (on is not None)
+def released(model: Any) -> Any:
+    """The same weights in transformers' model."""
     config = Released(
         vocab_size=8, decoder_embed_dim=1024, hidden_dim=1024, decoder_attention_heads=8, decoder_layers=2,
-        glu_dim=256,
+        glu_dim=256, linear_use_lrpe_list=[1, 0],
     )  # fmt: skip
-    model = TransNormerForCausalLM(config).to(torch.bfloat16).eval()
+    found = TransNormerForCausalLM(config).to(torch.bfloat16).eval()
+    weights = model.state_dict()
+    found.load_state_dict({name: weights[name.removeprefix("model.")] for name in found.state_dict()})
+    return found
+
+
+def test_models_step_with_it_where_they_are_asked_to(one: Any, launched: list[Any]) -> None:
+    """The same bits from both models; near those of the five kernels, which are a rounding more often off."""
+    nn.init.normal_(one.lm_head.weight, std=1 / 32)
+    of_transformers, seen = released(one), []
+    for on in (False, True):
+        one.one_kernel = of_transformers.one_kernel = on
+        assert of_transformers.model.one_kernel == on
+        with torch.no_grad():
+            states = one.initial_states(1)
+            token = torch.zeros(1, dtype=torch.int64)
+            cache = of_transformers(token[None], use_cache=True).past_key_values
+            _, states = one(token[None], return_states=True)
+            for i in range(3):
+                got = one.step(token + i, states)
+                found = of_transformers(token[None] + i, past_key_values=cache, logits_to_keep=1)
+                assert found.logits.shape == (1, 1, 8) and torch.equal(found.logits[:, 0], got)
+                hidden = of_transformers.model(token[None] + i, past_key_values=copy.deepcopy(cache))
+                assert hidden.last_hidden_state.shape == (1, 1, 1024)
+                seen.append(got.double())
+    assert len(launched) == 9
+    assert [given[-1] is not None for given in launched] == [True, True, False] * 3
+    plain, ours = torch.stack(seen[:3]), torch.stack(seen[3:])
+    assert 0 < (plain - ours).abs().max() <= plain.abs().max() / 20
+
+
+HEADS = {
+    "a hook": lambda model: model.lm_head.register_forward_hook(lambda *given: None),
+    "a bias": lambda model: setattr(model, "lm_head", nn.Linear(1024, 8).to(torch.bfloat16)),
+    "a norm of somebody's own": lambda model: setattr(model, "norm", nn.Identity()),
+    "a norm that is seen": lambda model: model.norm.register_forward_hook(lambda *given: None),
+    "a norm of torch's operations": lambda model: setattr(model.norm, "fused", False),
+}
+
+
+@pytest.mark.parametrize("change", HEADS)
+def test_ends_that_it_does_not_take(one: Any, launched: list[Any], change: str) -> None:
+    """They are called behind the kernel."""
+    HEADS[change](one)
+    one.one_kernel = True
     with torch.no_grad():
-        cache = model(token[None], use_cache=True).past_key_values
-        for on in (None, True, False):
-            if on is not None:
-                model.one_kernel = on
-            model(token[None], past_key_values=cache)
-            assert len(launched) == 1 + (on is not None) and model.one_kernel == bool(on)
+        got = one.step(torch.zeros(1, dtype=torch.int64), one.initial_states(1))
+    (given,) = launched
+    assert got.shape == (1, 8) and given[-1] is None
+
+
+def test_a_recorded_step_has_its_end(one: Any, launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(replay, "possible", lambda x: True)
+    monkeypatch.setattr(replay, "recorded", lambda work, x, given: kept.append(work))
+    one.one_kernel, states, token = True, one.initial_states(1), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(4):
+            one.step(token, states)
+        (work,) = kept
+        y = work(rows()[0])
+        assert y.shape == (1, 1024 + 8)
+        one.norm.eps = 0.5  # another end is another graph
+        for _ in range(3):
+            one.step(token, states)
+        assert len(kept) == 2
+        monkeypatch.setattr(persistent, "step", lambda *given, **more: None)
+        with pytest.raises(RuntimeError, match="does not take"):
+            work(rows()[0])
 
 
 def test_two_rows_and_gradients(one: Any, launched: list[Any]) -> None:

@@ -20,6 +20,7 @@ from linattn.models.huggingface.inputs import check_inputs
 from linattn.models.huggingface.labels import IGNORED, asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, StateModel, check_options, named
 from linattn.models.huggingface.padding import padding_of
+from linattn.models.persistent import End
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer.packing import check_apart, check_whole, packed_at
@@ -148,9 +149,11 @@ class TransNormerModel(TransNormerPreTrainedModel):
         count = len(self.layers) + 1 if output_hidden_states else 1
         before = [None] * count if cache is None else cache.before(count, padding)
         seen = [x]
-        for row in self._layers(x, cache, lengths, borders, bool(output_hidden_states)):
+        wanted: decoding.Wanted | None = kwargs.get("wanted")  # by a head
+        for row in self._layers(x, cache, lengths, borders, bool(output_hidden_states), wanted):
             seen = [*seen, row] if output_hidden_states else [row]
-        seen[-1] = self.norm(seen[-1])
+        if wanted is None or wanted.logits is None:
+            seen[-1] = self.norm(seen[-1])
         # as they are wherever possible: a gradient that somebody retains is that of what a layer took
         if padding is not None:
             seen = [padding.after(row, old) for row, old in zip(seen, before, strict=True)]
@@ -182,10 +185,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
         lengths: torch.Tensor | None,
         borders: torch.Tensor | None,
         each: bool,
+        wanted: decoding.Wanted | None,
     ) -> Iterator[torch.Tensor]:
         """Yield what each layer gives, or, unless each is wanted, the last one at least.
 
-        The cache is brought up to date once all have.
+        The cache is brought up to date once all have. wanted: gets the logits of a step, if it is one that
+        forms them; then the last row is yielded normed.
         """
         n = x.shape[1]
         states: list[State | None] = [None] * len(self.layers)
@@ -202,7 +207,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
                     yield row[:, None]
             else:
                 how = {"graphs": self.graphs, "one_kernel": self.one_kernel}
-                yield decoding.last(blocks, cache.states, x[:, 0], **how)[:, None]
+                if wanted is None:
+                    row = decoding.last(blocks, cache.states, x[:, 0], **how)
+                else:
+                    end = End(self.norm, wanted.head)
+                    row, wanted.logits = decoding.ended(blocks, cache.states, x[:, 0], end, **how)
+                yield row[:, None]
             cache.columns += n
             return
         for layer, state in zip(self.layers, states, strict=True):
@@ -288,16 +298,19 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         )
         given = inputs_embeds if input_ids is None else input_ids
         borders = packed_at(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values, given)
+        wanted = decoding.Wanted(self.lm_head) if self.one_kernel and labels is None else None
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_hidden_states, True, cu_seqlens, borders=borders, **kwargs,
+            output_hidden_states, True, cu_seqlens, borders=borders, wanted=wanted, **kwargs,
         )  # fmt: skip
         if labels is not None:
             labels, kwargs = asked(labels, attention_mask, borders, kwargs)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
         by_chunks = self.training and self.loss_chunk is not None and self.loss_function is ForCausalLMLoss
-        if labels is None or not by_chunks:
+        if wanted is not None and wanted.logits is not None:
+            logits = wanted.logits[:, None][:, columns]
+        elif labels is None or not by_chunks:
             logits = decoding.logits(self.lm_head, found.last_hidden_state[:, columns])
         else:
             loss = self._loss_by_chunks(found.last_hidden_state, labels, **kwargs)
