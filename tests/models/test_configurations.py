@@ -291,3 +291,16 @@ def test_a_derived_configuration_reads_what_it_comes_from(tmp_path):
     assert Own.from_pretrained(tmp_path).vocab_size == 34
     with pytest.raises(OptionError, match="is of a model of type 'own', not 'transnormer'"):
         TransNormerConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [TransNormerConfig, CosformerConfig])
+def test_remote_code_is_asked_for(kind, tmp_path):
+    """As TRL does; nothing of it is saved that was not there."""
+    config = kind()
+    assert config.auto_map == {} and "auto_map" not in config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert type(AutoConfig.from_pretrained(tmp_path)) is kind
+    given = {"AutoConfig": "configuration_own.Own"}
+    config.auto_map = given
+    assert kind.from_dict(config.to_dict()).auto_map == given and kind().auto_map == {}

@@ -40,6 +40,15 @@ class StrictFields:
         self.check_saved()
         return super().save_pretrained(*arguments, **options)  # type: ignore[misc]
 
+    @property
+    def auto_map(self) -> dict[str, Any]:
+        """Which remote code a checkpoint names. TRL asks configurations that are not transformers' own."""
+        return self.__dict__.get("auto_map", {})  # type: ignore[no-any-return]
+
+    @auto_map.setter
+    def auto_map(self, value: dict[str, Any]) -> None:
+        self.__dict__["auto_map"] = value
+
     def __setattr__(self, name: str, value: Any) -> None:
         if not hasattr(self, name):
             known = (*(field.name for field in dataclasses.fields(self)), *self.attribute_map)  # type: ignore[arg-type, attr-defined]
