@@ -119,9 +119,8 @@ def exchange_of(layers: Sequence[TransNormerLayer], x: Tensor) -> Tensor | None:
     with _lock:
         mine = _exchanges.setdefault(index, {})
         if key not in mine:
-            for old in [
-                one for one in mine if one[1] not in (0, key[1])
-            ]:  # captures that are over have theirs
+            over = [one for one in mine if one[1] not in (0, key[1])]  # captures, whose graphs have theirs
+            for old in over:
                 del mine[old]
             mine[key] = _zeros(of.room(inner), x.device)
         return mine[key]
@@ -173,7 +172,8 @@ def _told(
             return None
         eps = float(parts.norms[i].eps), float(parts.gates[i].eps)
         told.append(of.Layer(*weights[i], state.kv, decay, theta, state.length, *eps))
-    places = sorted((one.kv.data_ptr(), one.kv.nbytes) for one in told)
+    written_to = [one.kv for one in told] + [one.length for one in told]
+    places = sorted((one.data_ptr(), one.nbytes) for one in written_to)
     if any(first + size > second for (first, size), (second, _) in pairwise(places)):
         return None  # layers that share a state
     return told

@@ -183,6 +183,10 @@ def test_states_that_it_does_not_take(one: Any, launched: list[Any]) -> None:
             size = state.kv.numel()
             state.kv = memory[first : first + size].view(state.kv.shape)
         last(layers, overlapping, x)
+        counted = one.initial_states(1)
+        counted[1].length = counted[0].length
+        last(layers, counted, x)
+        assert int(counted[0].length) == 2
         apart = one.initial_states(1)
         apart[1].kv = torch.cat([apart[1].kv, apart[1].kv], 3)[..., ::2]
         last(layers, apart, x)
