@@ -58,7 +58,7 @@ def last(
     one_kernel: whether one may take all layers, where it does (`linattn.models.persistent`): then nothing but
     the result is rounded to x's dtype.
     """
-    one_kernel = one_kernel and persistent.possible(x)
+    one_kernel = one_kernel and bool(layers) and _now(x) and persistent.possible(x)
     y = _replayed(layers, states, x, one_kernel, None) if graphs else None
     return _last(layers, states, x, one_kernel) if y is None else y
 
@@ -73,7 +73,7 @@ def ended(
     one_kernel: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The norm of what `last` yields, and the head's outputs: by the one kernel, where it takes layers."""
-    if one_kernel and layers and _now(x) and persistent.ends(end, x):
+    if one_kernel and layers and _now(x) and persistent.ends(end, layers, x):
         y = _replayed(layers, states, x, True, end) if graphs else None
         y = persistent.step(layers, states, x, end=end) if y is None else y
         if y is not None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
+PER_THREAD = 2  # cudaStreamPerThread
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
 
@@ -58,12 +59,12 @@ class End(NamedTuple):
         return float(self.norm.eps), self.head.weight.data_ptr(), self.head.weight.shape
 
 
-def ends(end: End, x: Tensor) -> bool:
-    """Whether the kernel takes a norm and a head, for such rows."""
+def ends(end: End, layers: Sequence[TransNormerLayer], x: Tensor) -> bool:
+    """Whether the kernel takes a norm and a head, behind layers of such sizes."""
     norm, head = end
-    if not (
-        possible(x) and type(norm) is SimpleRMSNorm and norm.fused and bare([norm]) and only_matrix(head)
-    ):
+    if not (possible(x) and _inner(layers, x) is not None):
+        return False
+    if not (type(norm) is SimpleRMSNorm and norm.fused and bare([norm]) and only_matrix(head)):
         return False
     return bool(kernels("rows").fits(x, head.weight)) and head.weight.shape[1] == x.shape[1]
 
@@ -92,10 +93,12 @@ def step(
         return None
     if x.stride() != (x.shape[1], 1) or x.data_ptr() % 8 or x.is_neg():
         x = x.resolve_neg().clone(memory_format=torch.contiguous_format)
+    memory = exchange_of(layers, x) if exchange is None else exchange
+    if memory is None:
+        return None
     of, size = _kernel(), x.shape[1]
     outputs = 0 if end is None else len(end.head.weight)
     y = torch.empty(1, size + outputs, dtype=x.dtype, device=x.device)
-    memory = exchange_of(layers, x) if exchange is None else exchange
     behind = None if end is None else of.End(end.head.weight, y[:, size:], float(end.norm.eps))
     of.launch(x, y, told, parts.mixers[0].feature_map, memory, behind)
     written(*numbers(states))
@@ -106,14 +109,12 @@ def exchange_of(layers: Sequence[TransNormerLayer], x: Tensor) -> Tensor | None:
     """The memory that the kernel's blocks meet in, for the current stream; None for layers of other sizes.
 
     Kernels on one stream run one after the other, so they share it. A graph may be replayed on any stream, so
-    what is captured has one of its own.
+    what is captured has one of its own. None, too, for CUDA's streams of threads, which are many by one name.
     """
-    of, first = _kernel(), layers[0]
-    inner = first.channel_mixer.l3.in_features
-    if of.refusal(x.shape[1], first.token_mixer.num_heads, inner, len(layers)) is not None:
-        return None
-    index = x.device.index
+    inner, index = _inner(layers, x), x.device.index
     stream = torch._C._cuda_getCurrentRawStream(index)
+    if inner is None or stream == PER_THREAD:
+        return None
     with torch.cuda.device(x.device):
         key = stream, capture_of(stream), inner
     with _lock:
@@ -122,12 +123,19 @@ def exchange_of(layers: Sequence[TransNormerLayer], x: Tensor) -> Tensor | None:
             over = [one for one in mine if one[1] not in (0, key[1])]  # captures, whose graphs have theirs
             for old in over:
                 del mine[old]
-            mine[key] = _zeros(of.room(inner), x.device)
+            mine[key] = _zeros(_kernel().room(inner), x.device)
         return mine[key]
 
 
 _lock = threading.Lock()
 _exchanges: dict[int, dict[tuple[int, int, int], Tensor]] = {}  # of devices, by streams, captures and widths
+
+
+def _inner(layers: Sequence[TransNormerLayer], x: Tensor) -> int | None:
+    """The inner width of the first layer's channel mixer; None for layers of sizes that it does not take."""
+    mixer, channels = (layers[0]._modules.get(name) for name in ("token_mixer", "channel_mixer"))
+    heads, inner = getattr(mixer, "num_heads", 0), getattr(getattr(channels, "l3", None), "in_features", 0)
+    return inner if _kernel().refusal(x.shape[1], heads, inner, len(layers)) is None else None
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:
@@ -151,10 +159,9 @@ def _told(
     if len(kinds) != 1 or len(inner) != 1 or len(states) != len(mixers):
         return None
     ((heads, _),) = kinds
-    if (
-        of.refusal(x.shape[1], heads, *inner, len(mixers)) is not None
-        or parts.weights[1][0].shape[1] != of.WIDTH
-    ):
+    if of.refusal(x.shape[1], heads, *inner, len(mixers)) is not None:
+        return None
+    if {out.shape[1] for out in parts.weights[1]} != {of.WIDTH}:
         return None
     angles = [mixer.lrpe for mixer in mixers]
     some = [one for one in angles if one is not None]

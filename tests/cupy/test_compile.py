@@ -39,7 +39,9 @@ def compiled(file: str, name: str, architecture: str, more: str = "") -> Resourc
     program = checked(nvrtc.nvrtcCreateProgram(text.encode(), file.encode(), 0, [], []))
     checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
     options = [*sources.OPTIONS, f"-arch={architecture}", "--ptxas-options=-v"]
-    if file not in sources.EXACT:  # which are compiled without CuPy, and so without its headers
+    if file in sources.EXACT:  # which are compiled without CuPy, and so without its headers
+        options.append("-ftz=true")
+    else:
         options.append(f"-I{pathfinder.find_nvidia_header_directory('cudart')}")
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))

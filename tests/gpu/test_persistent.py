@@ -158,7 +158,7 @@ def test_logits(vocab: int) -> None:
     states, end = begun(model), persistent.End(model.norm, model.lm_head)
     want, _ = exactly(model, states, x)
     want = want * torch.rsqrt(want.square().mean() + model.norm.eps)
-    assert persistent.ends(end, x)
+    assert persistent.ends(end, model._layers(), x)
     found = []
     for graphs in (False, True):
         states = begun(model)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import linattn
+from linattn import registry
 from linattn.backends.cupy import persistent as kernel
 from linattn.models import TransNormerConfig, TransNormerLM, decoding, persistent, replay
 from linattn.models.transnormer import TransNormerConfig as Released
-from linattn.models.transnormer import TransNormerForCausalLM
+from linattn.models.transnormer import TransNormerForCausalLM, TransNormerModel
 from tests.models.stepping import Kernels
 from tests.models.test_rounded_decays import on_a_gpu
 
@@ -235,6 +236,62 @@ def test_models_step_with_it_where_they_are_asked_to(one: Any, launched: list[An
     assert 0 < (plain - ours).abs().max() <= plain.abs().max() / 20
 
 
+class Steered(TransNormerModel):
+    """One's own rows."""
+
+    def forward(self, *given: Any, **more: Any) -> Any:
+        found = super().forward(*given, **more)
+        found.last_hidden_state = -found.last_hidden_state
+        return found
+
+
+def steer(model: Any, given: Any, found: Any) -> Any:
+    found.last_hidden_state = -found.last_hidden_state
+    return found
+
+
+class Around(nn.Module):
+    """What passes calls on, and nothing else."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Any, **more: Any) -> Any:
+        return self.inner(*given, **more)
+
+
+INNER = {
+    "a hook": lambda model: model.model.register_forward_hook(steer),
+    "a class of somebody's own": lambda model: setattr(model.model, "__class__", Steered),
+    "a module around it": lambda model: setattr(model, "model", Around(model.model)),
+}
+
+
+@pytest.mark.parametrize("change", INNER)
+def test_rows_that_somebody_changes_in_front_of_the_head(one: Any, launched: list[Any], change: str) -> None:
+    nn.init.normal_(one.lm_head.weight, std=1 / 32)
+    model, token, found = released(one), torch.zeros(1, 1, dtype=torch.int64), []
+    inner = model.model
+    INNER[change](model)
+    for on in (False, True):
+        inner.one_kernel = on
+        with torch.no_grad():
+            cache = model(token, use_cache=True).past_key_values
+            found.append(model(token, past_key_values=cache).logits.double())
+    assert len(launched) == 1 and launched[0][-1] is None
+    assert (found[0] - found[1]).abs().max() <= found[0].abs().max() / 20
+
+
+def test_a_compiler_follows_steps(one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not where somebody asks for the backend, as on a GPU."""
+    monkeypatch.setattr(persistent, "possible", lambda x: registry.requested("auto") == "auto")
+    one.one_kernel, states = True, one.initial_states(1)
+    step = torch.compile(one.step, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert step(torch.zeros(1, dtype=torch.int64), states).shape == (1, 8)
+
+
 HEADS = {
     "a hook": lambda model: model.lm_head.register_forward_hook(lambda *given: None),
     "a bias": lambda model: setattr(model, "lm_head", nn.Linear(1024, 8).to(torch.bfloat16)),
@@ -314,6 +371,7 @@ def test_memory_is_of_a_stream_a_capture_and_a_width(monkeypatch: pytest.MonkeyP
     assert found(model) is again and found(model, capture=0) is elsewhere
     assert sorted(key[1] for key in persistent._exchanges[0]) == [0, 0, 0, 2]  # what is over is its graph's
     assert found(built(320)) is None
+    assert found(model, stream=persistent.PER_THREAD) is None
 
 
 def test_sentences() -> None:

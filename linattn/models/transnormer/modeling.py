@@ -26,7 +26,7 @@ from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer.packing import check_apart, check_whole, packed_at
 from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
-from linattn.nn.norm import only_matrix
+from linattn.nn.norm import bare, only_matrix
 from linattn.state import State
 
 if TYPE_CHECKING:
@@ -298,10 +298,13 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         )
         given = inputs_embeds if input_ids is None else input_ids
         borders = packed_at(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values, given)
-        wanted = decoding.Wanted(self.lm_head) if self.one_kernel and labels is None else None
+        wanted, inner = None, self.model
+        # nobody else's rows may lie between the layers and the head
+        if labels is None and type(inner) is TransNormerModel and inner.one_kernel and bare([inner]):
+            kwargs["wanted"] = wanted = decoding.Wanted(self.lm_head)
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_hidden_states, True, cu_seqlens, borders=borders, wanted=wanted, **kwargs,
+            output_hidden_states, True, cu_seqlens, borders=borders, **kwargs,
         )  # fmt: skip
         if labels is not None:
             labels, kwargs = asked(labels, attention_mask, borders, kwargs)
