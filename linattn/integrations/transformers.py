@@ -15,6 +15,7 @@ import linattn
 from linattn import registry
 from linattn.decay import minimax
 from linattn.errors import ArgumentTypeError, StateError, UnsupportedError
+from linattn.models.huggingface.newer import cache_given
 from linattn.registry import BackendLike
 from linattn.state import State
 
@@ -167,6 +168,7 @@ def _forward(
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     *,
+    cache: Any = None,
     backend: BackendLike = "auto",
     **keywords: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -174,6 +176,7 @@ def _forward(
 
     attention_mask [B, N or more], 1 for tokens; of a longer one the end counts.
     """
+    past_key_values = cache_given(past_key_values, cache)
     batch, n, _ = hidden_states.shape
     heads, d = self.num_attention_heads, self.head_dim
     qkv = self.act_fn(self.qkv_proj(hidden_states)).view(batch, n, heads, 3 * d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -241,7 +242,7 @@ def _knows(kind: type, own: Any) -> bool:
     for one in kind.__mro__:  # what comes first counts
         if one is own or "step" in one.__dict__:
             return True
-        if "forward" in one.__dict__:
+        if inspect.unwrap(one.__dict__.get("forward", own.forward)) is not inspect.unwrap(own.forward):
             return False
     return True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from typing import Any
 
@@ -13,7 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from linattn.errors import OptionError, ShapeError, StateError, ValueRangeError
 from linattn.models.cosformer import CosformerConfig, CosformerForCausalLM
+from linattn.models.huggingface.newer import CACHE, cache_of
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
+from linattn.models.transnormer.modeling import TransNormerBlock
+from linattn.models.transnormer_lm import steppers
 
 IDS = torch.randint(5, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -114,6 +119,42 @@ def test_what_trainer_counts_is_what_is_asked(model: Any, chunk: int | None, kin
     shares = [loss(slice(row, row + 1), sum(counts)) for row in range(3)]  # a step of three passes
     weighed = [n * mean / sum(counts) for n, mean in zip(counts, alone, strict=True)]
     torch.testing.assert_close(shares, weighed)
+
+
+@torch.no_grad()
+def test_a_cache_has_two_names(model: Any) -> None:
+    """Newer transformers says cache where others say past_key_values, and `generate` goes on by either."""
+    begun = cache_of(model(IDS[:, :4], use_cache=True))
+    first, second = copy.deepcopy(begun), copy.deepcopy(begun)
+    wanted = model(IDS[:, 4:], past_key_values=first)
+    found = model(IDS[:, 4:], cache=second)
+    assert torch.equal(found.logits, wanted.logits)
+    assert cache_of(found) is second and cache_of(wanted) is first and second.columns == 9
+    with pytest.raises(OptionError, match="two names of the same"):
+        model(IDS[:, 4:], past_key_values=first, cache=second)
+    inner = model.model if hasattr(model, "model") else model.decoder
+    assert cache_of(inner(IDS[:, 4:], cache=begun)) is begun and begun.columns == 9
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    whole = model.generate(IDS, **options)
+    kept = cache_of(model(IDS[:, :4], use_cache=True))
+    assert torch.equal(model.generate(IDS, **{CACHE: kept}, **options), whole) and kept.columns == 11
+
+
+def test_layers_that_transformers_wraps_take_steps(model: Any) -> None:
+    """Newer transformers puts a function around `forward` of every layer that can be checkpointed."""
+    assert not isinstance(model, TransNormerForCausalLM) or steppers(model.model.layers) is not None
+
+    class Wrapped(TransNormerBlock):
+        @functools.wraps(TransNormerBlock.forward)
+        def forward(self, *given: Any, **more: Any) -> Any:
+            return TransNormerBlock.forward(self, *given, **more)
+
+    class Own(TransNormerBlock):
+        def forward(self, *given: Any, **more: Any) -> Any:
+            return TransNormerBlock.forward(self, *given, **more)
+
+    config = TransNormerConfig(decoder_embed_dim=32, hidden_dim=32, decoder_attention_heads=2, glu_dim=48)
+    assert steppers([Wrapped(config.parts(), 0)]) is not None and steppers([Own(config.parts(), 0)]) is None
 
 
 @torch.no_grad()

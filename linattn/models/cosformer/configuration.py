@@ -51,7 +51,7 @@ class CosformerConfig(StrictFields, PreTrainedConfig):
     """
 
     model_type = "cosformer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 30522
     hidden_size: int = 768

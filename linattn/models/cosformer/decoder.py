@@ -25,6 +25,7 @@ from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface.labels import asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, named
+from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
 from linattn.nn import CosformerAttention
 from linattn.nn.norm import unseen
 from linattn.state import State
@@ -63,6 +64,7 @@ class CosformerDecoder(CosformerStack):
         encoder_attention_mask: Int[torch.Tensor, "b m"] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: CosformerCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return BaseModelOutputWithPast, or a tuple without return_dict.
@@ -76,6 +78,7 @@ class CosformerDecoder(CosformerStack):
         text, StateError for a cache of other texts or another model, and what
         `CosformerModel.forward` raises.
         """
+        past_key_values = cache_given(past_key_values, cache)
         check_options(kwargs, self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -104,7 +107,7 @@ class CosformerDecoder(CosformerStack):
             cache.keep(back)
         found = BaseModelOutputWithPast(
             last_hidden_state=back[-1],
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=back if output_hidden_states else None,
         )
         return found if named(return_dict, self.config) else found.to_tuple()
@@ -193,6 +196,7 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: CosformerCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return CausalLMOutputWithPast: logits [b, n, vocab_size], and what the decoder returns.
@@ -201,6 +205,7 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
         last so many columns only, or of these; 0 for all, which labels ask for. Everything else:
         `CosformerDecoder.forward`.
         """
+        past_key_values = cache_given(past_key_values, cache)
         labels = check_labels(
             labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs, logits_to_keep
         )
@@ -215,6 +220,6 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
             labels, kwargs = asked(labels, attention_mask, None, kwargs)
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         answer = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
+            loss=loss, logits=logits, hidden_states=found.hidden_states, **{CACHE: cache_of(found)}
         )
         return answer if named(return_dict, self.config) else answer.to_tuple()

@@ -18,6 +18,7 @@ from linattn.models.cosformer.decoder import CosformerDecoder
 from linattn.models.cosformer.modeling import CosformerModel
 from linattn.models.huggingface.labels import check_labels
 from linattn.models.huggingface.model import StateExpansion, check_unseen, named
+from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -78,6 +79,7 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: CosformerCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return Seq2SeqLMOutput: logits [b, n, vocab_size], the loss where labels are given.
@@ -86,6 +88,7 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         their place. labels: the ids that each column of the decoder is to give, -100 where nothing is asked;
         without decoder_input_ids those are the labels, one later. The rest: `CosformerDecoder.forward`.
         """
+        past_key_values = cache_given(past_key_values, cache)
         labels = check_labels(
             labels, decoder_input_ids, decoder_inputs_embeds, self.config.vocab_size, kwargs
         )
@@ -113,7 +116,7 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         answer = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=found.past_key_values,
+            **{CACHE: cache_of(found)},
             decoder_hidden_states=found.hidden_states,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
@@ -141,7 +144,7 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         Of a text that a cache has seen the beginning of, what is new: transformers sees to that only where
         there is a decoder mask. Raises StateError where nothing is new.
         """
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("decoder_attention_mask")
+        cache, mask = kwargs.get(CACHE), kwargs.get("decoder_attention_mask")
         if kwargs.get("is_first_iteration") and cache is not None and mask is None:
             kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
         check_unseen(cache, kwargs.get("next_sequence_length"))

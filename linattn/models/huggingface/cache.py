@@ -35,6 +35,7 @@ class StateCache(Cache):
     is_initialized = True
     is_croppable = False
     is_sliding: ClassVar[list[bool]] = []  # there are no layers of keys
+    is_linear: ClassVar[list[bool]] = [False]  # what it has seen is left out of prompts, as with keys
 
     def __init__(self) -> None:
         super().__init__(layers=[])

@@ -13,6 +13,7 @@ from linattn.errors import OptionError, ShapeError, StateError, ValueRangeError
 from linattn.models.huggingface.cache import StateCache
 from linattn.models.huggingface.loading import load_whole
 from linattn.models.huggingface.names import meant
+from linattn.models.huggingface.newer import CACHE, CHECKPOINTS
 
 __all__ = ["StateExpansion", "StateGeneration", "StateModel", "check_options", "named"]
 
@@ -115,7 +116,7 @@ class StateModel(PreTrainedModel):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.training and self.is_gradient_checkpointing and torch.is_grad_enabled():
+        if self.training and getattr(self, CHECKPOINTS) and torch.is_grad_enabled():
             use_cache = False  # the second forward pass would see the state of the first
         return self.cache_class() if given is None and use_cache else given
 
@@ -155,11 +156,11 @@ class StateExpansion(GenerationMixin):
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         ids, given = expanded
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE)
         if expand_size == 1 or ids is None or not isinstance(cache, StateCache):
             return expanded
         if cache.rows * expand_size == len(ids):
-            given["past_key_values"] = cache = copy.copy(cache)  # repeating gives the copy states of its own
+            given[CACHE] = cache = copy.copy(cache)  # repeating gives the copy states of its own
             cache.batch_repeat_interleave(expand_size)
         return ids, given
 
@@ -185,7 +186,7 @@ class StateExpansion(GenerationMixin):
                 f"cache_implementation={kind!r} is a way to keep keys and values: states have a constant "
                 "size, leave it out"
             )
-        if model_kwargs.get("past_key_values") is not None and generation_config.use_cache is False:
+        if model_kwargs.get(CACHE) is not None and generation_config.use_cache is False:
             raise OptionError(
                 "past_key_values with use_cache=False: each step would read the prompt into them again, pass "
                 "use_cache=True or no cache"
@@ -213,7 +214,7 @@ class StateGeneration(StateExpansion):
         Raises StateError for a prompt of which the cache has seen every token.
         """
         wanted = kwargs.get("next_sequence_length")
-        check_unseen(kwargs.get("past_key_values"), wanted)
+        check_unseen(kwargs.get(CACHE), wanted)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -238,9 +239,9 @@ class StateGeneration(StateExpansion):
         if piece is not None and model_kwargs.get("inputs_embeds") is not None:
             raise OptionError("prefill_chunk_size cuts ids into pieces: not with inputs_embeds")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if generation_config.use_cache and cache is None:
-            model_kwargs["past_key_values"] = self.cache_class()
+            model_kwargs[CACHE] = self.cache_class()
         elif cache is not None and cache.get_seq_length() and piece:
             raise OptionError("prefill_chunk_size reads a prompt from its beginning: not with a cache of it")
 

@@ -13,6 +13,9 @@ from linattn.models.huggingface.names import meant
 __all__ = ["StrictFields"]
 
 
+FLAGS = ("output_hidden_states", "is_encoder_decoder")
+
+
 class StrictFields:
     """Before PreTrainedConfig among the bases of a configuration: its own checks raise OptionError.
 
@@ -54,6 +57,8 @@ class StrictFields:
             known = (*(field.name for field in dataclasses.fields(self)), *self.attribute_map)  # type: ignore[arg-type, attr-defined]
             if (field := meant(name, known)) is not None:
                 raise OptionError(f"{type(self).__name__} has no field {name!r}, did you mean {field}?")
+        if name in FLAGS and type(value) is not bool:  # newer transformers takes anything
+            raise OptionError(f"{name} must be True or False, got {value!r}")
         try:
             super().__setattr__(name, value)
         except StrictDataclassFieldValidationError as error:

@@ -35,7 +35,7 @@ class TransNormerConfig(StrictFields, PreTrainedConfig):
     """
 
     model_type = "transnormer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "decoder_embed_dim",
         "num_hidden_layers": "decoder_layers",

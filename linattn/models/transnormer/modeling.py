@@ -19,6 +19,7 @@ from linattn.models import decoding
 from linattn.models.huggingface.inputs import check_inputs
 from linattn.models.huggingface.labels import IGNORED, asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, StateModel, check_options, named
+from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.persistent import End
 from linattn.models.transnormer.cache import TransNormerCache
@@ -100,6 +101,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Int[torch.Tensor, " s1"] | None = None,
+        cache: TransNormerCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return BaseModelOutputWithPast, or a tuple without return_dict.
@@ -117,6 +119,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         for output_attentions, which do not exist, and for keywords of `linattn.attention`, StateError for a
         cache of other texts or another model, and what `linattn.attention` raises.
         """
+        past_key_values = cache_given(past_key_values, cache)
         check_options(kwargs, self.config)
         x = self._embedded(input_ids, inputs_embeds)
         if output_hidden_states is None:
@@ -164,7 +167,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         rows = tuple(seen)
         found = BaseModelOutputWithPast(
             last_hidden_state=rows[-1],
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=rows if output_hidden_states else None,
         )
         return found if named(return_dict, self.config) else found.to_tuple()
@@ -285,6 +288,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cu_seqlens: Int[torch.Tensor, " s1"] | None = None,
+        cache: TransNormerCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return CausalLMOutputWithPast: logits [b, n, vocab_size], and what the model returns.
@@ -293,6 +297,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         last so many columns only, or of these; 0 for all, which labels ask for. Everything else:
         `TransNormerModel.forward`.
         """
+        past_key_values = cache_given(past_key_values, cache)
         labels = check_labels(
             labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs, logits_to_keep
         )
@@ -322,7 +327,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         answer = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=found.past_key_values, hidden_states=found.hidden_states
+            loss=loss, logits=logits, hidden_states=found.hidden_states, **{CACHE: cache_of(found)}
         )
         return answer if named(return_dict, self.config) else answer.to_tuple()
 
