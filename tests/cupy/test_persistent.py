@@ -184,7 +184,11 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+QUICK = "what is gated", "the state", "room", "the last bit"
+ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTANTS]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_without(name: str) -> None:
     """Each wait is needed, and each part of a number: in a process of its own, as kernels may stop it."""
     code = f"from tests.cupy.test_persistent import mutant; mutant({name!r})"
