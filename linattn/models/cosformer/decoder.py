@@ -72,7 +72,8 @@ class CosformerDecoder(CosformerStack):
         attention_mask: 0 for padding, wherever it is: such a token leaves no trace, and has the output of the
         last real token before it, zeros where there is none; of a mask longer than the input its end counts.
         past_key_values: continues a text, by any number of tokens; what it remembers of the source counts,
-        not encoder_hidden_states. encoder_attention_mask: 0 for the source's padding.
+        not encoder_hidden_states. encoder_attention_mask: 0 for the source's padding. cache: past_key_values,
+        as newer transformers calls them.
 
         Raises OptionError where a source is missing or not taken, ShapeError unless there is one for every
         text, StateError for a cache of other texts or another model, and what

@@ -113,7 +113,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         back to back, which do not see each other; seq_idx [b or 1, n] that changes from one real token to the
         next, and position_ids [b or 1, n] that begin again there, say the same, without padding and before
         a cache has seen tokens. Otherwise position_ids say nothing here. inputs_embeds: instead of ids,
-        before the factor sqrt(decoder_embed_dim).
+        before the factor sqrt(decoder_embed_dim). cache: past_key_values, as newer transformers calls them.
 
         Raises ArgumentTypeError, ShapeError, DtypeError or ValueRangeError for bad ids and masks, OptionError
         for output_attentions, which do not exist, and for keywords of `linattn.attention`, StateError for a
