@@ -153,11 +153,8 @@ template <class E>
 __device__ __forceinline__ void publish_o(E& ex, int head, int slot, int lane, float row, uint32_t mark) {
   const int half = lane % 2 * 4;
   float o[4] = {};
-  add(o, awaited(ex.shares[head][lane / 2] + slot * 8 + half, mark));
   uint32_t word;
-  do word = look(ex.qk[head] + lane / 2);
-  while (!there(word, mark));
-  __syncwarp();
+  add(o, awaited(ex.shares[head][lane / 2] + slot * 8 + half, ex.qk[head] + lane / 2, word, mark));
   float qk = number(word);
   UNROLL for (int i = 2; i < 32; i *= 2) {
     qk += __shfl_xor_sync(~0u, qk, i);
@@ -218,7 +215,6 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       UNROLL for (int m = 0; m < 4; ++m) reader.template take<4>(qkvu[m], m, warp * 128);
       reader.release(4);
       if (l) add(x, awaited(ex.rows + own, mark ^ 1));
-      __syncwarp();
       lay_parts(parts, lane, x);
       __syncwarp();
       const Parts b(parts, lane);
@@ -259,11 +255,8 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       if (warp == 4) let_in(2, READERS);  // before this block's words are there, nobody asks for all
       else meet(2, READERS);
       float y[4] = {};
-      add(y, awaited(ex.gated + own, mark));
       uint32_t word;
-      do word = look(ex.squares + warp * 16 + lane % 16);
-      while (!there(word, mark));
-      __syncwarp();
+      add(y, awaited(ex.gated + own, ex.squares + warp * 16 + lane % 16, word, mark));
       lay_parts(parts, lane, y);
       __syncwarp();
       const Parts b(parts, lane);
@@ -278,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     if (warp == 0 && lane < 8)
       publish(ex.mixed + c * 8 + lane, total(s.sums[1][lane]) * factor(s.squares[1], a.gate_eps), mark);
     if (t < D) {
-      while (!there(word_of_v, mark)) word_of_v = look(ex.v[head] + column);
+      while (!__all_sync(~0u, there(word_of_v, mark))) word_of_v = look(ex.v[head] + column);
       float* to = (float*)a.kv + (head * (turned ? 2 * D : D) + slot * 8) * D + column;
       state.store(to, turned, number(word_of_v));
     }
@@ -293,7 +286,6 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       UNROLL for (int i = 0; i < TILES; ++i) reader.template take<4>(maps[TILES + i], i, warp * 128);
       reader.release(TILES);
       add(x, awaited(ex.mixed + own, mark));
-      __syncwarp();
       lay_parts(parts, lane, x);
       __syncwarp();
       const Parts b(parts, lane);
@@ -327,8 +319,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
           words[i] = look_4(ex.inner + i * 1024 + at);
           ready = ready && there(words[i], mark);
         }
-      } while (!ready);
-      __syncwarp();
+      } while (!__all_sync(~0u, ready));
       float sums[4][4] = {};
       UNROLL for (int i = 0; i < CHUNKS; ++i) {
         const uint32_t here = parts + i % 2 * PARTS;
@@ -352,7 +343,6 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
   float r = 1;
   if (c == 0 || of_head.begin < of_head.end) {
     add(x, awaited(ex.rows + own, (uses + layers - 1) & 1));
-    __syncwarp();
     lay_parts(parts, lane, x);
     __syncwarp();
     const Parts b(parts, lane);

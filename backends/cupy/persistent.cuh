@@ -213,10 +213,19 @@ __device__ __forceinline__ bool there(uint32_t word, uint32_t mark) { return (wo
 __device__ __forceinline__ bool there(const uint4& words, uint32_t mark) {
   return there(mark ? words.x & words.y & words.z & words.w : words.x | words.y | words.z | words.w, mark);
 }
+
+// What a warp waits for is there for all of its lanes at once. Where lanes leave a loop one by one, those that are
+// through may begin to wait for the next words, and it takes microseconds until the others have their turn.
 __device__ __forceinline__ uint4 awaited(const float* at, uint32_t mark) {
   uint4 words;
   do words = look_4(at);
-  while (!there(words, mark));
+  while (!__all_sync(~0u, there(words, mark)));
+  return words;
+}
+__device__ __forceinline__ uint4 awaited(const float* at, const float* beside, uint32_t& word, uint32_t mark) {
+  uint4 words;
+  do words = look_4(at), word = look(beside);
+  while (!__all_sync(~0u, there(words, mark) && there(word, mark)));
   return words;
 }
 __device__ __forceinline__ void add(float (&x)[4], const uint4& words) {

@@ -186,12 +186,15 @@ static inline void launch(int blocks, int of_block, uint32_t seed, std::function
 }
 
 // All lanes of a warp say something, and hear what the others have said.
-template <class X> static inline const char (*all(const X& x))[SAID] {
+template <class X> static inline const char (*all(const X& x, bool news = true))[SAID] {
   static_assert(sizeof(X) <= SAID, "");
   Warp& w = warps[here];
   const int lane = w.lane, turn = w.synced[lane]++, side = turn % 2;
   memcpy(w.said[side][lane], &x, sizeof(X));
-  if (++w.count[side] == LANES) w.count[side] = 0, w.complete = turn + 1, goes_on();
+  if (++w.count[side] == LANES) {
+    w.count[side] = 0, w.complete = turn + 1, w.idle = 0;
+    if (news) goes_on();
+  }
   while (w.complete <= turn) yield();
   return w.said[side];
 }
@@ -217,6 +220,13 @@ static inline float __shfl_down_sync(unsigned, float x, int by) {
   const auto said = grid::all(x);
   const int lane = grid::lane();
   return grid::heard<float>(said, lane + by < 32 ? lane + by : lane);
+}
+static inline bool __all_sync(unsigned, bool mine) {  // where it is asked again and again, nothing goes on
+  const auto said = grid::all(mine, false);
+  bool all = true;
+  for (int lane = 0; lane < grid::LANES; ++lane) all = all && grid::heard<bool>(said, lane);
+  if (all) grid::goes_on();
+  return all;
 }
 
 static inline void let_in(int number, int threads) {
