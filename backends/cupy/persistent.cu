@@ -4,18 +4,20 @@
 //     x += out (u r o)               x += l3 (r l1 x)(r l2 x)                     r = 1 / sqrt(mean of squares + eps)
 //
 // Weights are all that has to be moved. They come in one stream, through shared memory into registers, and a block asks
-// for them as soon as it has room, whatever layer it works on. What is left are five times a layer at which blocks need
-// what others computed: close to a microsecond each, for words to get to L2 and from there. All that a block then reads
-// are a few kilobytes, as what waits for words asks for them again and again.
+// for them as soon as it has room, whatever layer it works on. What is left are four times a layer at which blocks need
+// what others computed: about a microsecond each, for words to get to L2 and from there, past weights.
 //
 // 128 blocks, 16 a head, each on a multiprocessor of its own. A block has 8 rows of q, k, v and u of its head, and the
-// 8 rows of the head's state that belong to them, which give its share of o. Of the 16 shares it adds up 8 columns.
-// Everything else is cut by outputs: 8 rows of `out` and of l3 are a block's, and a 128th of l1 and l2. Eight warps
-// share the numbers of a row among themselves, and a ninth asks for weights.
+// 8 rows of the head's state that belong to them, which give its share of o. 32 blocks, with two heads, are a group:
+// each of them adds up all of its shares of o, and has 32 outputs of the output projection, as far as they come from
+// these two heads. So an output is four groups' sum, for whoever needs it. Everything else is cut by outputs: a block
+// has 8 rows of l3, and a 128th of l1 and l2. Eight warps share the numbers of a row among themselves, and a thread of
+// four more asks for weights.
 #include "persistent.cuh"
 
 constexpr int WIDTH = 1024, HEADS = 8, D = 128, BLOCKS = 128;
-constexpr int WARPS = 8, READERS = 32 * WARPS, THREADS = READERS + 128, SLOTS = 12, IN_FLIGHT = 3, MOST = 40;
+constexpr int GROUPS = 4, PER_GROUP = BLOCKS / GROUPS;  // of heads, two each
+constexpr int WARPS = 8, READERS = 32 * WARPS, THREADS = READERS + 32 * ASKING, SLOTS = 12, IN_FLIGHT = 2, MOST = 40;
 
 struct Layer {
   void *qkvu, *out, *l1, *l2, *l3;
@@ -39,11 +41,10 @@ template <int INNER> struct Exchange {
   unsigned uses, gap[31];      // how many layers have used it
   float rows[WIDTH];           // what l3 adds to x
   float shares[HEADS][16][D];  // of o, without this token
-  float v[HEADS][D];
-  float qk[HEADS][16];     // this token's part of o are their sum times v
-  float gated[WIDTH];      // u o
-  float squares[BLOCKS];   // of o
-  float mixed[WIDTH];      // what `out` adds to x
+  float v[HEADS][D], u[HEADS][D];
+  float qk[HEADS][16];                   // this token's part of o are their sum times v
+  float squares[GROUPS][PER_GROUP];      // of o, of a group's heads, once for each of 32 readers
+  float mixed[GROUPS][WIDTH];            // what `out` adds to x, but for the norm's factor, by groups
   float inner[INNER];
 };
 
@@ -74,35 +75,38 @@ template <int INNER> struct Sizes {
   static_assert(INNER % 256 == 0 && OWN <= 24, "what registers hold");
 };
 
-struct Outputs {  // of the head, that are a block's; none without a head
-  int begin, end;
+struct Outputs {  // of the head: 8 are every BLOCKS times 8 a block's; none without a head
+  const int all, tiles;
 
-  __device__ __forceinline__ Outputs(const Token& token, int c) {
-    const int all = token.head ? (int)token.outputs : 0, each = (all + BLOCKS - 1) / BLOCKS;
-    begin = c * each < all ? c * each : all, end = begin + each < all ? begin + each : all;
-  }
+  __device__ __forceinline__ Outputs(const Token& token, int c)
+      : all(token.head ? (int)token.outputs : 0), tiles(((all + 7) / 8 - c + BLOCKS - 1) / BLOCKS) {}
+  static __device__ __forceinline__ int first(int tile, int c) { return (tile * BLOCKS + c) * 8; }
 };
 
 template <int INNER>
-__device__ __forceinline__ void ask_for_weights(const Token& token, Shared& s, const void* stages) {
+__device__ __forceinline__ void ask_for_weights(const Call& call, Shared& s, const void* stages, int who) {
   typedef Sizes<INNER> S;
   typedef const Weight* Rows;
   const int c = blockIdx.x;
-  Source<SLOTS, IN_FLIGHT> source(s.ring, stages);
-  for (int l = 0; l < (int)token.layers; ++l) {
-    const Layer& a = s.layer[l];
-    ONCE for (int i = 0; i < 4; ++i) source.ask((Rows)a.qkvu + (i * WIDTH + c * 8) * WIDTH, 8, WIDTH, WIDTH);
-    source.ask((Rows)a.out + c * 8 * WIDTH, 8, WIDTH, WIDTH);
+  Source<SLOTS> source(s.ring, stages, who);
+  for (int l = 0; l < (int)call.token.layers; ++l) {
+    const Layer& a = call.layer[l];
+    ONCE for (int i = 0; i < 4; ++i) source.ask((Rows)a.qkvu + (i * WIDTH + c * 8) * WIDTH, 8 * WIDTH);
+    source.in_flight = IN_FLIGHT;  // from now on blocks wait for words
+    source.ask_parts((Rows)a.out + c % PER_GROUP * 32 * WIDTH + c / PER_GROUP * 256, WIDTH);
     ONCE for (int i = 0; i < 2 * S::TILES; ++i) {
       const int rows = S::OWN - i / 2 * 8;
-      source.ask((Rows)(i % 2 ? a.l2 : a.l1) + (c * S::OWN + i / 2 * 8) * WIDTH, rows < 8 ? rows : 8, WIDTH, WIDTH);
+      source.ask((Rows)(i % 2 ? a.l2 : a.l1) + (c * S::OWN + i / 2 * 8) * WIDTH, (rows < 8 ? rows : 8) * WIDTH);
     }
     ONCE for (int i = 0; i < S::CHUNKS; ++i)
-      source.ask((Rows)a.l3 + c * 8 * INNER + i * 1024, 8, i + 1 < S::CHUNKS ? 1024 : S::LAST, INNER);
+      source.ask((Rows)a.l3 + c * 8 * INNER + i * 8192, i + 1 < S::CHUNKS ? 8192 : S::LAST * 8);
   }
-  const Outputs own(token, c);
-  for (int row = own.begin; row < own.end; row += 8)
-    source.ask((Rows)token.head + (int64_t)row * WIDTH, own.end - row < 8 ? own.end - row : 8, WIDTH, WIDTH);
+  source.in_flight = SLOTS;
+  const Outputs own(call.token, c);
+  for (int i = 0; i < own.tiles; ++i) {
+    const int row = Outputs::first(i, c), rows = own.all - row;
+    source.ask((Rows)call.token.head + (int64_t)row * WIDTH, (rows < 8 ? rows : 8) * WIDTH);
+  }
 }
 
 // The next layer's state is on its way to shared memory.
@@ -148,23 +152,30 @@ struct Rows {
   }
 };
 
-// 8 columns of o: the shares of 16 blocks, and this token's part; a warp whose lanes from 16 on have v, from 24 on u.
+// 32 columns of u o, 4 a lane, and the squares of o: the shares of 16 blocks, and this token's part.
 template <class E>
-__device__ __forceinline__ void publish_o(E& ex, int head, int slot, int lane, float row, uint32_t mark) {
-  const int half = lane % 2 * 4;
-  float o[4] = {};
-  uint32_t word;
-  add(o, awaited(ex.shares[head][lane / 2] + slot * 8 + half, ex.qk[head] + lane / 2, word, mark));
-  float qk = number(word);
-  UNROLL for (int i = 2; i < 32; i *= 2) {
-    qk += __shfl_xor_sync(~0u, qk, i);
-    UNROLL for (int j = 0; j < 4; ++j) o[j] += __shfl_xor_sync(~0u, o[j], i);
+__device__ __forceinline__ float gated_o(const E& ex, int head, int first, int lane, uint32_t mark, float (&y)[4]) {
+  const int share = lane / 8, at = first + lane % 8 * 4;
+  uint4 shares[4], v, u;
+  uint32_t qk;
+  bool ready;
+  do {
+    UNROLL for (int i = 0; i < 4; ++i) shares[i] = look_4(ex.shares[head][i * 4 + share] + at);
+    v = look_4(ex.v[head] + at), u = look_4(ex.u[head] + at), qk = look(ex.qk[head] + lane % 16);
+    ready = there(v, mark) && there(u, mark) && there(qk, mark);
+    UNROLL for (int i = 0; i < 4; ++i) ready = ready && there(shares[i], mark);
+  } while (!__all_sync(~0u, ready));
+  float o[4] = {}, values[4] = {};
+  UNROLL for (int i = 0; i < 4; ++i) add(o, shares[i]);
+  add(values, v), add(y, u);
+  const float weight = sum_of_warp(number(qk), 16);
+  UNROLL for (int j = 0; j < 4; ++j) {
+    o[j] += __shfl_xor_sync(~0u, o[j], 8);
+    o[j] += __shfl_xor_sync(~0u, o[j], 16);
+    o[j] = fmaf(weight, values[j], o[j]);
+    y[j] *= o[j];
   }
-  UNROLL for (int j = 0; j < 4; ++j) o[j] = fmaf(qk, __shfl_sync(~0u, row, 16 + half + j), o[j]);
-  const float squares = sum_of_warp(squares_of(o), 2);
-  UNROLL for (int j = 0; j < 4; ++j) o[j] *= __shfl_sync(~0u, row, 24 + half + j);
-  if (lane < 2) UNROLL for (int j = 0; j < 4; ++j) publish(ex.gated + head * D + slot * 8 + half + j, o[j], mark);
-  if (lane == 0) publish(ex.squares + head * 16 + slot, squares, mark);
+  return sum_of_warp(squares_of(o), 8);
 }
 
 template <int FEATURE, int INNER>
@@ -174,14 +185,12 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
   Shared& s = *(Shared*)(shared_memory + SLOTS * STAGE);
   Exchange<INNER>& ex = *(Exchange<INNER>*)call.token.exchange;
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, layers = (int)call.token.layers;
-  const int c = blockIdx.x, head = c / 16, slot = c % 16;
+  const int c = blockIdx.x, head = c / 16, slot = c % 16, group = c / PER_GROUP, place_in_group = c % PER_GROUP;
   if (t == 0) s.ring.begin(WARPS);
-  for (int i = t; i < layers * (int)(sizeof(Layer) / 8); i += THREADS)
-    ((uint64_t*)s.layer)[i] = ((const uint64_t*)call.layer)[i];
   __syncthreads();
   if (warp >= WARPS) {
     give_registers<40>();
-    if (t == READERS) ask_for_weights<INNER>(call.token, s, shared_memory);
+    if (lane == 0) ask_for_weights<INNER>(call, s, shared_memory, warp - WARPS);
     return;
   }
   take_registers<232>();
@@ -190,7 +199,10 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
   const uint32_t parts = place(s.parts[warp]);
   const int own = warp * 128 + lane * 4, column = t;  // this lane's numbers of x; of the state, if there is one
   const unsigned uses = ex.uses + 1;
-  ask_for_state(s.layer[0], s, head, slot);
+  ask_for_state(call.layer[0], s, head, slot);
+  for (int i = t; i < layers * (int)(sizeof(Layer) / 8); i += READERS)
+    ((uint64_t*)s.layer)[i] = ((const uint64_t*)call.layer)[i];
+  meet(1, READERS);
   if (t < layers) s.decay[t] = Twice<float>(decay_of(s.layer[t], head));
   if (warp == 5) find_angles(s.layer[0], s, head, slot, lane);
   float x[4];
@@ -212,15 +224,15 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     {
       uint4 qkvu[4][4];
       reader.arrived(4);
-      UNROLL for (int m = 0; m < 4; ++m) reader.template take<4>(qkvu[m], m, warp * 128);
-      reader.release(4);
+      UNROLL for (int m = 0; m < 4; ++m) reader.template take_of<4, WIDTH>(qkvu[m], m, warp * 128);
+      if (t < D) state.advance(s, s.decay[l], turned, column);
       if (l) add(x, awaited(ex.rows + own, mark ^ 1));
+      reader.release(4);
       lay_parts(parts, lane, x);
       __syncwarp();
       const Parts b(parts, lane);
       float sums[4][4] = {};
       UNROLL for (int i = 0; i < 4; ++i) UNROLL for (int m = 0; m < 4; ++m) b.add_to(sums[m], qkvu[m][i], i);
-      if (t < D) state.advance(s, s.decay[l], turned, column);
       const float squares = sum_of_warp(squares_of(x));
       UNROLL for (int m = 0; m < 4; ++m) put_row(s.sums[0][m * 8 + lane / 4], warp, lane, sums[m]);
       if (lane == 0) put(s.squares[0], warp, squares);
@@ -236,10 +248,9 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
         publish(ex.shares[head][slot] + column, share[0] + share[1], mark);
         UNROLL for (int i = 0; i < 8; ++i) state.k[i] = __shfl_sync(~0u, row, 8 + i);
       } else {
-        if (lane >= 16 && lane < 24) publish(ex.v[head] + slot * 8 + lane % 8, row, mark);
+        if (lane >= 16) publish((lane < 24 ? ex.v : ex.u)[head] + slot * 8 + lane % 8, row, mark);
         const float qk = sum_of_warp(row * __shfl_down_sync(~0u, row, 8), 8);
         if (lane == 0) publish(ex.qk[head] + slot, qk, mark);
-        publish_o(ex, head, slot, lane, row, mark);
       }
     }
 
@@ -248,28 +259,23 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     {
       uint4 out[4];
       reader.arrived(1 + TILES);
-      reader.template take<4>(out, 0, warp * 128);
-      UNROLL for (int i = 0; i < TILES; ++i) reader.template take<4>(maps[i], 1 + i, warp * 128);
-      reader.release(1 + TILES);
+      reader.template take<4, 256>(out, 0, warp * 32);
+      UNROLL for (int i = 0; i < TILES; ++i) reader.template take_of<4, WIDTH>(maps[i], 1 + i, warp * 128);
       if (t < D) word_of_v = look(ex.v[head] + column);
-      if (warp == 4) let_in(2, READERS);  // before this block's words are there, nobody asks for all
-      else meet(2, READERS);
-      float y[4] = {};
-      uint32_t word;
-      add(y, awaited(ex.gated + own, ex.squares + warp * 16 + lane % 16, word, mark));
-      lay_parts(parts, lane, y);
+      float y[4] = {}, sums[4][4] = {};
+      meet(1, READERS);  // before this block's words are there, nobody asks for others
+      const float squares = gated_o(ex, group * 2 + warp / 4, warp % 4 * 32, lane, mark, y);
+      reader.release(1 + TILES);
+      if (lane < 8) lay_parts(parts, lane, y);
       __syncwarp();
       const Parts b(parts, lane);
-      float sums[4] = {}, others[4] = {};
-      UNROLL for (int i = 0; i < 4; i += 2) b.add_to(sums, out[i], i), b.add_to(others, out[i + 1], i + 1);
-      const float squares = sum_of_warp(number(word), 16);
-      UNROLL for (int i = 0; i < 4; ++i) sums[i] += others[i];
-      put_row(s.sums[1][lane / 4], warp, lane, sums);
+      UNROLL for (int m = 0; m < 4; ++m) b.add_to(sums[m], out[m], 0);
+      UNROLL for (int m = 0; m < 4; ++m) put_row(s.sums[1][m * 8 + lane / 4], warp, lane, sums[m]);
       if (lane == 0) put(s.squares[1], warp, squares);
     }
     meet(1, READERS);
-    if (warp == 0 && lane < 8)
-      publish(ex.mixed + c * 8 + lane, total(s.sums[1][lane]) * factor(s.squares[1], a.gate_eps), mark);
+    if (warp == 0) publish(ex.mixed[group] + place_in_group * 32 + lane, total(s.sums[1][lane]), mark);
+    if (t == 32) publish(ex.squares[group] + place_in_group, total(s.squares[1]), mark);
     if (t < D) {
       while (!__all_sync(~0u, there(word_of_v, mark))) word_of_v = look(ex.v[head] + column);
       float* to = (float*)a.kv + (head * (turned ? 2 * D : D) + slot * 8) * D + column;
@@ -283,9 +289,21 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     // the channel mixer's two maps and their product
     {
       reader.arrived(TILES);
-      UNROLL for (int i = 0; i < TILES; ++i) reader.template take<4>(maps[TILES + i], i, warp * 128);
+      UNROLL for (int i = 0; i < TILES; ++i) reader.template take_of<4, WIDTH>(maps[TILES + i], i, warp * 128);
+      uint4 mixed[GROUPS];
+      uint32_t of_group;
+      bool ready;
+      do {
+        UNROLL for (int i = 0; i < GROUPS; ++i) mixed[i] = look_4(ex.mixed[i] + own);
+        of_group = look(ex.squares[lane % GROUPS] + place_in_group);
+        ready = there(of_group, mark);
+        UNROLL for (int i = 0; i < GROUPS; ++i) ready = ready && there(mixed[i], mark);
+      } while (!__all_sync(~0u, ready));
       reader.release(TILES);
-      add(x, awaited(ex.mixed + own, mark));
+      float added[4] = {};
+      UNROLL for (int i = 0; i < GROUPS; ++i) add(added, mixed[i]);
+      const float by = rsqrtf(sum_of_warp(number(of_group), GROUPS) / WIDTH + (float)a.gate_eps);
+      UNROLL for (int i = 0; i < 4; ++i) x[i] = fmaf(by, added[i], x[i]);
       lay_parts(parts, lane, x);
       __syncwarp();
       const Parts b(parts, lane);
@@ -307,23 +325,19 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       constexpr int LANES = LAST / 32;  // with numbers of the last chunk
       uint4 back[CHUNKS][4], words[CHUNKS];
       reader.arrived(CHUNKS);
-      UNROLL for (int i = 0; i + 1 < CHUNKS; ++i) reader.template take<4>(back[i], i, warp * 128);
-      reader.template take<LAST / 256>(back[CHUNKS - 1], CHUNKS - 1, warp * (LAST / 8));
-      reader.release(CHUNKS);
+      UNROLL for (int i = 0; i + 1 < CHUNKS; ++i)
+        reader.template take_of<4, INNER>(back[i], 0, i * 1024 + warp * 128);
+      reader.template take_of<LAST / 256, INNER>(back[CHUNKS - 1], 0, (CHUNKS - 1) * 1024 + warp * (LAST / 8));
       late_copies_are_there();
-      bool ready;
-      do {
-        ready = true;
-        UNROLL for (int i = 0; i < CHUNKS; ++i) {
-          const int at = i + 1 < CHUNKS ? own : warp * (LAST / 8) + lane % LANES * 4;
-          words[i] = look_4(ex.inner + i * 1024 + at);
-          ready = ready && there(words[i], mark);
-        }
-      } while (!__all_sync(~0u, ready));
+      const auto look_at = [&](int i) {
+        return look_4(ex.inner + i * 1024 + (i + 1 < CHUNKS ? own : warp * (LAST / 8) + lane % LANES * 4));
+      };
+      UNROLL for (int i = 0; i < CHUNKS; ++i) words[i] = look_at(i);
       float sums[4][4] = {};
       UNROLL for (int i = 0; i < CHUNKS; ++i) {
         const uint32_t here = parts + i % 2 * PARTS;
         float p[4] = {};
+        while (!__all_sync(~0u, there(words[i], mark))) UNROLL for (int j = i; j < CHUNKS; ++j) words[j] = look_at(j);
         add(p, words[i]);
         if (i + 1 < CHUNKS || lane < LANES) lay_parts(here, lane, p);
         __syncwarp();
@@ -331,6 +345,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
         UNROLL for (int j = 0; j < 4; ++j)
           if (i + 1 < CHUNKS || j < LAST / 256) b.add_to(sums[j], back[i][j], j);
       }
+      reader.release(CHUNKS);
       UNROLL for (int i = 0; i < 4; ++i) sums[0][i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
       put_row(s.sums[1][lane / 4], warp, lane, sums[0]);
     }
@@ -341,7 +356,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
   // the norm, and outputs of the head, 64 at a time
   const Outputs of_head(call.token, c);
   float r = 1;
-  if (c == 0 || of_head.begin < of_head.end) {
+  if (c == 0 || of_head.tiles) {
     add(x, awaited(ex.rows + own, (uses + layers - 1) & 1));
     lay_parts(parts, lane, x);
     __syncwarp();
@@ -350,13 +365,13 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     if (lane == 0) put(s.squares[0], warp, squares);
     meet(1, READERS);
     if (call.token.head) r = factor(s.squares[0], call.token.eps);
-    for (int first = of_head.begin, turn = 0; first < of_head.end; first += 64, turn ^= 1) {
-      const int tiles = of_head.end - first < 64 ? (of_head.end - first + 7) / 8 : 8;
+    for (int first = 0, turn = 0; first < of_head.tiles; first += 8, turn ^= 1) {
+      const int tiles = of_head.tiles - first < 8 ? of_head.tiles - first : 8;
       uint4 head[8][4];
       float sums[8][4] = {};
       reader.arrived(tiles);
       UNROLL for (int m = 0; m < 8; ++m)
-        if (m < tiles) reader.template take<4>(head[m], m, warp * 128);
+        if (m < tiles) reader.template take_of<4, WIDTH>(head[m], m, warp * 128);
       reader.release(tiles);
       UNROLL for (int m = 0; m < 8; ++m)
         if (m < tiles) {
@@ -364,10 +379,9 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
           put_row(s.sums[turn][m * 8 + lane / 4], warp, lane, sums[m]);
         }
       meet(1, READERS);
-      if (t < 64 && first + t < of_head.end) {
-        const float output = total(s.sums[turn][t]) * r;
-        ((Weight*)call.token.logits)[first + t] = (Weight)rounded_bf16(output, 0.0f);
-      }
+      const int output = Outputs::first(first + t / 8, c) + t % 8;
+      if (t < tiles * 8 && output < of_head.all)
+        ((Weight*)call.token.logits)[output] = (Weight)rounded_bf16(total(s.sums[turn][t]) * r, 0.0f);
     }
   }
 

@@ -72,9 +72,10 @@ __device__ __forceinline__ uint4 look_4(const float* at) {
 }
 #endif
 
-// Weights, 8 rows a stage, up to 1024 numbers each. The second row of a pair begins half a line of banks later, so that
-// threads which read 16 bytes of both do not meet. Stages are released in the order in which they were asked for.
-constexpr int PAIR = 2 * 2048 + 64, SECOND = 2048 + 64, STAGE = 4 * PAIR;
+// Weights, up to 16 KB a stage. Where a row is copied by itself, the second one of a pair begins half a line of banks
+// later, so that threads which read 16 bytes of both do not meet. Stages are released in the order in which they were
+// asked for.
+constexpr int PIECE = 8 * 2048, PAIR = 2 * 2048 + 64, SECOND = 2048 + 64, STAGE = 4 * PAIR;
 
 template <int SLOTS> struct Ring {
   uint64_t full[SLOTS], empty[SLOTS];
@@ -85,30 +86,51 @@ template <int SLOTS> struct Ring {
   }
 };
 
-// The thread that asks for weights; IN_FLIGHT stages at most are under way, as what blocks tell each other waits behind
-// them.
-template <int SLOTS, int IN_FLIGHT> struct Source {
+// A thread that asks for weights: the first one, or one of those that help it with rows which are not behind each
+// other. At most `in_flight` stages are under way, as what blocks tell each other waits behind them.
+//
+// A barrier says no more than whether the number of its uses is odd. Helpers wait for nothing but the room of stages
+// that cannot be full without them: of other stages, two uses may have passed.
+constexpr int ASKING = 4;
+template <int SLOTS> struct Source {
   Ring<SLOTS>& ring;
   const uint32_t stages;
   const uint64_t policy;
-  int at, turn, behind, behind_turn, asked;
+  const int who;
+  int in_flight, at, turn, behind, behind_turn, asked;
 
-  __device__ __forceinline__ Source(Ring<SLOTS>& ring, const void* stages)
-      : ring(ring), stages(place(stages)), policy(read_once()), at(0), turn(0), behind(0), behind_turn(0), asked(0) {}
+  __device__ __forceinline__ Source(Ring<SLOTS>& ring, const void* stages, int who)
+      : ring(ring), stages(place(stages)), policy(read_once()), who(who), in_flight(SLOTS), at(0), turn(0),
+        behind(0), behind_turn(0), asked(0) {}
 
-  // A stage: rows which are `apart` numbers from each other.
-  __device__ __forceinline__ void ask(const Weight* from, int rows, int numbers, int apart) {
+  // A stage: numbers behind each other, which come faster in one piece.
+  __device__ __forceinline__ void ask(const Weight* from, int numbers) {
+    if (who == 0) copy_bytes(begin(numbers * 2), from, numbers * 2, ring.full + at, policy);
+    end();
+  }
+  // 32 rows of 256 numbers; behind each other as if 8 rows were 1024 long.
+  __device__ __forceinline__ void ask_parts(const Weight* from, int apart) {
+    const uint32_t to = begin(8 * 2048);
+    ONCE for (int r = who; r < 32; r += ASKING)
+      copy_bytes(
+          to + r % 8 / 2 * PAIR + r % 2 * SECOND + r / 8 * 512, from + (int64_t)r * apart, 512, ring.full + at, policy);
+    end();
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t begin(int bytes) {
     wait(ring.empty + at, turn & 1 ^ 1);
-    if (asked == IN_FLIGHT) {
-      wait(ring.full + behind, behind_turn & 1);
-      if (++behind == SLOTS) behind = 0, ++behind_turn;
-    } else {
+    if (who == 0) {
+      for (; asked >= in_flight; --asked) {
+        wait(ring.full + behind, behind_turn & 1);
+        if (++behind == SLOTS) behind = 0, ++behind_turn;
+      }
       ++asked;
+      arrive_expecting(ring.full + at, bytes);
     }
-    arrive_expecting(ring.full + at, rows * numbers * 2);
-    const uint32_t to = stages + at * STAGE;
-    ONCE for (int r = 0; r < rows; ++r)
-      copy_bytes(to + r / 2 * PAIR + r % 2 * SECOND, from + (int64_t)r * apart, numbers * 2, ring.full + at, policy);
+    return stages + at * STAGE;
+  }
+  __device__ __forceinline__ void end() {
     if (++at == SLOTS) at = 0, ++turn;
   }
 };
@@ -116,27 +138,41 @@ template <int SLOTS, int IN_FLIGHT> struct Source {
 // A warp that reads them. `nothing` is 0, which the compiler does not know.
 template <int SLOTS> struct Reader {
   Ring<SLOTS>& ring;
-  const uint32_t rows, nothing;  // rows: where this thread's 16 bytes of a first stage are
+  const uint32_t place_of_stages, rows, nothing;  // rows: where this thread's 16 bytes of a first stage are
   const int lane;
   int at, turn;
   uint32_t read;
 
   __device__ __forceinline__ Reader(Ring<SLOTS>& ring, const void* stages, int lane, uint32_t nothing)
-      : ring(ring), rows(place(stages) + lane / 8 * PAIR + lane / 4 % 2 * SECOND + lane % 4 * 16), nothing(nothing),
-        lane(lane), at(0), turn(0), read(0) {}
+      : ring(ring), place_of_stages(place(stages)),
+        rows(place(stages) + lane / 8 * PAIR + lane / 4 % 2 * SECOND + lane % 4 * 16), nothing(nothing), lane(lane),
+        at(0), turn(0), read(0) {}
 
   __device__ __forceinline__ int slot(int stage) const { return at + stage - (at + stage >= SLOTS) * SLOTS; }
 
-  // The next stages are there; a lane waits for each.
+  // The next stages are there.
   __device__ __forceinline__ void arrived(int stages) {
-    if (lane < stages) wait(ring.full + slot(lane), turn + (at + lane >= SLOTS) & 1);
-    __syncwarp();
+    for (int i = 0; i < stages; ++i) wait(ring.full + slot(i), turn + (at + i >= SLOTS) & 1);
     read = 0;
   }
-  // Of row lane / 4 of a stage, numbers 8 (lane % 4) to 8 (lane % 4) + 7 of COUNT times 32 from `first` on.
-  template <int COUNT> __device__ __forceinline__ void take(uint4 (&a)[4], int stage, int first) {
+  // Of row lane / 4 of a stage, numbers 8 (lane % 4) to 8 (lane % 4) + 7 of COUNT times 32, the first from `first` on.
+  template <int COUNT, int APART = 32> __device__ __forceinline__ void take(uint4 (&a)[4], int stage, int first) {
     const uint32_t from = rows + slot(stage) * STAGE + first * 2;
-    UNROLL for (int i = 0; i < COUNT; ++i) a[i] = read_16(from + i * 64), read ^= a[i].x;
+    UNROLL for (int i = 0; i < COUNT; ++i) a[i] = read_16(from + i * APART * 2), read ^= a[i].x;
+  }
+  // The same of 8 rows of LENGTH numbers behind each other, over several stages. All rows begin in one bank: half of
+  // the threads read the other one of two pieces first.
+  template <int COUNT, int LENGTH> __device__ __forceinline__ void take_of(uint4 (&a)[4], int stage, int first) {
+    const int odd = lane / 4 % 2, from = lane / 4 * LENGTH * 2 + lane % 4 * 16 + first * 2;
+    UNROLL for (int i = 0; i < COUNT; ++i) {
+      const int other = i + 1 < COUNT || i % 2 ? i ^ 1 : i, at = from + (odd ? other : i) * 64;
+      const int piece = LENGTH > 1024 ? at / PIECE : 0;
+      a[i] = read_16(place_of_stages + slot(stage + piece) * STAGE + at - piece * PIECE), read ^= a[i].x;
+    }
+    UNROLL for (int i = 0; i + 1 < COUNT; i += 2) {
+      const uint4 x = a[i], y = a[i + 1];
+      a[i] = odd ? y : x, a[i + 1] = odd ? x : y;
+    }
   }
   // They may be overwritten. Arriving has to wait until what was read is in registers, which a barrier alone does not.
   __device__ __forceinline__ void release(int stages) {

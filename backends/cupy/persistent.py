@@ -17,7 +17,7 @@ from linattn.backends.cupy.memory import address
 FILE = "persistent.cu"
 CAPABILITY = 90  # times ten, as `sm_90a` asks for
 WIDTH, HEADS, BLOCKS, THREADS = 1024, 8, 128, 384  # the kernel's
-D = WIDTH // HEADS
+D, GROUPS = WIDTH // HEADS, 4
 MOST = 40  # layers, which a launch is told of at once
 STEP, WIDEST = 256, 3072  # inner widths of the channel mixer: multiples of STEP up to WIDEST
 
@@ -65,7 +65,7 @@ def runs(index: int) -> bool:
 
 def room(inner: int) -> int:
     """Bytes of the memory that blocks meet in (`Exchange` in persistent.cu)."""
-    words = 32 + 4 * WIDTH + HEADS * 16 * D + HEADS * 16 + BLOCKS + inner
+    words = 32 + (1 + 2 + GROUPS) * WIDTH + HEADS * 16 * D + HEADS * 16 + BLOCKS + inner
     return 4 * words
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parents[2]
+PLACES = "", "rows", "shares", "v", "u", "qk", "squares", "mixed", "inner"  # of words, in persistent.cpp
 SUMS = 1e-5  # of the largest number: what sums in float32 may be off by
 ACTS = {
     None: lambda x: x, "silu": torch.nn.functional.silu, "relu": torch.relu,
@@ -92,8 +93,9 @@ def check(
     exchange: Any = None,
     outputs: int = 0,
     seed: int = 0,
+    late: str = "",
 ) -> Any:
-    """A step by the kernel against the formulas; the bits of its result."""
+    """A step by the kernel against the formulas; the bits of its result. late: words that come last."""
     x = drawn(1, 1024, seed=seed).bfloat16()
     y = torch.full_like(x, math.nan)
     want, after = exactly(x, layers, feature_map)
@@ -106,7 +108,7 @@ def check(
         head, eps = drawn(outputs, 1024, seed=5, size=1 / 32).bfloat16(), 0.5
         end = persistent.End(head, torch.full((outputs,), math.nan, dtype=torch.bfloat16), eps)
         want = want * torch.rsqrt(want.square().mean() + eps)
-    run(persistent.told(x, y, layers, exchange, end), ctypes.c_uint32(seed))
+    run(persistent.told(x, y, layers, exchange, end), ctypes.c_uint32(seed), PLACES.index(late))
     assert_near(y, want, tolerance.UNIT["bfloat16"])
     if end is not None:
         assert_near(end.logits, want[0] @ end.head.double().T, tolerance.UNIT["bfloat16"])
@@ -131,6 +133,11 @@ def test_one_layer(feature_map: str | None) -> None:
 
 def test_the_published_width() -> None:
     check([layer(0, 2816, turned=True), layer(1, 2816)])
+
+
+@pytest.mark.parametrize("late", PLACES[1:])
+def test_words_that_come_last(late: str) -> None:
+    check([layer(0, 256, turned=True), layer(1, 256)], late=late)
 
 
 @pytest.mark.parametrize("outputs", [1, 100, 1024, 9000])
@@ -159,45 +166,53 @@ def test_the_same_bits_in_any_order_of_threads() -> None:
         check(layers, exchange=exchange, seed=turn)
         again = [layer(i, 256, turned=i == 1) for i in range(2)]
         x, y = drawn(1, 1024, seed=0).bfloat16(), torch.zeros(1, 1024, dtype=torch.bfloat16)
-        library(256).persistent_run(persistent.told(x, y, again, exchange), ctypes.c_uint32(100 + turn))
+        told = persistent.told(x, y, again, exchange)
+        library(256).persistent_run(told, ctypes.c_uint32(100 + turn), 0)
         seen.append((y, again[1].kv))
     for y, kv in seen[1:]:
         assert torch.equal(y, seen[0][0]) and torch.equal(kv, seen[0][1])
 
 
+# what is wrong: the source, the right text, the wrong one, and words that come last
 MUTANTS = {
-    "rows": ("persistent.cu", "awaited(ex.rows + own, mark ^ 1)", "look_4(ex.rows + own)"),
-    "what is gated": ("persistent.cu", "awaited(ex.gated + own, mark)", "look_4(ex.gated + own)"),
-    "squares": (
-        "persistent.cu", "16);\n      while (!there(word, mark));", "16);\n      while (false);",
+    "rows": ("persistent.cu", "awaited(ex.rows + own, mark ^ 1)", "look_4(ex.rows + own)", "rows"),
+    "shares of o": ("persistent.cu", "ready = ready && there(shares[i], mark);", ";", "shares"),
+    "values": ("persistent.cu", "ready = there(v, mark) && ", "ready = ", "v"),
+    "gates": ("persistent.cu", "there(v, mark) && there(u, mark)", "there(v, mark)", "u"),
+    "weights of values": ("persistent.cu", " && there(qk, mark)", "", "qk"),
+    "shares of the projection": ("persistent.cu", "ready = ready && there(mixed[i], mark);", ";", "mixed"),
+    "squares": ("persistent.cu", "ready = there(of_group, mark);", "ready = true;", "squares"),
+    "inner rows": ("persistent.cu", "while (!__all_sync(~0u, there(words[i], mark)))", "if (false)", "inner"),
+    "values for the state": (
+        "persistent.cu", "while (!__all_sync(~0u, there(word_of_v, mark)))", "if (false)", "v",
     ),
-    "inner rows": ("persistent.cu", "while (!ready);", "while (false);"),
-    "values": ("persistent.cu", "while (!there(word_of_v, mark))", "if (false)"),
-    "shares": ("persistent.cu", "awaited(ex.shares[head][lane / 2] + slot * 8 + half, mark)",
-               "look_4(ex.shares[head][lane / 2] + slot * 8 + half)"),
-    "the state": ("persistent.cu", "      late_copies_are_there();\n      bool ready", "      bool ready"),
-    "stages": ("persistent.cuh", "if (lane < stages) wait(ring.full", "if (false) wait(ring.full"),
-    "room": ("persistent.cuh", "    wait(ring.empty + at, turn & 1 ^ 1);\n", ""),
-    "the last bit": ("persistent.cuh", "return (word & 1) == mark;", "return word != 0;"),
-    "a number's third part": ("persistent.cuh", "for (int n = 0; n < 3; ++n)", "for (int n = 0; n < 2; ++n)"),
-    "the mark taken off": ("persistent.cuh", "return from_bits(word & ~1u);", "return from_bits(word);"),
+    "the state": ("persistent.cu", "      late_copies_are_there();\n      const", "      const", ""),
+    "stages": ("persistent.cuh", "i < stages; ++i) wait(ring.full", "i < 0; ++i) wait(ring.full", ""),
+    "room": ("persistent.cuh", "    wait(ring.empty + at, turn & 1 ^ 1);\n", "", ""),
+    "the last bit": ("persistent.cuh", "return (word & 1) == mark;", "return word != 0;", ""),
+    "a number's third part": (
+        "persistent.cuh", "for (int n = 0; n < 3; ++n)", "for (int n = 0; n < 2; ++n)", "",
+    ),
+    "the mark taken off": (
+        "persistent.cuh", "return from_bits(word & ~1u);", "return from_bits(word);", "",
+    ),
 }  # fmt: skip
-
-
-QUICK = "what is gated", "the state", "room", "the last bit"
+QUICK = "shares of o", "the state", "room", "the last bit"
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTANTS]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_without(name: str) -> None:
     """Each wait is needed, and each part of a number: in a process of its own, as kernels may stop it."""
+    file, right, _, _ = MUTANTS[name]
+    assert (sources.FOLDER / file).read_text(encoding="utf-8").count(right) == 1
     code = f"from tests.cupy.test_persistent import mutant; mutant({name!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode and ("AssertionError" in done.stderr or "block" in done.stderr), done.stderr
 
 
 def mutant(name: str) -> None:
-    file, right, wrong = MUTANTS[name]
+    file, right, wrong, late = MUTANTS[name]
     with changed(file, right, wrong):
-        check([layer(0, 1280, turned=True), layer(1, 1280)])
+        check([layer(0, 1280, turned=True), layer(1, 1280)], late=late)
         test_the_same_bits_in_any_order_of_threads()
