@@ -79,9 +79,11 @@ constexpr int PIECE = 8 * 2048, PAIR = 2 * 2048 + 64, SECOND = 2048 + 64, STAGE 
 
 template <int SLOTS> struct Ring {
   uint64_t full[SLOTS], empty[SLOTS];
+  uint64_t help, gap;  // the first thread has room for rows that others ask for with it
 
   __device__ __forceinline__ void begin(int readers) {
     for (int i = 0; i < SLOTS; ++i) barrier_begin(full + i, 1), barrier_begin(empty + i, readers);
+    barrier_begin(&help, 1);
     barriers_are_seen();
   }
 };
@@ -89,19 +91,19 @@ template <int SLOTS> struct Ring {
 // A thread that asks for weights: the first one, or one of those that help it with rows which are not behind each
 // other. At most `in_flight` stages are under way, as what blocks tell each other waits behind them.
 //
-// A barrier says no more than whether the number of its uses is odd. Helpers wait for nothing but the room of stages
-// that cannot be full without them: of other stages, two uses may have passed.
+// A barrier says no more than whether the number of its uses is odd. Of stages that need no help, a helper may have
+// missed two uses, or be one ahead; so it waits for the first thread alone, which cannot go on without it for long.
 constexpr int ASKING = 4;
 template <int SLOTS> struct Source {
   Ring<SLOTS>& ring;
   const uint32_t stages;
   const uint64_t policy;
   const int who;
-  int in_flight, at, turn, behind, behind_turn, asked;
+  int in_flight, at, turn, behind, behind_turn, asked, turn_of_help;
 
   __device__ __forceinline__ Source(Ring<SLOTS>& ring, const void* stages, int who)
       : ring(ring), stages(place(stages)), policy(read_once()), who(who), in_flight(SLOTS), at(0), turn(0),
-        behind(0), behind_turn(0), asked(0) {}
+        behind(0), behind_turn(0), asked(0), turn_of_help(0) {}
 
   // A stage: numbers behind each other, which come faster in one piece.
   __device__ __forceinline__ void ask(const Weight* from, int numbers) {
@@ -110,7 +112,9 @@ template <int SLOTS> struct Source {
   }
   // 32 rows of 256 numbers; behind each other as if 8 rows were 1024 long.
   __device__ __forceinline__ void ask_parts(const Weight* from, int apart) {
-    const uint32_t to = begin(8 * 2048);
+    if (who == 0) begin(8 * 2048), arrive(&ring.help);
+    else wait(&ring.help, turn_of_help++ & 1);
+    const uint32_t to = stages + at * STAGE;
     ONCE for (int r = who; r < 32; r += ASKING)
       copy_bytes(
           to + r % 8 / 2 * PAIR + r % 2 * SECOND + r / 8 * 512, from + (int64_t)r * apart, 512, ring.full + at, policy);
@@ -120,14 +124,12 @@ template <int SLOTS> struct Source {
  private:
   __device__ __forceinline__ uint32_t begin(int bytes) {
     wait(ring.empty + at, turn & 1 ^ 1);
-    if (who == 0) {
-      for (; asked >= in_flight; --asked) {
-        wait(ring.full + behind, behind_turn & 1);
-        if (++behind == SLOTS) behind = 0, ++behind_turn;
-      }
-      ++asked;
-      arrive_expecting(ring.full + at, bytes);
+    for (; asked >= in_flight; --asked) {
+      wait(ring.full + behind, behind_turn & 1);
+      if (++behind == SLOTS) behind = 0, ++behind_turn;
     }
+    ++asked;
+    arrive_expecting(ring.full + at, bytes);
     return stages + at * STAGE;
   }
   __device__ __forceinline__ void end() {

@@ -131,8 +131,11 @@ def test_one_layer(feature_map: str | None) -> None:
     check([layer(0, 256, turned=feature_map == "silu", eps=0.5, gate_eps=0.25)], feature_map)
 
 
-def test_the_published_width() -> None:
-    check([layer(0, 2816, turned=True), layer(1, 2816)])
+@pytest.mark.parametrize("inner", [1280, 2816, 3072])
+def test_stages_go_round(inner: int) -> None:
+    """11 to 14 of them a layer, in 12 places: whoever is ahead, or late, may meet another use of a place."""
+    for seed in range(3):
+        check([layer(i, inner, turned=i == 0) for i in range(5)], outputs=1100, seed=seed)
 
 
 @pytest.mark.parametrize("late", PLACES[1:])
@@ -189,6 +192,7 @@ MUTANTS = {
     "the state": ("persistent.cu", "      late_copies_are_there();\n      const", "      const", ""),
     "stages": ("persistent.cuh", "i < stages; ++i) wait(ring.full", "i < 0; ++i) wait(ring.full", ""),
     "room": ("persistent.cuh", "    wait(ring.empty + at, turn & 1 ^ 1);\n", "", ""),
+    "helpers": ("persistent.cuh", "    else wait(&ring.help, turn_of_help++ & 1);\n", "", ""),
     "the last bit": ("persistent.cuh", "return (word & 1) == mark;", "return word != 0;", ""),
     "a number's third part": (
         "persistent.cuh", "for (int n = 0; n < 3; ++n)", "for (int n = 0; n < 2; ++n)", "",
@@ -216,3 +220,4 @@ def mutant(name: str) -> None:
     with changed(file, right, wrong):
         check([layer(0, 1280, turned=True), layer(1, 1280)], late=late)
         test_the_same_bits_in_any_order_of_threads()
+        test_stages_go_round(2816)
