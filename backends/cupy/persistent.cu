@@ -61,9 +61,10 @@ struct Shared {
 // A row's sum over the warps.
 __device__ __forceinline__ float total(const float4 (&x)[2]) { return sum_of(x[0]) + sum_of(x[1]); }
 __device__ __forceinline__ void put(float4 (&x)[2], int warp, float sum) { ((float*)x)[warp] = sum; }
-__device__ __forceinline__ void put_row(float4 (&x)[2], int warp, int lane, const float (&sums)[4]) {
-  const float row = row_of(sums, lane);
-  if (lane % 4 == 0) put(x, warp, row);
+template <int TILES>
+__device__ __forceinline__ void put_rows(float4 (*x)[2], int warp, int lane, const float (*sums)[4]) {
+  const float row = row_of<TILES>(sums, lane);
+  if (lane % 4 < TILES) put(x[lane % 4 * 8 + lane / 4], warp, row);
 }
 __device__ __forceinline__ float factor(const float4 (&squares)[2], double eps) {
   return rsqrtf(total(squares) / WIDTH + (float)eps);
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       float sums[4][4] = {};
       UNROLL for (int i = 0; i < 4; ++i) UNROLL for (int m = 0; m < 4; ++m) b.add_to(sums[m], qkvu[m][i], i);
       const float squares = sum_of_warp(squares_of(x));
-      UNROLL for (int m = 0; m < 4; ++m) put_row(s.sums[0][m * 8 + lane / 4], warp, lane, sums[m]);
+      put_rows<4>(s.sums[0], warp, lane, sums);
       if (lane == 0) put(s.squares[0], warp, squares);
     }
     meet(1, READERS);
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       __syncwarp();
       const Parts b(parts, lane);
       UNROLL for (int m = 0; m < 4; ++m) b.add_to(sums[m], out[m], 0);
-      UNROLL for (int m = 0; m < 4; ++m) put_row(s.sums[1][m * 8 + lane / 4], warp, lane, sums[m]);
+      put_rows<4>(s.sums[1], warp, lane, sums);
       if (lane == 0) put(s.squares[1], warp, squares);
     }
     meet(1, READERS);
@@ -310,14 +311,15 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       float sums[2 * TILES][4] = {};
       UNROLL for (int i = 0; i < 4; ++i) UNROLL for (int m = 0; m < 2 * TILES; ++m) b.add_to(sums[m], maps[m][i], i);
       const float squares = sum_of_warp(squares_of(x));
-      UNROLL for (int m = 0; m < 2 * TILES; ++m)
-        put_row(s.sums[0][m % 2 * 32 + m / 2 * 8 + lane / 4], warp, lane, sums[m]);
+      UNROLL for (int m = 0; m + 4 <= 2 * TILES; m += 4) put_rows<4>(s.sums[0] + m * 8, warp, lane, sums + m);
+      if (TILES % 2) put_rows<2>(s.sums[0] + (TILES - 1) * 16, warp, lane, sums + 2 * (TILES - 1));
       if (lane == 0) put(s.squares[0], warp, squares);
     }
     meet(1, READERS);
     if (warp == 0 && lane < S::OWN) {
       const float r = factor(s.squares[0], a.eps);
-      publish(ex.inner + c * S::OWN + lane, total(s.sums[0][lane]) * r * (total(s.sums[0][32 + lane]) * r), mark);
+      const float4(*sums)[2] = s.sums[0] + lane / 8 * 16 + lane % 8;  // of l1, and of l2 behind 8 of them
+      publish(ex.inner + c * S::OWN + lane, total(sums[0]) * r * (total(sums[8]) * r), mark);
     }
 
     // and back
@@ -347,7 +349,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       }
       reader.release(CHUNKS);
       UNROLL for (int i = 0; i < 4; ++i) sums[0][i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-      put_row(s.sums[1][lane / 4], warp, lane, sums[0]);
+      put_rows<1>(s.sums[1], warp, lane, sums);
     }
     meet(1, READERS);
     if (warp == 0 && lane < 8) publish(ex.rows + c * 8 + lane, total(s.sums[1][lane]), mark);
@@ -374,10 +376,8 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
         if (m < tiles) reader.template take_of<4, WIDTH>(head[m], m, warp * 128);
       reader.release(tiles);
       UNROLL for (int m = 0; m < 8; ++m)
-        if (m < tiles) {
-          UNROLL for (int i = 0; i < 4; ++i) b.add_to(sums[m], head[m][i], i);
-          put_row(s.sums[turn][m * 8 + lane / 4], warp, lane, sums[m]);
-        }
+        if (m < tiles) UNROLL for (int i = 0; i < 4; ++i) b.add_to(sums[m], head[m][i], i);
+      put_rows<4>(s.sums[turn], warp, lane, sums), put_rows<4>(s.sums[turn] + 32, warp, lane, sums + 4);
       meet(1, READERS);
       const int output = Outputs::first(first + t / 8, c) + t % 8;
       if (t < tiles * 8 && output < of_head.all)

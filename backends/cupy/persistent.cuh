@@ -190,13 +190,26 @@ template <int SLOTS> struct Reader {
 // A product has 8 weights of a thread at once, of row lane / 4, as if pairs 0 and 2 of them were of one row and pairs 1
 // and 3 of another one. Columns 0, 1, 2 of the other operand are a number's three parts, for pairs 0 and 2; columns 3,
 // 4, 5 those for pairs 1 and 3. So columns 0, 1, 2 of the first row count, and 3, 4, 5 of the second.
-__device__ __forceinline__ float row_of(const float (&s)[4], int lane) {  // all four lanes of a row get it
+__device__ __forceinline__ float part_of_row(const float (&s)[4], int lane) {  // the four lanes of a row have its parts
   const int quarter = lane % 4;
   float x = quarter < 2 ? s[0] : s[2];
   x += quarter == 0 ? s[1] : s[3];
-  x = quarter == 3 ? 0 : x;
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
+  return quarter == 3 ? 0 : x;
+}
+// Of two numbers, the one that `mine` says, with the part of it that the lane has which is `by` apart.
+__device__ __forceinline__ float joined(float first, float second, bool mine, int by) {
+  return (mine ? second : first) + __shfl_xor_sync(~0u, mine ? first : second, by);
+}
+// Rows of one, two or four tiles; of four lanes, lane q has the row of tile q % TILES.
+template <int TILES> __device__ __forceinline__ float row_of(const float (*s)[4], int lane) {
+  static_assert(TILES == 1 || TILES == 2 || TILES == 4, "lanes that share a row");
+  float x[TILES];
+  UNROLL for (int m = 0; m < TILES; ++m) x[m] = part_of_row(s[m], lane);
+  const bool odd = lane % 2, high = lane % 4 / 2;
+  if (TILES == 4)
+    return joined(joined(x[0], x[TILES / 2 - 1], odd, 1), joined(x[TILES / 2], x[TILES - 1], odd, 1), high, 2);
+  const float sum = TILES == 2 ? joined(x[0], x[TILES - 1], odd, 1) : x[0] + __shfl_xor_sync(~0u, x[0], 1);
+  return sum + __shfl_xor_sync(~0u, sum, 2);
 }
 
 __device__ __forceinline__ float cut(float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000); }
