@@ -38,7 +38,7 @@ struct Call {
 // In memory that began as 0, and is for one stream and one INNER: of words that not every use writes, the last bit
 // would say nothing.
 template <int INNER> struct Exchange {
-  unsigned uses, gap[31];      // how many layers have used it
+  float uses, gap[31];         // how many layers have used it, as bits
   float rows[WIDTH];           // what l3 adds to x
   float shares[HEADS][16][D];  // of o, without this token
   float v[HEADS][D], u[HEADS][D];
@@ -88,6 +88,7 @@ template <int INNER>
 __device__ __forceinline__ void ask_for_weights(const Call& call, Shared& s, const void* stages, int who) {
   typedef Sizes<INNER> S;
   typedef const Weight* Rows;
+  static_assert(IN_FLIGHT <= 5 + 2 * S::TILES + S::CHUNKS, "a helper may have missed two stages that need help");
   const int c = blockIdx.x;
   Source<SLOTS> source(s.ring, stages, who);
   for (int l = 0; l < (int)call.token.layers; ++l) {
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
   Reader<SLOTS> reader(s.ring, shared_memory, lane, (uint32_t)call.token.nothing);
   const uint32_t parts = place(s.parts[warp]);
   const int own = warp * 128 + lane * 4, column = t;  // this lane's numbers of x; of the state, if there is one
-  const unsigned uses = ex.uses + 1;
+  const unsigned uses = look(&ex.uses) + 1;
   ask_for_state(call.layer[0], s, head, slot);
   for (int i = t; i < layers * (int)(sizeof(Layer) / 8); i += READERS)
     ((uint64_t*)s.layer)[i] = ((const uint64_t*)call.layer)[i];
@@ -390,6 +391,6 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
         make_uint2(rounded_bf16(r * x[0], r * x[1]), rounded_bf16(r * x[2], r * x[3]));
     for (int i = t; i < layers; i += READERS) *(int64_t*)s.layer[i].length += 1;
     meet(1, READERS);
-    if (t == 0) ex.uses += layers;
+    if (t == 0) tell(&ex.uses, uses - 1 + layers);
   }
 }

@@ -176,10 +176,11 @@ template <int SLOTS> struct Reader {
       a[i] = odd ? y : x, a[i + 1] = odd ? x : y;
     }
   }
-  // They may be overwritten. Arriving has to wait until what was read is in registers, which a barrier alone does not.
+  // They may be overwritten. Arriving has to wait until what was read is in all lanes' registers, which neither a
+  // barrier nor meeting them does.
   __device__ __forceinline__ void release(int stages) {
-    __syncwarp();
-    if (lane < stages) arrive((uint64_t*)((char*)(ring.empty + slot(lane)) + (read & nothing)));
+    const bool never = !__all_sync(~0u, !(read & nothing));
+    if (lane < stages) arrive((uint64_t*)((char*)(ring.empty + slot(lane)) + never));
     at += stages;
     if (at >= SLOTS) at -= SLOTS, ++turn;
   }

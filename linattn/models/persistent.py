@@ -134,7 +134,8 @@ _exchanges: dict[int, dict[tuple[int, int, int], Tensor]] = {}  # of devices, by
 def _inner(layers: Sequence[TransNormerLayer], x: Tensor) -> int | None:
     """The inner width of the first layer's channel mixer; None for layers of sizes that it does not take."""
     mixer, channels = (layers[0]._modules.get(name) for name in ("token_mixer", "channel_mixer"))
-    heads, inner = getattr(mixer, "num_heads", 0), getattr(getattr(channels, "l3", None), "in_features", 0)
+    weight = getattr(getattr(channels, "l3", None), "_parameters", {}).get("weight")
+    heads, inner = getattr(mixer, "num_heads", 0), 0 if weight is None else weight.shape[-1]
     return inner if _kernel().refusal(x.shape[1], heads, inner, len(layers)) is None else None
 
 

@@ -94,8 +94,12 @@ def check(
     outputs: int = 0,
     seed: int = 0,
     late: str = "",
+    tired: int = -1,
 ) -> Any:
-    """A step by the kernel against the formulas; the bits of its result. late: words that come last."""
+    """A step by the kernel against the formulas; the bits of its result.
+
+    late: words that come last. tired: a warp of each block that sleeps most of the time; others nap then.
+    """
     x = drawn(1, 1024, seed=seed).bfloat16()
     y = torch.full_like(x, math.nan)
     want, after = exactly(x, layers, feature_map)
@@ -108,7 +112,7 @@ def check(
         head, eps = drawn(outputs, 1024, seed=5, size=1 / 32).bfloat16(), 0.5
         end = persistent.End(head, torch.full((outputs,), math.nan, dtype=torch.bfloat16), eps)
         want = want * torch.rsqrt(want.square().mean() + eps)
-    run(persistent.told(x, y, layers, exchange, end), ctypes.c_uint32(seed), PLACES.index(late))
+    run(persistent.told(x, y, layers, exchange, end), ctypes.c_uint32(seed), PLACES.index(late), tired)
     assert_near(y, want, tolerance.UNIT["bfloat16"])
     if end is not None:
         assert_near(end.logits, want[0] @ end.head.double().T, tolerance.UNIT["bfloat16"])
@@ -136,6 +140,12 @@ def test_stages_go_round(inner: int) -> None:
     """11 to 14 of them a layer, in 12 places: whoever is ahead, or late, may meet another use of a place."""
     for seed in range(3):
         check([layer(i, inner, turned=i == 0) for i in range(5)], outputs=1100, seed=seed)
+
+
+@pytest.mark.parametrize("tired", range(12))
+def test_a_tired_warp(tired: int) -> None:
+    """Readers, who has the state, the one that asks for weights, its helpers: nobody relies on another's speed."""
+    check([layer(i, (1280, 2816)[tired % 2], turned=i == 0) for i in range(4)], tired=tired, seed=tired)
 
 
 @pytest.mark.parametrize("late", PLACES[1:])
@@ -170,7 +180,7 @@ def test_the_same_bits_in_any_order_of_threads() -> None:
         again = [layer(i, 256, turned=i == 1) for i in range(2)]
         x, y = drawn(1, 1024, seed=0).bfloat16(), torch.zeros(1, 1024, dtype=torch.bfloat16)
         told = persistent.told(x, y, again, exchange)
-        library(256).persistent_run(told, ctypes.c_uint32(100 + turn), 0)
+        library(256).persistent_run(told, ctypes.c_uint32(100 + turn), 0, -1)
         seen.append((y, again[1].kv))
     for y, kv in seen[1:]:
         assert torch.equal(y, seen[0][0]) and torch.equal(kv, seen[0][1])

@@ -116,6 +116,17 @@ def test_steps_are_those_of_the_modules(
         assert (mine.kv.double() - other.kv).abs().max() <= 0.05 * other.kv.abs().max()
 
 
+def test_widths_are_those_of_weights(one: Any, launched: list[Any]) -> None:
+    """Not what modules were made with: the memory that blocks meet in has to have room for all of it."""
+    wider = built(512)
+    for layer, other in zip(one.layers, wider.layers, strict=True):
+        for name in ("l1", "l2", "l3"):
+            getattr(layer.channel_mixer, name).weight = getattr(other.channel_mixer, name).weight
+    walked(one, rows(1))
+    ((_, _, layers, *_),) = launched
+    assert layers[0].l3.shape[1] == persistent._inner(one._layers(), rows()[0]) == 512
+
+
 def test_rows_that_lie_apart(one: Any, launched: list[Any]) -> None:
     want, _ = walked(one, rows())
     apart = torch.stack([rows(), rows()], -1)[..., 0]

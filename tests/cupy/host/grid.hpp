@@ -68,13 +68,15 @@ static std::vector<Warp> warps;
 static std::vector<std::map<int, Meeting>> meetings;  // of blocks, by number
 static std::vector<Barrier> barriers;
 static std::vector<std::vector<Copy>> late;  // of threads
-static std::deque<Copy> copies;
+static std::multimap<int64_t, Copy> copies;
 static std::multimap<int64_t, std::pair<float*, uint32_t>> words;
 static std::vector<char> shared;
 static int here, running, threads;  // a warp, warps, threads of a block
 static int64_t now, stuck;
 static uint32_t chance;
 static void* home;
+static std::vector<int64_t> asleep;  // until when, of warps
+static int tired = -1;               // a warp of each block that sleeps most, while others nap; -1: nobody does
 static char *slow_from, *slow_to;  // words of a place, if there is one, come later than all others
 static std::function<void()> body;
 
@@ -95,12 +97,12 @@ static inline void complete(Barrier& b) {
 
 // What is due arrives.
 static inline void deliver(int64_t until) {
-  while (!copies.empty() && copies.front().due <= until) {
-    const Copy& copy = copies.front();
+  while (!copies.empty() && copies.begin()->first <= until) {
+    const Copy copy = copies.begin()->second;
     memcpy(copy.to, copy.from, copy.bytes);
     barriers[copy.barrier].bytes -= copy.bytes;
     complete(barriers[copy.barrier]);
-    copies.pop_front();
+    copies.erase(copies.begin());
   }
   while (!words.empty() && words.begin()->first <= until) {
     memcpy(words.begin()->second.first, &words.begin()->second.second, 4);
@@ -117,8 +119,10 @@ static inline void run(void** from, int warp, int lane) {
 }
 static inline int next_warp() {
   int next = here;
-  do next = (next + 1) % (int)warps.size();
-  while (!warps[next].alive);
+  do {
+    next = (next + 1) % (int)warps.size();
+    if (next == here) now += 64;
+  } while (!warps[next].alive || asleep[next] > now);
   return next;
 }
 static inline int next_lane(const Warp& w) {
@@ -140,6 +144,7 @@ static inline void yield() {
   }
   w.idle = 0;
   w.lane = next_lane(w);
+  if (tired >= 0 && !drawn(here % (threads / LANES) == tired ? 6 : 400)) asleep[here] = now + drawn(1 << 20);
   const int next = next_warp();
   if (next != here || warps[next].lane != lane) run(&w.stack[lane], next, warps[next].lane);
 }
@@ -162,6 +167,7 @@ static inline void launch(int blocks, int of_block, uint32_t seed, std::function
   threads = of_block, body = kernel, chance = seed, now = stuck = 0;
   running = blocks * threads / LANES;
   warps.assign(running, Warp());
+  asleep.assign(running, 0);
   meetings.assign(blocks, {});
   late.assign(blocks * threads, {});
   barriers.clear();
@@ -266,7 +272,8 @@ static inline void copy_bytes(uint32_t to, const void* from, int bytes, uint64_t
   if (bytes % 16 || (uintptr_t)from % 16) grid::fail("a copy that is none of 16 bytes");
   char* const place = grid::checked(to, 16);
   memset(place, 0xff, bytes);
-  grid::copies.push_back({grid::now + grid::LATE, place, from, bytes, (int)*barrier});
+  const int64_t due = grid::now + grid::drawn(grid::LATE);
+  grid::copies.emplace(due, grid::Copy{due, place, from, bytes, (int)*barrier});
 }
 static inline std::vector<grid::Copy>& own_copies() { return grid::late[blockIdx.x * grid::threads + threadIdx.x]; }
 static inline void copy_late(uint32_t to, const void* from) {
