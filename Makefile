@@ -10,13 +10,14 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist workstea
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 GPU = $(GPU_PYTHON) -m pytest -n $(JOBS) --dist worksteal -m gpu -W default -p no:cacheprovider
 
-.PHONY: help demo test test-full test-gpu test-gpu-all sanitize-gpu docs lint format clean
+.PHONY: help demo test test-full test-newest test-gpu test-gpu-all sanitize-gpu docs lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       backends, verification, two minutes of training on text, one picture"
 	@echo "make test       format, lint, types and the CPU suite"
 	@echo "make test-full  the same with every combination of options"
+	@echo "make test-newest  the models under the newest transformers that pip finds, which users get"
 	@echo "make test-gpu   every property and every kernel on a GPU, with PYTHON as it is: nothing is installed"
 	@echo "make test-gpu-all  the same with every combination of options"
 	@echo "make sanitize-gpu  small calls of every kind under compute-sanitizer: memory, races, barriers"
@@ -46,6 +47,12 @@ test: lint
 
 test-full: lint
 	$(PYTEST) -m "not gpu" --hypothesis-profile=full
+
+# beside .venv, which keeps the version that it has; what will go some day only warns
+NEWEST := .venv/newest
+test-newest: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(NEWEST) transformers
+	PYTHONPATH=$(NEWEST) $(PYTEST) -W default -m "not slow and not gpu" --hypothesis-profile=ci tests/models tests/integrations tests/train
 
 test-gpu:
 	$(GPU) tests/gpu

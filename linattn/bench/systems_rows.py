@@ -19,6 +19,7 @@ from linattn.bench import claims
 from linattn.bench.gpu_measure import STEPS, captured
 from linattn.bench.systems import CONTEXTS, LLAMA, OURS, PATCHED, TOKENS, Row, Task, clear, peak_of, timed
 from linattn.integrations.transformers import patch_minimax
+from linattn.models.huggingface.newer import CHECKPOINTING
 from linattn.models.transnormer import TransNormerCache, TransNormerForCausalLM, preset
 from linattn.nn import SimpleRMSNorm
 
@@ -100,7 +101,7 @@ def training(make: Callable[[], Any], batch: int, n: int) -> dict[str, Any]:
     for layers, note in SHARES:
         model = make()
         if layers:
-            model.gradient_checkpointing_enable()
+            getattr(model, f"{CHECKPOINTING}_enable")()
             blocks = model.get_decoder().layers
             for block in blocks[int(len(blocks) * layers) :]:
                 block.gradient_checkpointing = False

@@ -110,6 +110,7 @@ def exchange_of(layers: Sequence[TransNormerLayer], x: Tensor) -> Tensor | None:
 
     Kernels on one stream run one after the other, so they share it. A graph may be replayed on any stream, so
     what is captured has one of its own. None, too, for CUDA's streams of threads, which are many by one name.
+    A stream that somebody destroys has to have done its work: the next one may have its address.
     """
     inner, index = _inner(layers, x), x.device.index
     stream = torch._C._cuda_getCurrentRawStream(index)

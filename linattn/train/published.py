@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from linattn.errors import DataError, OptionError, ValueRangeError
+from linattn.models.huggingface.newer import CHECKPOINTING
 from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.train import checkpoint, run_folder, trainer_checkpoint
 from linattn.train.corpus import Corpus
@@ -302,7 +303,6 @@ def _trainer(
         max_grad_norm=1.0,
         bf16=device.type == "cuda",
         use_cpu=device.type == "cpu",
-        gradient_checkpointing=plan.checkpointing,
         save_steps=every,
         eval_strategy="steps",
         eval_steps=every,
@@ -313,6 +313,7 @@ def _trainer(
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
+        **{CHECKPOINTING: plan.checkpointing},
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would give every GPU that it sees a batch
     if device.type == "cpu":

@@ -144,7 +144,7 @@ def test_stages_go_round(inner: int) -> None:
 
 @pytest.mark.parametrize("tired", range(12))
 def test_a_tired_warp(tired: int) -> None:
-    """Readers, who has the state, the one that asks for weights, its helpers: nobody relies on another's speed."""
+    """Readers, the one that asks for weights, its helpers: nobody relies on another's speed."""
     check([layer(i, (1280, 2816)[tired % 2], turned=i == 0) for i in range(4)], tired=tired, seed=tired)
 
 

@@ -206,7 +206,7 @@ def walked(model: Any, rows: Any, states: Any = None) -> tuple[Any, Any]:
 
 
 def test_no_race() -> None:
-    model, rows = built(6), drawn(100)
+    model, rows = built(24), drawn(100)
     want, states = walked(model, rows)
     for _ in range(10):
         got, others = walked(model, rows)

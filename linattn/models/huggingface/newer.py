@@ -9,14 +9,16 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from linattn.errors import OptionError
 
-__all__ = ["CACHE", "CHECKPOINTS", "cache_given", "cache_of"]
+__all__ = ["CACHE", "CHECKPOINTING", "CHECKPOINTS", "cache_given", "cache_of"]
 
 _new = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if _new else "past_key_values"
 """The name among keywords of `generate`, and of what models return."""
-_newer = "is_activation_checkpointing"
-CHECKPOINTS = _newer if hasattr(PreTrainedModel, _newer) else "is_gradient_checkpointing"
-"""The attribute of a model that says whether it computes activations twice."""
+_newer = hasattr(PreTrainedModel, "is_activation_checkpointing")
+CHECKPOINTING = "activation_checkpointing" if _newer else "gradient_checkpointing"
+"""What computing activations twice is called: an argument of Trainer; with _enable, a method of models."""
+CHECKPOINTS = f"is_{CHECKPOINTING}"
+"""The attribute of a model that says whether it does."""
 
 
 def cache_given(past_key_values: Any, cache: Any) -> Any:

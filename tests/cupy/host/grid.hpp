@@ -271,6 +271,7 @@ static inline uint64_t read_once() { return 0; }
 static inline void copy_bytes(uint32_t to, const void* from, int bytes, uint64_t* barrier, uint64_t) {
   if (bytes % 16 || (uintptr_t)from % 16) grid::fail("a copy that is none of 16 bytes");
   char* const place = grid::checked(to, 16);
+  grid::checked(to + bytes - 16, 16);
   memset(place, 0xff, bytes);
   const int64_t due = grid::now + grid::drawn(grid::LATE);
   grid::copies.emplace(due, grid::Copy{due, place, from, bytes, (int)*barrier});
