@@ -27,15 +27,17 @@ __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(place(barrier)), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void wait(uint64_t* barrier, int phase) {
+__device__ __forceinline__ bool is_over(uint64_t* barrier, int phase) {  // looks for a while
   int over;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.s32 %0, 1, 0, p;\n}"
-        : "=r"(over)
-        : "r"(place(barrier)), "r"(phase)
-        : "memory");
-  } while (!over);
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.s32 %0, 1, 0, p;\n}"
+      : "=r"(over)
+      : "r"(place(barrier)), "r"(phase)
+      : "memory");
+  return over;
+}
+__device__ __forceinline__ void wait(uint64_t* barrier, int phase) {
+  while (!is_over(barrier, phase)) {}
 }
 
 // Copies of a tile at (feature, head, token, sequence): what lies outside of the array is read as 0, and not

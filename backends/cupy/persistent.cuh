@@ -123,7 +123,9 @@ template <int SLOTS> struct Source {
 
  private:
   __device__ __forceinline__ uint32_t begin(int bytes) {
-    wait(ring.empty + at, turn & 1 ^ 1);
+    // an error is better than a GPU that hangs: wherever blocks stand still, there is no more room after a while
+    for (int looked = 0; !is_over(ring.empty + at, turn & 1 ^ 1); ++looked)
+      if (looked == 1 << 22) __trap();
     for (; asked >= in_flight; --asked) {
       wait(ring.full + behind, behind_turn & 1);
       if (++behind == SLOTS) behind = 0, ++behind_turn;

@@ -201,7 +201,7 @@ MUTANTS = {
     ),
     "the state": ("persistent.cu", "      late_copies_are_there();\n      const", "      const", ""),
     "stages": ("persistent.cuh", "i < stages; ++i) wait(ring.full", "i < 0; ++i) wait(ring.full", ""),
-    "room": ("persistent.cuh", "    wait(ring.empty + at, turn & 1 ^ 1);\n", "", ""),
+    "room": ("persistent.cuh", "!is_over(ring.empty + at, turn & 1 ^ 1)", "false", ""),
     "helpers": ("persistent.cuh", "    else wait(&ring.help, turn_of_help++ & 1);\n", "", ""),
     "the last bit": ("persistent.cuh", "return (word & 1) == mark;", "return word != 0;", ""),
     "a number's third part": (

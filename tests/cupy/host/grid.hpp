@@ -262,10 +262,16 @@ static inline void arrive_expecting(uint64_t* barrier, int bytes) {
   grid::barriers[*barrier].bytes += bytes;
   arrive(barrier);
 }
-static inline void wait(uint64_t* barrier, int phase) {
-  while ((grid::barriers[*barrier].phase & 1) == phase) grid::yield();
-  grid::goes_on();
+static inline bool is_over(uint64_t* barrier, int phase) {
+  const bool over = (grid::barriers[*barrier].phase & 1) != phase;
+  if (over) grid::goes_on();
+  else grid::yield();
+  return over;
 }
+static inline void wait(uint64_t* barrier, int phase) {
+  while (!is_over(barrier, phase)) {}
+}
+static inline void __trap() { grid::fail("there is no more room"); }
 
 static inline uint64_t read_once() { return 0; }
 static inline void copy_bytes(uint32_t to, const void* from, int bytes, uint64_t* barrier, uint64_t) {
