@@ -276,12 +276,6 @@ __device__ __forceinline__ uint4 awaited(const float* at, uint32_t mark) {
   while (!__all_sync(~0u, there(words, mark)));
   return words;
 }
-__device__ __forceinline__ uint4 awaited(const float* at, const float* beside, uint32_t& word, uint32_t mark) {
-  uint4 words;
-  do words = look_4(at), word = look(beside);
-  while (!__all_sync(~0u, there(words, mark) && there(word, mark)));
-  return words;
-}
 __device__ __forceinline__ void add(float (&x)[4], const uint4& words) {
   x[0] += number(words.x), x[1] += number(words.y), x[2] += number(words.z), x[3] += number(words.w);
 }

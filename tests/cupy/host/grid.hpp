@@ -9,7 +9,6 @@ static char* shared_memory;  // of the block that runs
 
 #include <sys/mman.h>
 
-#include <deque>
 #include <functional>
 #include <map>
 
