@@ -56,13 +56,10 @@ struct Choice {
 // One number of the state, and beside it the other part if there are angles, one token later.
 template <class O, class S>
 __device__ __forceinline__ void advance(
-    S& cosine, S& sine, const Twice<S>& c, const Twice<S>& s, bool forgets, S added) {
+    S& cosine, S& sine, const Turn<S>& turn, bool forgets, S added) {
   if (forgets) cosine = added, sine = 0;  // whatever they were, NaN too
-  else if (O::ANGLES) {
-    const S old = cosine;
-    cosine = times(old, c, times(-sine, s, added));
-    sine = times(old, s, times(sine, c, S(0)));
-  } else if (O::DECAY) cosine = times(cosine, c, added);
+  else if (O::ANGLES) turn.apply(cosine, sine, added);
+  else if (O::DECAY) cosine = times(cosine, turn.large, added);
   else cosine += added;
 }
 
@@ -83,7 +80,7 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
   constexpr int THREADS = O::THREADS, W = O::W, LANES = O::LANES, AT_ONCE = O::AT_ONCE, WIDEST = O::WIDEST;
   constexpr int GROUPS = THREADS / LANES, COLUMNS = W * LANES, OWN = (WIDEST + THREADS - 1) / THREADS;
   __shared__ S of_q[WIDEST], of_k[WIDEST], found[GROUPS][COLUMNS + 1], sums[THREADS];
-  __shared__ Twice<S> cosines[O::TURNS], sines[O::TURNS];
+  __shared__ Turn<S> turns[O::TURNS];
   __shared__ bool forgotten;
   const unsigned thread = threadIdx.x % THREADS, lane = thread % LANES, group = thread / LANES;
   const int D = O::FULL ? WIDEST : (int)a.D, E = (int)a.E;
@@ -130,7 +127,7 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
     for (int d = (int)thread; d < (O::ANGLES == 2 ? D : 1); d += THREADS) {
       double c = 1, si = 0;
       if (O::ANGLES) cos_sin(fraction(O::ANGLES == 2 ? ((const double*)a.theta)[h * D + d] : a.angle), &c, &si);
-      cosines[d] = Twice<S>(c * factor), sines[d] = Twice<S>(si * factor);
+      turns[d] = Turn<S>(c * factor, si * factor);
     }
   }
   UNROLL for (int i = 0; i < OWN; ++i) {
@@ -151,7 +148,7 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
       if (d < D) {
         UNROLL for (int w = 0; w < W; ++w) {
           S sine = O::ANGLES ? others[u].v[w] : S(0);
-          advance<O>(rows[u].v[w], sine, cosines[own], sines[own], forgets, of_k[d] * widened<S>(v[w]));
+          advance<O>(rows[u].v[w], sine, turns[own], forgets, of_k[d] * widened<S>(v[w]));
           if (O::ANGLES) others[u].v[w] = sine;
           sum[w] += of_q[d] * rows[u].v[w];
         }
@@ -167,7 +164,7 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
     UNROLL for (int i = 0; i < OWN; ++i) {
       const int d = (int)thread + i * THREADS, own = O::ANGLES == 2 ? d : 0;
       if (d < D) {
-        advance<O>(z_cosine[i], z_sine[i], cosines[own], sines[own], forgets, of_k[d]);
+        advance<O>(z_cosine[i], z_sine[i], turns[own], forgets, of_k[d]);
         z[d * a.z_f] = z_cosine[i];
         if (O::ANGLES) z[(D + d) * a.z_f] = z_sine[i];
         weights += of_q[d] * z_cosine[i];

@@ -53,19 +53,12 @@ struct Shared {
   float4 sums[2][64][2];             // of rows, by warps
   float4 squares[2][2];
   uint32_t parts[WARPS][PARTS / 2];  // twice
-  Twice<float> decay[MOST], cosines[8], sines[8];  // the latter of the next layer
+  Twice<float> decay[MOST];
+  Turn<float> turns[8];  // of the next layer
   Layer layer[MOST];
   Ring<SLOTS> ring;
 };
 
-// A row's sum over the warps.
-__device__ __forceinline__ float total(const float4 (&x)[2]) { return sum_of(x[0]) + sum_of(x[1]); }
-__device__ __forceinline__ void put(float4 (&x)[2], int warp, float sum) { ((float*)x)[warp] = sum; }
-template <int TILES>
-__device__ __forceinline__ void put_rows(float4 (*x)[2], int warp, int lane, const float (*sums)[4]) {
-  const float row = row_of<TILES>(sums, lane);
-  if (lane % 4 < TILES) put(x[lane % 4 * 8 + lane / 4], warp, row);
-}
 __device__ __forceinline__ float factor(const float4 (&squares)[2], double eps) {
   return rsqrtf(total(squares) / WIDTH + (float)eps);
 }
@@ -127,7 +120,7 @@ __device__ __forceinline__ void find_angles(const Layer& a, Shared& s, int head,
   const double decay = decay_of(a, head);
   double cosine, sine;
   cos_sin(fraction((double)((const float*)a.theta)[head * D + slot * 8 + lane]), &cosine, &sine);
-  s.cosines[lane] = Twice<float>(cosine * decay), s.sines[lane] = Twice<float>(sine * decay);
+  s.turns[lane] = Turn<float>(cosine * decay, sine * decay);
 }
 
 // A block's rows of the state, a column a thread.
@@ -138,13 +131,12 @@ struct Rows {
   __device__ __forceinline__ void advance(const Shared& s, const Twice<float>& decay, bool turned, int column) {
     const bool forgets = decay.high == 0;  // whatever was there, NaN too
     UNROLL for (int i = 0; i < 8; ++i) {
-      const float old = forgets ? 0 : s.state[i][column];
+      now[i] = forgets ? 0 : s.state[i][column];
       if (turned) {
-        const float other = forgets ? 0 : s.state[8 + i][column];
-        now[i] = times(old, s.cosines[i], times(-other, s.sines[i], 0.0f));
-        sine[i] = times(old, s.sines[i], times(other, s.cosines[i], 0.0f));
+        sine[i] = forgets ? 0 : s.state[8 + i][column];
+        s.turns[i].apply(now[i], sine[i], 0.0f);
       } else {
-        now[i] = times(old, decay, 0.0f);
+        now[i] = times(now[i], decay, 0.0f);
       }
     }
   }
@@ -158,12 +150,14 @@ struct Rows {
 template <class E>
 __device__ __forceinline__ float gated_o(const E& ex, int head, int first, int lane, uint32_t mark, float (&y)[4]) {
   const int share = lane / 8, at = first + lane % 8 * 4;
-  uint4 shares[4], v, u;
-  uint32_t qk;
+  uint4 shares[4], v = no_words(mark), u = v;
+  uint32_t qk = v.x;
+  UNROLL for (int i = 0; i < 4; ++i) shares[i] = v;
   bool ready;
   do {
-    UNROLL for (int i = 0; i < 4; ++i) shares[i] = look_4(ex.shares[head][i * 4 + share] + at);
-    v = look_4(ex.v[head] + at), u = look_4(ex.u[head] + at), qk = look(ex.qk[head] + lane % 16);
+    UNROLL for (int i = 0; i < 4; ++i) look_for(shares[i], ex.shares[head][i * 4 + share] + at, mark);
+    look_for(v, ex.v[head] + at, mark), look_for(u, ex.u[head] + at, mark);
+    look_for(qk, ex.qk[head] + lane % 16, mark);
     ready = there(v, mark) && there(u, mark) && there(qk, mark);
     UNROLL for (int i = 0; i < 4; ++i) ready = ready && there(shares[i], mark);
   } while (!__all_sync(~0u, ready));
@@ -279,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     if (warp == 0) publish(ex.mixed[group] + place_in_group * 32 + lane, total(s.sums[1][lane]), mark);
     if (t == 32) publish(ex.squares[group] + place_in_group, total(s.squares[1]), mark);
     if (t < D) {
-      while (!__all_sync(~0u, there(word_of_v, mark))) word_of_v = look(ex.v[head] + column);
+      while (!__all_sync(~0u, there(word_of_v, mark))) look_for(word_of_v, ex.v[head] + column, mark);
       float* to = (float*)a.kv + (head * (turned ? 2 * D : D) + slot * 8) * D + column;
       state.store(to, turned, number(word_of_v));
     }
@@ -293,11 +287,12 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
       reader.arrived(TILES);
       UNROLL for (int i = 0; i < TILES; ++i) reader.template take_of<4, WIDTH>(maps[TILES + i], i, warp * 128);
       uint4 mixed[GROUPS];
-      uint32_t of_group;
+      UNROLL for (int i = 0; i < GROUPS; ++i) mixed[i] = no_words(mark);
+      uint32_t of_group = mixed[0].x;
       bool ready;
       do {
-        UNROLL for (int i = 0; i < GROUPS; ++i) mixed[i] = look_4(ex.mixed[i] + own);
-        of_group = look(ex.squares[lane % GROUPS] + place_in_group);
+        UNROLL for (int i = 0; i < GROUPS; ++i) look_for(mixed[i], ex.mixed[i] + own, mark);
+        look_for(of_group, ex.squares[lane % GROUPS] + place_in_group, mark);
         ready = there(of_group, mark);
         UNROLL for (int i = 0; i < GROUPS; ++i) ready = ready && there(mixed[i], mark);
       } while (!__all_sync(~0u, ready));
@@ -332,15 +327,18 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
         reader.template take_of<4, INNER>(back[i], 0, i * 1024 + warp * 128);
       reader.template take_of<LAST / 256, INNER>(back[CHUNKS - 1], 0, (CHUNKS - 1) * 1024 + warp * (LAST / 8));
       late_copies_are_there();
-      const auto look_at = [&](int i) {
-        return look_4(ex.inner + i * 1024 + (i + 1 < CHUNKS ? own : warp * (LAST / 8) + lane % LANES * 4));
+      pause(150);  // this block's words first; of four places at which blocks wait, it is worth it at this one
+      const auto look_from = [&](int first) {
+        UNROLL for (int i = first; i < CHUNKS; ++i)
+          look_for(words[i], ex.inner + i * 1024 + (i + 1 < CHUNKS ? own : warp * (LAST / 8) + lane % LANES * 4), mark);
       };
-      UNROLL for (int i = 0; i < CHUNKS; ++i) words[i] = look_at(i);
+      UNROLL for (int i = 0; i < CHUNKS; ++i) words[i] = no_words(mark);
+      look_from(0);
       float sums[4][4] = {};
       UNROLL for (int i = 0; i < CHUNKS; ++i) {
         const uint32_t here = parts + i % 2 * PARTS;
         float p[4] = {};
-        while (!__all_sync(~0u, there(words[i], mark))) UNROLL for (int j = i; j < CHUNKS; ++j) words[j] = look_at(j);
+        while (!__all_sync(~0u, there(words[i], mark))) look_from(i);
         add(p, words[i]);
         if (i + 1 < CHUNKS || lane < LANES) lay_parts(here, lane, p);
         __syncwarp();
@@ -356,7 +354,8 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     if (warp == 0 && lane < 8) publish(ex.rows + c * 8 + lane, total(s.sums[1][lane]), mark);
   }
 
-  // the norm, and outputs of the head, 64 at a time
+  // the norm, and outputs of the head
+  constexpr int TOGETHER = 8;  // times 8
   const Outputs of_head(call.token, c);
   float r = 1;
   if (c == 0 || of_head.tiles) {
@@ -368,17 +367,17 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
     if (lane == 0) put(s.squares[0], warp, squares);
     meet(1, READERS);
     if (call.token.head) r = factor(s.squares[0], call.token.eps);
-    for (int first = 0, turn = 0; first < of_head.tiles; first += 8, turn ^= 1) {
-      const int tiles = of_head.tiles - first < 8 ? of_head.tiles - first : 8;
-      uint4 head[8][4];
-      float sums[8][4] = {};
+    for (int first = 0, turn = 0; first < of_head.tiles; first += TOGETHER, turn ^= 1) {
+      const int tiles = of_head.tiles - first < TOGETHER ? of_head.tiles - first : TOGETHER;
+      uint4 head[TOGETHER][4];
+      float sums[TOGETHER][4] = {};
       reader.arrived(tiles);
-      UNROLL for (int m = 0; m < 8; ++m)
+      UNROLL for (int m = 0; m < TOGETHER; ++m)
         if (m < tiles) reader.template take_of<4, WIDTH>(head[m], m, warp * 128);
       reader.release(tiles);
-      UNROLL for (int m = 0; m < 8; ++m)
+      UNROLL for (int m = 0; m < TOGETHER; ++m)
         if (m < tiles) UNROLL for (int i = 0; i < 4; ++i) b.add_to(sums[m], head[m][i], i);
-      put_rows<4>(s.sums[turn], warp, lane, sums), put_rows<4>(s.sums[turn] + 32, warp, lane, sums + 4);
+      UNROLL for (int m = 0; m < TOGETHER; m += 4) put_rows<4>(s.sums[turn] + m * 8, warp, lane, sums + m);
       meet(1, READERS);
       const int output = Outputs::first(first + t / 8, c) + t % 8;
       if (t < tiles * 8 && output < of_head.all)

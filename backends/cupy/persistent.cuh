@@ -70,6 +70,9 @@ __device__ __forceinline__ uint4 look_4(const float* at) {
                : "memory");
   return x;
 }
+__device__ __forceinline__ void pause(unsigned clocks) {
+  for (const unsigned begun = clock(); clock() - begun < clocks;) {}
+}
 #endif
 
 // Weights, up to 16 KB a stage. Where a row is copied by itself, the second one of a pair begins half a line of banks
@@ -257,6 +260,15 @@ __device__ __forceinline__ float squares_of(const float (&x)[4]) {
 }
 __device__ __forceinline__ float sum_of(const float4& x) { return (x.x + x.y) + (x.z + x.w); }
 
+// A row's sum over eight warps, which have a part each.
+__device__ __forceinline__ float total(const float4 (&x)[2]) { return sum_of(x[0]) + sum_of(x[1]); }
+__device__ __forceinline__ void put(float4 (&x)[2], int warp, float sum) { ((float*)x)[warp] = sum; }
+template <int TILES>
+__device__ __forceinline__ void put_rows(float4 (*x)[2], int warp, int lane, const float (*sums)[4]) {
+  const float row = row_of<TILES>(sums, lane);
+  if (lane % 4 < TILES) put(x[lane % 4 * 8 + lane / 4], warp, row);
+}
+
 // Words for other blocks. A word's lowest bit says which use of its place it is of, so nobody waits for more than the
 // words, and none has to be taken back. The number has a bit less.
 __device__ __forceinline__ void publish(float* to, float x, uint32_t mark) {
@@ -268,11 +280,20 @@ __device__ __forceinline__ bool there(const uint4& words, uint32_t mark) {
   return there(mark ? words.x & words.y & words.z & words.w : words.x | words.y | words.z | words.w, mark);
 }
 
+// Words that are not there, and another look for them if so: late words come sooner where fewer others are asked for.
+__device__ __forceinline__ uint4 no_words(uint32_t mark) { return make_uint4(~mark, ~mark, ~mark, ~mark); }
+__device__ __forceinline__ void look_for(uint4& words, const float* at, uint32_t mark) {
+  if (!there(words, mark)) words = look_4(at);
+}
+__device__ __forceinline__ void look_for(uint32_t& word, const float* at, uint32_t mark) {
+  if (!there(word, mark)) word = look(at);
+}
+
 // What a warp waits for is there for all of its lanes at once. Where lanes leave a loop one by one, those that are
 // through may begin to wait for the next words, and it takes microseconds until the others have their turn.
 __device__ __forceinline__ uint4 awaited(const float* at, uint32_t mark) {
-  uint4 words;
-  do words = look_4(at);
+  uint4 words = no_words(mark);
+  do look_for(words, at, mark);
   while (!__all_sync(~0u, there(words, mark)));
   return words;
 }

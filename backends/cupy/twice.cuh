@@ -21,10 +21,33 @@ template <> struct Twice<double> {
   __device__ __forceinline__ Twice(double x) : high(x) {}
 };
 
-// x c + rest.
+// x c + rest, and x c + y d + rest: what S does not hold of the constants first, or it would be lost in y's product.
 __device__ __forceinline__ float times(float x, const Twice<float>& c, float rest) {
   return fmaf(x, c.high, fmaf(x, c.low, rest));
+}
+__device__ __forceinline__ float times(float x, const Twice<float>& c, float y, const Twice<float>& d, float rest) {
+  return fmaf(x, c.high, fmaf(y, d.high, fmaf(x, c.low, fmaf(y, d.low, rest))));
 }
 __device__ __forceinline__ double times(double x, const Twice<double>& c, double rest) {
   return fma(x, c.high, rest);
 }
+__device__ __forceinline__ double times(
+    double x, const Twice<double>& c, double y, const Twice<double>& d, double rest) {
+  return fma(x, c.high, fma(y, d.high, rest));
+}
+
+// Decay times a turn by an angle. Angles around a quarter of a turn take it first, by exchange: the larger product has
+// to be added last, or its rounding leans one way for as long as the state comes back to nearly the same place.
+template <class S> struct alignas(16) Turn {
+  Twice<S> large, small;
+  bool exchanged;
+
+  __device__ __forceinline__ Turn() {}
+  __device__ __forceinline__ Turn(double cosine, double sine) : Turn(cosine, sine, fabs(sine) > fabs(cosine)) {}
+  __device__ __forceinline__ Turn(double cosine, double sine, bool exchanged)
+      : large(exchanged ? sine : cosine), small(exchanged ? -cosine : sine), exchanged(exchanged) {}
+  __device__ __forceinline__ void apply(S& cosine, S& sine, S added) const {
+    const S x = exchanged ? -sine : cosine, y = exchanged ? cosine : sine;
+    cosine = times(x, large, -y, small, added), sine = times(y, large, x, small, S(0));
+  }
+};

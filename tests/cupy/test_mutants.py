@@ -11,7 +11,7 @@ import pytest
 
 from linattn.backends.cupy import sources
 from tests.cupy import hosted
-from tests.cupy.test_hosted import EXAMPLES, LENGTHS, Hosted, forgotten
+from tests.cupy.test_hosted import EXAMPLES, LENGTHS, Hosted, drift, forgotten
 from tests.triton.drawing import check, drawn, rows
 
 pytestmark = pytest.mark.skipif(
@@ -95,3 +95,16 @@ def test_a_wrong_kernel_is_noticed(name: str) -> None:
 def test_a_decay_of_0_is_no_factor() -> None:
     with changed("common.cuh", "return decay != 0 ? x * decay : A(0);", "return x * decay;"):
         assert np.isnan(forgotten()).any()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("fmaf(y, d.high, fmaf(x, c.low, ", "fmaf(x, c.low, fmaf(y, d.high, "),  # lost in y's product
+        ("fabs(sine) > fabs(cosine)", "false"),
+        ("(float)(x - cut.number + x * 8.673617379884035e-19)", "0"),
+    ],
+)
+def test_roundings_that_lean_are_noticed(right: str, wrong: str) -> None:
+    with changed("twice.cuh", right, wrong):
+        assert drift(0.0) > 4

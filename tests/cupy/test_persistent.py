@@ -199,7 +199,7 @@ MUTANTS = {
     "values for the state": (
         "persistent.cu", "while (!__all_sync(~0u, there(word_of_v, mark)))", "if (false)", "v",
     ),
-    "the state": ("persistent.cu", "      late_copies_are_there();\n      const", "      const", ""),
+    "the state": ("persistent.cu", "      late_copies_are_there();\n      pause", "      pause", ""),
     "stages": ("persistent.cuh", "i < stages; ++i) wait(ring.full", "i < 0; ++i) wait(ring.full", ""),
     "room": ("persistent.cuh", "!is_over(ring.empty + at, turn & 1 ^ 1)", "false", ""),
     "helpers": ("persistent.cuh", "    else wait(&ring.help, turn_of_help++ & 1);\n", "", ""),

@@ -198,7 +198,7 @@ template <class X> static inline const char (*all(const X& x, bool news = true))
   const int lane = w.lane, turn = w.synced[lane]++, side = turn % 2;
   memcpy(w.said[side][lane], &x, sizeof(X));
   if (++w.count[side] == LANES) {
-    w.count[side] = 0, w.complete = turn + 1, w.idle = 0;
+    w.count[side] = 0, w.complete = turn + 1;
     if (news) goes_on();
   }
   while (w.complete <= turn) yield();
@@ -304,6 +304,7 @@ static inline void tell(float* to, uint32_t word) {
   const uint32_t late = slow ? (1 << 18) + grid::drawn(1 << 18) : grid::drawn(soon ? 4096 : 1 << 18);
   grid::words.emplace(grid::now + late, std::make_pair(to, word));
 }
+static inline void pause(unsigned) { grid::yield(); }
 static inline uint32_t look(const float* at) {
   grid::yield();
   return to_bits(*at);
