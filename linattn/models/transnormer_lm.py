@@ -94,13 +94,13 @@ class TransNormerLM(nn.Module):
     graphs (an attribute, which may be changed): on a GPU, steps of the same states are a CUDA graph from the
     third one on, unless the kernels of `linattn.models.decoding` do not take them.
     one_kernel (an attribute, too): steps of one text go through all layers in one kernel, where there is one
-    (`linattn.models.persistent`). Off unless it is set.
+    (`linattn.models.persistent`).
 
     Source: TransNormerLLM, arXiv:2307.14995; the order of residuals, the embedding's scale and the untied
     head are the released code's.
     """
 
-    graphs, one_kernel = True, False
+    graphs = one_kernel = True
 
     def __init__(self, config: TransNormerConfig) -> None:
         super().__init__()

@@ -256,6 +256,29 @@ def test_two_models_at_once() -> None:
     same([torch.stack(parts) for parts in got], want)
 
 
+def test_two_models_in_branches_of_a_graph() -> None:
+    """Neither begins with a part of its blocks while the other has the rest."""
+    models, rows = [built(2, seed=seed) for seed in (0, 1)], drawn(2)
+    states, want = [begun(model) for model in models], []
+    for model, x in zip(models, rows, strict=True):
+        want.append(persistent.step(model._layers(), begun(model), x))
+    streams, graph, got = [torch.cuda.Stream() for _ in models], torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        origin = torch.cuda.current_stream()
+        for i, model in enumerate(models):
+            streams[i].wait_stream(origin)
+            with torch.cuda.stream(streams[i]):
+                got.append(persistent.step(model._layers(), states[i], rows[i]))
+        for stream in streams:
+            origin.wait_stream(stream)
+    for _ in range(200):
+        for model, of_model in zip(models, states, strict=True):
+            for state, first in zip(of_model, begun(model), strict=True):
+                state.kv.copy_(first.kv)
+        graph.replay()
+        same(got, want)
+
+
 def test_nothing_waits_for_the_gpu() -> None:
     model, rows = built(2, 512), drawn(5)
     walked(model, rows)

@@ -66,11 +66,11 @@ class TransNormerModel(TransNormerPreTrainedModel):
     graphs (an attribute, which may be changed): on a GPU, steps of one token that continue the same cache are
     a CUDA graph from the third one on, unless the kernels of `linattn.models.decoding` do not take them.
     one_kernel (an attribute, too): steps of one text go through all layers in one kernel, where there is one
-    (`linattn.models.persistent`). Off unless it is set.
+    (`linattn.models.persistent`).
     Source: TransNormerLLM, arXiv:2307.14995, section 3; `TransnormerModel` of the released code.
     """
 
-    graphs, one_kernel = True, False
+    graphs = one_kernel = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
 
     def __init__(self, config: TransNormerConfig) -> None:
