@@ -8,7 +8,7 @@
 template <class S> struct Twice;
 template <> struct Twice<float> {
   float high, low;
-  __device__ __forceinline__ Twice() {}
+  Twice() = default;
   __device__ __forceinline__ Twice(double x) {
     union { double number; uint64_t bits; } cut = {x};
     cut.bits &= ~0x1fffffffull;  // what float32 holds
@@ -17,7 +17,7 @@ template <> struct Twice<float> {
 };
 template <> struct Twice<double> {
   double high;
-  __device__ __forceinline__ Twice() {}
+  Twice() = default;
   __device__ __forceinline__ Twice(double x) : high(x) {}
 };
 
@@ -42,7 +42,7 @@ template <class S> struct alignas(16) Turn {
   Twice<S> large, small;
   bool exchanged;
 
-  __device__ __forceinline__ Turn() {}
+  Turn() = default;
   __device__ __forceinline__ Turn(double cosine, double sine) : Turn(cosine, sine, fabs(sine) > fabs(cosine)) {}
   __device__ __forceinline__ Turn(double cosine, double sine, bool exchanged)
       : large(exchanged ? sine : cosine), small(exchanged ? -cosine : sine), exchanged(exchanged) {}
