@@ -22,8 +22,12 @@ HOST = Path(__file__).parent / "host"
 LIBRARIES = {"product.cu": "run.cpp", "between.cu": "between.cpp", "decode.cu": "decode.cpp"}
 LIBRARIES |= {"tensor.cu": "tensor.cpp", "persistent.cu": "persistent.cpp"}
 COMPILER = shutil.which("g++")
-FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fPIC")
 """With sums and products joined, as CUDA's compiler joins them."""
+RACES = ("-DRACES", "-fsanitize=thread")
+"""With these, a kernel that races in shared memory ends the process (races.hpp)."""
+ALSO: list[str] = []
+"""More flags, of a test."""
 CHANGES: dict[str, tuple[str, str]] = {}
 """Of files: what a test puts in the place of what."""
 SHORT = {"float": "f32", "double": "f64", "__half": "f16", "__nv_bfloat16": "bf16"}
@@ -34,6 +38,7 @@ def library(name: str, *chosen: str) -> ctypes.CDLL:
     """The kernels of a source, compiled once for every process that finds them; chosen: which, if not all."""
     assert COMPILER is not None
     parts = [HOST / LIBRARIES[name], *sorted(HOST.glob("*.hpp"))]
+    chosen = *chosen, *ALSO
     text = sources.text(name) + "".join(part.read_text(encoding="utf-8") for part in parts) + str(chosen)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / "linattn-host"
@@ -46,9 +51,11 @@ def library(name: str, *chosen: str) -> ctypes.CDLL:
                 right, wrong = CHANGES.get(source.name, ("", ""))
                 content = source.read_text(encoding="utf-8")
                 (copy / source.name).write_text(content.replace(right, wrong) if right else content, "utf-8")
-            new = copy / made.name
-            command = [COMPILER, *FLAGS, *chosen, "-I", str(copy), "-o", str(new), str(parts[0])]
+            compiled, new = copy / "compiled.o", copy / made.name
+            command = [COMPILER, *FLAGS, *chosen, "-I", str(copy), "-c", "-o", str(compiled), str(parts[0])]
             subprocess.run(command, check=True)
+            # the sanitizer's library would be linked by its flag, too
+            subprocess.run([COMPILER, "-shared", "-o", str(new), str(compiled)], check=True)
             new.replace(made)
     return ctypes.CDLL(str(made))
 

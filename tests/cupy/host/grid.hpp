@@ -50,12 +50,15 @@ struct Warp {
   int alive = LANES, lane = 0, idle = 0;
   int count[2] = {}, synced[LANES] = {}, complete = 0;
   char said[2][LANES][SAID];
+  races::Order order[2];
 };
 struct Meeting {
   int count = 0, turn = 0;
+  races::Order order;
 };
 struct Barrier {
   int count, pending, bytes, phase;
+  races::Order order;
 };
 struct Copy {
   int64_t due;
@@ -78,6 +81,7 @@ static std::vector<int64_t> asleep;  // until when, of warps
 static int tired = -1;               // a warp of each block that sleeps most, while others nap; -1: nobody does
 static char *slow_from, *slow_to;  // words of a place, if there is one, come later than all others
 static std::function<void()> body;
+static int watched = 0;  // the block whose races are looked for
 
 [[noreturn]] static inline void fail(const char* why) {
   fprintf(stderr, "block %d, thread %d: %s\n", blockIdx.x, threadIdx.x, why);
@@ -91,6 +95,7 @@ static inline void goes_on() { warps[here].idle = 0, stuck = 0; }
 static inline void complete(Barrier& b) {
   if (b.pending || b.bytes) return;
   ++b.phase, b.pending = b.count;
+  races::over(b.order);
   goes_on();
 }
 
@@ -114,6 +119,7 @@ static inline void run(void** from, int warp, int lane) {
   const int of_block = threads / LANES;
   blockIdx.x = warp / of_block, threadIdx.x = warp % of_block * LANES + lane;
   shared_memory = shared.data() + blockIdx.x * SHARED;
+  races::runs(blockIdx.x == watched ? threadIdx.x : -1);
   fibers_switch(from, warps[warp].stack[lane]);
 }
 static inline int next_warp() {
@@ -171,6 +177,7 @@ static inline void launch(int blocks, int of_block, uint32_t seed, std::function
   late.assign(blocks * threads, {});
   barriers.clear();
   shared.assign(blocks * SHARED, (char)0xff);
+  races::watch(shared.data() + watched * SHARED, SHARED, threads);
   const int64_t size = blocks * threads * STACK;
   const int how = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   char* const stacks = (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, how, -1, 0);
@@ -191,17 +198,20 @@ static inline void launch(int blocks, int of_block, uint32_t seed, std::function
   munmap(stacks, size);
 }
 
-// All lanes of a warp say something, and hear what the others have said.
-template <class X> static inline const char (*all(const X& x, bool news = true))[SAID] {
+// All lanes of a warp say something, and hear what the others have said. orders: what they did before, too.
+template <class X> static inline const char (*all(const X& x, bool news = true, bool orders = false))[SAID] {
   static_assert(sizeof(X) <= SAID, "");
   Warp& w = warps[here];
   const int lane = w.lane, turn = w.synced[lane]++, side = turn % 2;
   memcpy(w.said[side][lane], &x, sizeof(X));
+  if (orders) races::tell(w.order[side]);
   if (++w.count[side] == LANES) {
     w.count[side] = 0, w.complete = turn + 1;
+    races::over(w.order[side]);
     if (news) goes_on();
   }
   while (w.complete <= turn) yield();
+  if (orders) races::hear(w.order[side]);
   return w.said[side];
 }
 template <class X> static inline X heard(const char (*from)[SAID], int lane) {
@@ -216,7 +226,7 @@ static inline char* checked(uint32_t at, int bytes) {
 }
 }  // namespace grid
 
-static inline void __syncwarp() { grid::all(0); }
+static inline void __syncwarp() { grid::all(0, true, true); }
 static inline float __shfl_sync(unsigned, float x, int from) { return grid::heard<float>(grid::all(x), from); }
 static inline float __shfl_xor_sync(unsigned, float x, int by) {
   const auto said = grid::all(x);
@@ -227,8 +237,9 @@ static inline float __shfl_down_sync(unsigned, float x, int by) {
   const int lane = grid::lane();
   return grid::heard<float>(said, lane + by < 32 ? lane + by : lane);
 }
-static inline bool __all_sync(unsigned, bool mine) {  // where it is asked again and again, nothing goes on
-  const auto said = grid::all(mine, false);
+// Where it is asked again and again, nothing goes on. What a vote was made of has been read.
+static inline bool __all_sync(unsigned, bool mine) {
+  const auto said = grid::all(mine, false, true);
   bool all = true;
   for (int lane = 0; lane < grid::LANES; ++lane) all = all && grid::heard<bool>(said, lane);
   if (all) grid::goes_on();
@@ -237,23 +248,26 @@ static inline bool __all_sync(unsigned, bool mine) {  // where it is asked again
 
 static inline void let_in(int number, int threads) {
   grid::Meeting& m = grid::meetings[blockIdx.x][number];
-  if (++m.count == threads) m.count = 0, ++m.turn, grid::goes_on();
+  races::tell(m.order);
+  if (++m.count == threads) m.count = 0, ++m.turn, races::over(m.order), grid::goes_on();
 }
 static inline void meet(int number, int threads) {
   const int turn = grid::meetings[blockIdx.x][number].turn;
   let_in(number, threads);
   while (grid::meetings[blockIdx.x][number].turn == turn) grid::yield();
+  races::hear(grid::meetings[blockIdx.x][number].order);
 }
 #define __syncthreads() meet(0, grid::threads)
 
 static inline uint32_t place(const void* x) { return (uint32_t)((const char*)x - shared_memory); }
 static inline void barrier_begin(uint64_t* barrier, int count) {
   *barrier = grid::barriers.size();
-  grid::barriers.push_back({count, count, 0, 0});
+  grid::barriers.push_back({count, count, 0, 0, {}});
 }
 static inline void barriers_are_seen() {}
 static inline void arrive(uint64_t* barrier) {
   grid::Barrier& b = grid::barriers[*barrier];
+  races::tell(b.order);
   if (--b.pending < 0) grid::fail("more arrive than were expected");
   grid::complete(b);
 }
@@ -263,7 +277,7 @@ static inline void arrive_expecting(uint64_t* barrier, int bytes) {
 }
 static inline bool is_over(uint64_t* barrier, int phase) {
   const bool over = (grid::barriers[*barrier].phase & 1) != phase;
-  if (over) grid::goes_on();
+  if (over) grid::goes_on(), races::hear(grid::barriers[*barrier].order);
   else grid::yield();
   return over;
 }
@@ -278,6 +292,7 @@ static inline void copy_bytes(uint32_t to, const void* from, int bytes, uint64_t
   char* const place = grid::checked(to, 16);
   grid::checked(to + bytes - 16, 16);
   memset(place, 0xff, bytes);
+  races::access(place, bytes, true), races::tell(grid::barriers[*barrier].order);
   const int64_t due = grid::now + grid::drawn(grid::LATE);
   grid::copies.emplace(due, grid::Copy{due, place, from, bytes, (int)*barrier});
 }
@@ -285,10 +300,14 @@ static inline std::vector<grid::Copy>& own_copies() { return grid::late[blockIdx
 static inline void copy_late(uint32_t to, const void* from) {
   char* const place = grid::checked(to, 16);
   memset(place, 0xff, 16);
+  races::access(place, 16, true);
   own_copies().push_back({0, place, from, 16, 0});
 }
 static inline void late_copies_are_there() {
-  for (const grid::Copy& copy : own_copies()) memcpy(copy.to, copy.from, copy.bytes);
+  for (const grid::Copy& copy : own_copies()) {
+    memcpy(copy.to, copy.from, copy.bytes);
+    races::access(copy.to, copy.bytes, true);
+  }
   own_copies().clear();
 }
 static inline uint4 read_16(uint32_t at) {

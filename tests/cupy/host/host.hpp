@@ -8,6 +8,8 @@
 #include <cstring>
 #include <vector>
 
+#include "races.hpp"
+
 #define __global__
 #define __device__
 #define __host__
@@ -108,6 +110,7 @@ static const void* argument;
 static inline void go_to(int next) {
   void** const from = &all[current].stack;
   current = threadIdx.x = next;
+  races::runs(next);
   fibers_switch(from, all[next].stack);
 }
 
@@ -136,6 +139,7 @@ static inline void block(int threads, int64_t shared, void (*kernel)(const void*
     abort();
   }
   memset(shared_memory, 0xff, sizeof shared_memory);
+  races::watch(shared_memory, shared, threads);
   all.assign(threads, Fiber());
   memory.resize(threads * STACK);
   body = kernel, argument = arguments, running = threads;
@@ -151,7 +155,9 @@ static inline void block(int threads, int64_t shared, void (*kernel)(const void*
 #endif
   }
   current = threadIdx.x = direction > 0 ? 0 : threads - 1;
+  races::runs(current);
   fibers_switch(&home, all[current].stack);
+  races::runs(-1);
   for (int64_t i = shared; i < (int64_t)sizeof shared_memory; ++i)
     if (shared_memory[i] != (char)0xff) {
       fprintf(stderr, "byte %lld of shared memory was written, of %lld\n", (long long)i, (long long)shared);
@@ -161,6 +167,9 @@ static inline void block(int threads, int64_t shared, void (*kernel)(const void*
 }  // namespace fibers
 
 static inline void __syncthreads() {
-  ++fibers::all[fibers::current].barriers;
+  static races::Order order[2];
+  races::Order& own = order[fibers::all[fibers::current].barriers++ % 2];
+  races::tell(own);
   fibers::go_to(fibers::neighbour());
+  races::over(own), races::hear(own);  // all have been here
 }

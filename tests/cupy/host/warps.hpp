@@ -78,7 +78,13 @@ template <int N> static inline void load(uint32_t (&x)[N], uint32_t at, bool tur
 }
 }  // namespace warps
 
-static inline void __syncwarp() { warps::all(0); }
+static inline void __syncwarp() {
+  static races::Order order[warps::WARPS][2];
+  races::Order& own = order[fibers::current / 32][warps::turn[fibers::current]];
+  races::tell(own);
+  warps::all(0);
+  races::over(own), races::hear(own);
+}
 template <class X> static inline X __shfl_sync(unsigned, X x, int lane) {
   return warps::heard<X>(warps::all(x), lane % 32);
 }
@@ -107,9 +113,13 @@ static inline void copy_ahead(uint32_t to, const void* from) {
     abort();
   }
   warps::copies[fibers::current].push_back({to, from});
+  races::access(shared_memory + to, 16, true);
 }
 static inline void wait_for_copies() {  // as late as they may come
-  for (const auto& copy : warps::copies[fibers::current]) memcpy(shared_memory + copy.to, copy.from, 16);
+  for (const auto& copy : warps::copies[fibers::current]) {
+    memcpy(shared_memory + copy.to, copy.from, 16);
+    races::access(shared_memory + copy.to, 16, true);
+  }
   warps::copies[fibers::current].clear();
 }
 static inline void add_product_bf16(float (&s)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
