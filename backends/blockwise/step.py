@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 from linattn import features
 from linattn.arrays import Array, cast, dtype_name, namespace
@@ -39,10 +41,12 @@ def decode_step(
     if table is not None:
         now = factors.turned(xp, table.cos[1][..., None], table.sin[1][..., None], now)
     if log_decay is not None:
-        factor = xp.exp(cast(log_decay, dtype_name(now)))[..., None, None]  # [h 1 1] or [b h 1 1]
-        now = xp.where(factor > 0, now * factor, 0.0)
+        now = decayed(xp, now, log_decay)
     pair = fk[..., None] * values[..., None, :]  # [b h d w]
-    now = xp.concatenate((now[..., : problem.d, :] + pair, now[..., problem.d :, :]), -2)
+    if problem.reweight:
+        now = xp.concatenate((now[..., : problem.d, :] + pair, now[..., problem.d :, :]), -2)
+    else:
+        now = now + pair
     now = cast(now, acc)
     sums = (fq[..., None, :] @ now[..., : problem.d, :])[..., 0, :]  # [b h w]
     if problem.normalize:
@@ -58,3 +62,21 @@ def decode_step(
         rows.write(state, after)
         o = rows.without_padding(o, None)
     return cast(o, problem.dtype)
+
+
+def decayed(xp: Any, state: Array, log_decay: Array) -> Array:
+    """The state [b h f e], new, times the factors [h] or [b h]; one of 0 selects: what it forgets may be NaN.
+
+    A factor rounded to float32 would be 2^-25 off once a token, for as long as the text goes on. So the state
+    is multiplied by a power of two, which is exact, and by the rest of the factor, which is small near 1.
+    """
+    dtype, log_decay = dtype_name(state), cast(log_decay, "float64")[..., None, None]
+    factor = xp.exp(log_decay)
+    now = xp.where(cast(factor, dtype) > 0, state, 0.0)
+    if dtype == "float64":
+        return now * factor
+    power = xp.exp2(xp.floor(log_decay / math.log(2) + 0.5))
+    rest = xp.where(xp.isfinite(now), now, 0.0) * cast(factor - power, dtype)  # infinities have no rest
+    now *= cast(power, dtype)
+    now += rest
+    return now
