@@ -67,16 +67,20 @@ def decode_step(
 def decayed(xp: Any, state: Array, log_decay: Array) -> Array:
     """The state [b h f e], new, times the factors [h] or [b h]; one of 0 selects: what it forgets may be NaN.
 
-    A factor rounded to float32 would be 2^-25 off once a token, for as long as the text goes on. So the state
-    is multiplied by a power of two, which is exact, and by the rest of the factor, which is small near 1.
+    A factor rounded to float32 would be 2^-25 off once a token, for as long as the text goes on. So it is two
+    numbers: its first 12 bits, and the rest, which is never 0 and never of the other sign, so that infinities
+    stay.
     """
     dtype, log_decay = dtype_name(state), cast(log_decay, "float64")[..., None, None]
     factor = xp.exp(log_decay)
-    now = xp.where(cast(factor, dtype) > 0, state, 0.0)
     if dtype == "float64":
-        return now * factor
-    power = xp.exp2(xp.floor(log_decay / math.log(2) + 0.5))
-    rest = xp.where(xp.isfinite(now), now, 0.0) * cast(factor - power, dtype)  # infinities have no rest
-    now *= cast(power, dtype)
+        return xp.where(factor > 0, state, 0.0) * factor
+    unit = xp.exp2(xp.floor(log_decay / math.log(2)) - 11)
+    high = xp.floor(factor / xp.where(unit > 0, unit, 1.0)) * unit
+    rest = cast(factor - high + factor * 2.0**-60, dtype)
+    high = cast(high, dtype)
+    now = xp.where(high > 0, state, 0.0)
+    rest = now * rest
+    now *= high
     now += rest
     return now
