@@ -80,7 +80,7 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
   constexpr int THREADS = O::THREADS, W = O::W, LANES = O::LANES, AT_ONCE = O::AT_ONCE, WIDEST = O::WIDEST;
   constexpr int GROUPS = THREADS / LANES, COLUMNS = W * LANES, OWN = (WIDEST + THREADS - 1) / THREADS;
   __shared__ S of_q[WIDEST], of_k[WIDEST], found[GROUPS][COLUMNS + 1], sums[THREADS];
-  __shared__ Turn<S> turns[O::TURNS];
+  __shared__ typename Turns<S, O::TURNS>::Array turns;
   __shared__ bool forgotten;
   const unsigned thread = threadIdx.x % THREADS, lane = thread % LANES, group = thread / LANES;
   const int D = O::FULL ? WIDEST : (int)a.D, E = (int)a.E;
@@ -148,7 +148,7 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
       if (d < D) {
         UNROLL for (int w = 0; w < W; ++w) {
           S sine = O::ANGLES ? others[u].v[w] : S(0);
-          advance<O>(rows[u].v[w], sine, turns[own], forgets, of_k[d] * widened<S>(v[w]));
+          advance<O, S>(rows[u].v[w], sine, turns[own], forgets, of_k[d] * widened<S>(v[w]));
           if (O::ANGLES) others[u].v[w] = sine;
           sum[w] += of_q[d] * rows[u].v[w];
         }
@@ -164,7 +164,7 @@ template <class O> __global__ void __launch_bounds__(O::THREADS) decode(Step a) 
     UNROLL for (int i = 0; i < OWN; ++i) {
       const int d = (int)thread + i * THREADS, own = O::ANGLES == 2 ? d : 0;
       if (d < D) {
-        advance<O>(z_cosine[i], z_sine[i], turns[own], forgets, of_k[d]);
+        advance<O, S>(z_cosine[i], z_sine[i], turns[own], forgets, of_k[d]);
         z[d * a.z_f] = z_cosine[i];
         if (O::ANGLES) z[(D + d) * a.z_f] = z_sine[i];
         weights += of_q[d] * z_cosine[i];

@@ -17,6 +17,7 @@ from linattn.problem import Problem
 from linattn.state import State
 
 MOST = 1024  # threads of a block
+WIDEST = 1024  # features with an angle each, whose constants fit in shared memory
 NARROW, WIDE = 8, 16  # threads beside each other: to fill the device, and once it is full
 
 
@@ -91,6 +92,8 @@ def _step(
     if form.threads > MOST:
         why = f"a normalized step has at most {MOST} threads for a head; E = {e} needs {form.threads}"
         raise UnsupportedError(problem, {"cupy": why})
+    if problem.reweight == "lrpe" and d > WIDEST:
+        raise UnsupportedError(problem, {"cupy": f"a step with LRPE has at most {WIDEST} features; D = {d}"})
     slices, widest = form.slices(e, wide), max(32, power(d))
     values: dict[str, float] = {
         "q": address(q), "k": address(k), "v": address(v), "o": address(o),

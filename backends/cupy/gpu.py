@@ -92,7 +92,7 @@ def unavailable() -> str | None:
         return "cupy is not installed: pip install 'linattn[cupy13]' (CUDA 13) or 'linattn[cupy12]' (CUDA 12)"
     try:
         import cupy
-    except ImportError as error:
+    except (ImportError, OSError, ValueError) as error:  # one built for another NumPy raises the last
         return f"cupy is installed, but cannot be imported: {first_line(error)}"
     try:
         count = cupy.cuda.runtime.getDeviceCount()

@@ -7,6 +7,7 @@ for each other lies in memory that begins as zeros and belongs to one stream and
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,6 +64,24 @@ def runs(index: int) -> bool:
     return capability == CAPABILITY and multiprocessors >= BLOCKS and shared >= SHARED
 
 
+@functools.cache
+def compiles(feature_map: str | None, inner: int, index: int) -> bool:
+    """Whether NVRTC makes the kernel and device number `index` loads it; where not, a warning says why."""
+    try:
+        gpu.function(FILE, _name(feature_map, inner), index)
+    except RuntimeError as error:
+        warnings.warn(
+            f"{FILE} does not compile here, so steps take five kernels a layer: {gpu.first_line(error)}",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _name(feature_map: str | None, inner: int) -> str:
+    return sources.expression("persistent", (), (sources.FEATURES[feature_map], inner))
+
+
 def room(inner: int) -> int:
     """Bytes of the memory that blocks meet in (`Exchange` in persistent.cu)."""
     words = 32 + (1 + 2 + GROUPS) * WIDTH + HEADS * 16 * D + HEADS * 16 + BLOCKS + inner
@@ -89,8 +108,7 @@ def launch(
     end: then y is the last row normed, and its logits [1, N] are written as well. exchange: `room` bytes that
     were 0 before the first call, which only calls behind each other use, all of this inner width.
     """
-    inner = layers[0].l1.shape[0]
-    kernel = sources.expression("persistent", (), (sources.FEATURES[feature_map], inner))
+    kernel = _name(feature_map, layers[0].l1.shape[0])
     gpu.start_together(FILE, kernel, told(x, y, layers, exchange, end), BLOCKS, THREADS, SHARED, x)
 
 

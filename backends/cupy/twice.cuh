@@ -51,3 +51,30 @@ template <class S> struct alignas(16) Turn {
     cosine = times(x, large, -y, small, added), sine = times(y, large, x, small, S(0));
   }
 };
+
+// COUNT of them in shared memory, an array: of more than 512 its parts lie apart, as padding would not fit.
+template <class S, int COUNT> struct Apart {
+  Twice<S> large[COUNT], small[COUNT];
+  bool exchanged[COUNT];
+
+  struct Place {
+    Apart& all;
+    const int i;
+
+    __device__ __forceinline__ void operator=(const Turn<S>& turn) const {
+      all.large[i] = turn.large, all.small[i] = turn.small, all.exchanged[i] = turn.exchanged;
+    }
+    __device__ __forceinline__ operator Turn<S>() const {
+      Turn<S> turn;
+      turn.large = all.large[i], turn.small = all.small[i], turn.exchanged = all.exchanged[i];
+      return turn;
+    }
+  };
+  __device__ __forceinline__ Place operator[](int i) { return {*this, i}; }
+};
+template <class S, int COUNT, bool APART = (COUNT > 512)> struct Turns {
+  typedef Turn<S> Array[COUNT];
+};
+template <class S, int COUNT> struct Turns<S, COUNT, true> {
+  typedef Apart<S, COUNT> Array;
+};

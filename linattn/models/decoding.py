@@ -73,13 +73,27 @@ def ended(
     one_kernel: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The norm of what `last` yields, and the head's outputs: by the one kernel, where it takes layers."""
-    if one_kernel and layers and _now(x) and persistent.ends(end, layers, x):
-        y = _replayed(layers, states, x, True, end) if graphs else None
-        y = persistent.step(layers, states, x, end=end) if y is None else y
-        if y is not None:
-            return y[:, : x.shape[1]], y[:, x.shape[1] :]
+    both = whole(layers, states, x, end, graphs=graphs) if one_kernel else None
+    if both is not None:
+        return both
     row = end.norm(last(layers, states, x, graphs=graphs, one_kernel=one_kernel))
     return row, logits(end.head, row)
+
+
+def whole(
+    layers: Sequence[TransNormerLayer],
+    states: Sequence[State],
+    x: Tensor,
+    end: persistent.End,
+    *,
+    graphs: bool = True,
+) -> tuple[Tensor, Tensor] | None:
+    """What `ended` returns, by the one kernel alone; None, and no state has moved, where it does not run."""
+    if not (layers and _now(x) and persistent.ends(end, layers, x)):
+        return None
+    y = _replayed(layers, states, x, True, end) if graphs else None
+    y = persistent.step(layers, states, x, end=end) if y is None else y
+    return None if y is None else (y[:, : x.shape[1]], y[:, x.shape[1] :])
 
 
 def _replayed(

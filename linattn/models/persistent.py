@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
+CAPABILITY = (9, 0)
 PER_THREAD = 2  # cudaStreamPerThread
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
@@ -44,6 +45,7 @@ def possible(x: Tensor) -> bool:
         and x.ndim == 2
         and len(x) == 1
         and registry.requested("auto") == "auto"
+        and _capability(x.device) == CAPABILITY  # elsewhere CuPy need not be imported
         and _kernel().runs(x.device.index)
     )
 
@@ -88,15 +90,15 @@ def step(
     parts = taken(layers, x)
     if parts is None:
         return None
-    told = _told(parts, states, x, decays)
-    if told is None:
+    told, of = _told(parts, states, x, decays), _kernel()
+    if told is None or not of.compiles(parts.mixers[0].feature_map, told[0].l1.shape[0], x.device.index):
         return None
     if x.stride() != (x.shape[1], 1) or x.data_ptr() % 8 or x.is_neg():
         x = x.resolve_neg().clone(memory_format=torch.contiguous_format)
     memory = exchange_of(layers, x) if exchange is None else exchange
     if memory is None:
         return None
-    of, size = _kernel(), x.shape[1]
+    size = x.shape[1]
     outputs = 0 if end is None else len(end.head.weight)
     y = torch.empty(1, size + outputs, dtype=x.dtype, device=x.device)
     behind = None if end is None else of.End(end.head.weight, y[:, size:], float(end.norm.eps))
@@ -143,6 +145,11 @@ def _inner(layers: Sequence[TransNormerLayer], x: Tensor) -> int | None:
 def _zeros(size: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from linattn.backends.cupy import persistent, sources
+from linattn.backends.cupy import decode, persistent, sources
 from tests.cupy.recorded import COSFORMER, H200, Kernel, decays, kernels, lrpe
 
 pathfinder = pytest.importorskip("cuda.pathfinder", reason="NVRTC is not installed")
@@ -125,6 +125,18 @@ def check(found: list[Kernel], architecture: str, spilled: int = 0) -> None:
 @pytest.mark.parametrize("name", USUAL)
 def test_usual_kernels_compile(name: str, architecture: str) -> None:
     check(kernels(**USUAL[name]), architecture)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_steps_of_many_features_fit(dtype: str, normalize: bool) -> None:
+    """Their constants lie in 48 KB of shared memory, which need no word to the driver."""
+    wide = 16 // np.dtype(dtype).itemsize
+    for d in (512, 513, decode.WIDEST):
+        form, widest = decode.shape(4, d, 64, wide, True, normalize, 132), decode.power(d)
+        numbers = form.threads, wide, form.lanes, form.at_once, widest, 0, 2, 1, normalize, d == widest
+        name = sources.expression("decode", (dtype,), numbers, "Choice")
+        assert compiled("decode.cu", name, "sm_90").shared <= 48 << 10
 
 
 @pytest.mark.parametrize("name", HOPPER)

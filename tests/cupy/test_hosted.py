@@ -10,6 +10,7 @@ import pytest
 
 import linattn
 from linattn import LRPE, State, testing, tolerance
+from linattn.errors import UnsupportedError
 from tests.cupy.hosted import COMPILER, hosted
 from tests.triton.drawing import check, drawn, rows
 
@@ -56,6 +57,31 @@ def test_a_decay_of_0_forgets_nan() -> None:
     assert np.isfinite(forgotten()).all()
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_step_of_many_features(dtype: Any, normalize: bool) -> None:
+    """Of more than 512, constants of rotations lie apart; of more than 1024 they do not fit."""
+    rng = np.random.default_rng(0)
+    for d in (600, 1025):
+        q, k = (rng.random((2, 3, d)).astype(dtype) for _ in range(2))
+        v, reweight = rng.standard_normal((2, 3, 4)).astype(dtype), LRPE(rng.random((3, d)) * 6)
+        options: dict[str, Any] = {"reweight": reweight, "log_decay": -rng.random(3).astype(dtype)}
+        options |= {"feature_map": "relu", "normalize": normalize}
+        names = "feature_map", "reweight", "normalize"
+        states = [State.zeros(q, 2, 3, d, 4, **{name: options[name] for name in names}) for _ in range(2)]
+        for state in states:
+            state.kv[...] = np.random.default_rng(1).random(state.kv.shape)
+        want = linattn.decode_step(q, k, v, states[0], **options, backend="numpy")
+        if d > 1024:
+            with pytest.raises(UnsupportedError, match="D = 1025"):
+                linattn.decode_step(q, k, v, states[1], **options, backend=hosted())
+            continue
+        got = linattn.decode_step(q, k, v, states[1], **options, backend=hosted())
+        room = 1e4 * float(np.finfo(dtype).eps)
+        assert abs(got - want).max() <= room * abs(want).max()
+        assert abs(states[1].kv - states[0].kv).max() <= room
+
+
 def drift(decay: float) -> float:
     """How far 5000 tokens that add nothing take a state, in the rounding of float32 times sqrt(5000)."""
     n, few = 5000, 32
@@ -81,5 +107,8 @@ def drift(decay: float) -> float:
 
 @pytest.mark.parametrize("decay", [0.0, -1e-5])
 def test_a_long_text(decay: float) -> None:
-    """Roundings know nothing of each other, at any angle; what leans one way grows with n, not its root."""
+    """Roundings know nothing of each other; what leans one way grows with n, not its root.
+
+    Not at angles by which a state comes back to nearly the same numbers: there storage in float32 leans.
+    """
     assert drift(decay) <= 2

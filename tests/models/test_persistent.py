@@ -58,7 +58,11 @@ def launch(x: Any, y: Any, layers: Any, feature_map: Any, exchange: Any, end: An
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> list[Any]:
-    """What the kernel was told, each time."""
+    return faked(monkeypatch)
+
+
+def faked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the kernel is told from now on, each time."""
     seen: list[Any] = []
 
     def told(*given: Any) -> None:
@@ -67,6 +71,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> list[Any]:
 
     names = "refusal", "Layer", "End", "D", "WIDTH", "HEADS", "WIDEST", "room"
     fake = SimpleNamespace(launch=told, **{name: getattr(kernel, name) for name in names})
+    fake.compiles = lambda feature_map, inner, index: True
     monkeypatch.setattr(persistent, "_kernel", lambda: fake)
     monkeypatch.setattr(persistent, "possible", lambda x: len(x) == 1)
     monkeypatch.setattr(persistent, "exchange_of", lambda layers, x: EXCHANGE)

@@ -209,12 +209,15 @@ class TransNormerModel(TransNormerPreTrainedModel):
                 for row in decoding.steps(blocks, cache.states, x[:, 0]):
                     yield row[:, None]
             else:
-                how = {"graphs": self.graphs, "one_kernel": self.one_kernel}
-                if wanted is None:
-                    row = decoding.last(blocks, cache.states, x[:, 0], **how)
-                else:
+                both = None
+                if wanted is not None:
                     end = End(self.norm, wanted.head)
-                    row, wanted.logits = decoding.ended(blocks, cache.states, x[:, 0], end, **how)
+                    both = decoding.whole(blocks, cache.states, x[:, 0], end, graphs=self.graphs)
+                if wanted is not None and both is not None:
+                    row, wanted.logits = both
+                else:
+                    how = {"graphs": self.graphs, "one_kernel": self.one_kernel}
+                    row = decoding.last(blocks, cache.states, x[:, 0], **how)
                 yield row[:, None]
             cache.columns += n
             return
@@ -305,7 +308,8 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         borders = packed_at(kwargs, cu_seqlens, position_ids, attention_mask, past_key_values, given)
         wanted, inner = None, self.model
         # nobody else's rows may lie between the layers and the head
-        if labels is None and type(inner) is TransNormerModel and inner.one_kernel and bare([inner]):
+        plain = type(inner) is TransNormerModel and not torch.compiler.is_compiling()
+        if labels is None and plain and inner.one_kernel and bare([inner]):
             kwargs["wanted"] = wanted = decoding.Wanted(self.lm_head)
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
