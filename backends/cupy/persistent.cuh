@@ -70,6 +70,8 @@ __device__ __forceinline__ uint4 look_4(const float* at) {
                : "memory");
   return x;
 }
+// A vote on what lanes have read, which comes after that.
+__device__ __forceinline__ bool once_read(bool mine) { return __all_sync(~0u, mine); }
 __device__ __forceinline__ void pause(unsigned clocks) {
   for (const unsigned begun = clock(); clock() - begun < clocks;) {}
 }
@@ -184,7 +186,7 @@ template <int SLOTS> struct Reader {
   // They may be overwritten. Arriving has to wait until what was read is in all lanes' registers, which neither a
   // barrier nor meeting them does.
   __device__ __forceinline__ void release(int stages) {
-    const bool never = !__all_sync(~0u, !(read & nothing));
+    const bool never = !once_read(!(read & nothing));
     if (lane < stages) arrive((uint64_t*)((char*)(ring.empty + slot(lane)) + never));
     at += stages;
     if (at >= SLOTS) at -= SLOTS, ++turn;

@@ -52,11 +52,22 @@ def run(kind: str, step: int = 4) -> None:
         if kind == "persistent":
             for seed in range(1 if step > 1 else 8):  # which says what block is looked at
                 layers = [test_persistent.layer(i, 2816, turned=i == 0) for i in range(2)]
-                test_persistent.check(layers, outputs=1100, seed=seed)
+                test_persistent.check(layers, outputs=9000, seed=seed)
             return
         of: testing.BackendSubject = Hosted() if kind == "product" else subject(kind)
         name = "gradients_match_the_reference"
         assert check(of, name, (drawn(name, row, LENGTHS, 0) for row in [*rows(of, name)][::step]))
+
+
+MUTANTS = [  # one place for numbers that lie in two by turns
+    ("parts + i % 2 * PARTS", "parts"),
+    ("first += TOGETHER, turn ^= 1", "first += TOGETHER"),
+]
+
+
+def mutated(which: int) -> None:
+    with changed("persistent.cu", *MUTANTS[which]):
+        run("persistent")
 
 
 def without(file: str, which: int) -> None:
@@ -69,7 +80,7 @@ def without(file: str, which: int) -> None:
 
 
 def outcome(call: str) -> subprocess.CompletedProcess[str]:
-    code = f"from tests.cupy.test_races import run, without; {call}"
+    code = f"from tests.cupy.test_races import mutated, run, without; {call}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
 
 
@@ -94,4 +105,11 @@ def test_no_race_in_any_call(kind: str) -> None:
 )
 def test_a_barrier_that_is_missing(file: str, which: int) -> None:
     done = outcome(f"without({file!r}, {which})")
+    assert done.returncode and "a race at byte" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", range(len(MUTANTS)))
+def test_a_place_that_is_used_too_soon(which: int) -> None:
+    done = outcome(f"mutated({which})")
     assert done.returncode and "a race at byte" in done.stderr, done.stderr
