@@ -173,12 +173,16 @@ def test_an_interruption_that_python_dropped_ends_the_run(home, monkeypatch):
                 signal.raise_signal(signal.SIGINT)
         return plain(self, *arguments, **options)
 
-    before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(published.Trainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(home, home / "other")
-    assert signal.getsignal(signal.SIGINT) is before
+    own = signal.default_int_handler
+    before = signal.signal(signal.SIGINT, own)  # whoever started the tests may ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(published.Trainer, "training_step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(home, home / "other")
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [path.name for path in checkpoint.of_trainer(home / "other")] == ["checkpoint-2"]
     shutil.rmtree(home / "cut")
     (home / "other").rename(home / "cut")
