@@ -243,7 +243,7 @@ def fused(
     chain = kernels("launcher").chain
     products = functools.partial(kernels("rows").products, done=done)
     mixer, channels, eps = layer.token_mixer, layer.channel_mixer, float(layer.norm.eps)
-    early = _capability(x.device) >= PROGRAMMATIC
+    early = persistent.capability(x.device) >= PROGRAMMATIC
     with kernels("norm").on(x.device):
         # A chained step of attention reads the state before its wait. What wrote it has ended, as a kernel
         # that starts in the usual way lies between: the first one here.
@@ -271,8 +271,3 @@ def keeps(mixer: GatedLinearAttention, options: dict[str, Any], x: Tensor) -> bo
     if angles is None or mixer.lrpe is None:
         return True
     return angles.theta.dtype == wide(x) and unwatched(mixer.lrpe, Lrpe)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

@@ -45,7 +45,7 @@ def possible(x: Tensor) -> bool:
         and x.ndim == 2
         and len(x) == 1
         and registry.requested("auto") == "auto"
-        and _capability(x.device) == CAPABILITY  # elsewhere CuPy need not be imported
+        and capability(x.device) == CAPABILITY  # elsewhere CuPy need not be imported
         and _kernel().runs(x.device.index)
     )
 
@@ -148,7 +148,8 @@ def _zeros(size: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability."""
     return torch.cuda.get_device_capability(device)
 
 

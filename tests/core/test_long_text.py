@@ -19,28 +19,34 @@ DECAYS = np.array([0.0, -1e-5, -1.37e-5, -3.7e-4, -5e-4], np.float32)
 """Smaller ones move a number by about its last bit a token: storage in float32 decides where it goes then."""
 
 
-def drift(kind: str, theta: Any = None) -> float:
-    """How far N tokens that add nothing take a state, in the rounding of float32 times sqrt(N)."""
-    heads, d = len(DECAYS), 16
+def drift(kind: str, theta: Any = None, decays: Any = DECAYS, backend: Any = None) -> float:
+    """How far N tokens that add nothing take a state, in the rounding of float32 times sqrt(N).
+
+    theta: angles [H D], float32. backend: if not the one of this kind of arrays.
+    """
+    heads, d, e = len(decays), 16 if theta is None else theta.shape[1], 4
     nothing: Any = np.zeros((1, heads, d), np.float32)
-    decays, reweight = DECAYS, None if theta is None else LRPE(theta)
+    given, reweight = decays, None if theta is None else LRPE(theta)
     if kind == "torch":
-        nothing, decays = torch.from_numpy(nothing), torch.from_numpy(decays)
+        nothing, given = torch.from_numpy(nothing), torch.from_numpy(decays)
         reweight = None if theta is None else LRPE(torch.from_numpy(theta))
-    state = State.zeros(nothing, 1, heads, d, d, reweight=reweight)
+    state = State.zeros(nothing, 1, heads, d, e, reweight=reweight)
     begun = np.random.default_rng(0).standard_normal(state.kv.shape).astype(np.float32)
     state.kv[...] = begun if kind == "numpy" else torch.from_numpy(begun)
     for _ in range(N):
         linattn.decode_step(
-            nothing, nothing, nothing, state, log_decay=decays, reweight=reweight, backend=kind
-        )
+            nothing, nothing, nothing[..., :e], state, log_decay=given, reweight=reweight,
+            backend=backend or kind,
+        )  # fmt: skip
     parts = np.split(np.asarray(state.kv, np.float64)[0], 1 if theta is None else 2, 1)
     first = np.split(begun[0].astype(np.float64), len(parts), 1)
     turn = 0.0 if theta is None else 1j * theta.astype(np.float64)[..., None]
-    want = (first[0] + 1j * first[-1] * len(parts[1:])) * np.exp((DECAYS[:, None, None] + turn) * N)
-    off = np.linalg.norm(parts[0] + 1j * parts[-1] * len(parts[1:]) - want, axis=(1, 2))
+    want = (first[0] + 1j * first[-1] * len(parts[1:])) * np.exp(
+        (decays.astype(np.float64)[:, None, None] + turn) * N
+    )
+    off = np.linalg.norm(parts[0] + 1j * parts[-1] * len(parts[1:]) - want, axis=-1)
     unit = math.sqrt(N) * tolerance.UNIT["float32"]
-    return float((off / np.linalg.norm(want, axis=(1, 2))).max() / unit)
+    return float((off / np.linalg.norm(want, axis=-1)).max() / unit)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 import linattn
-from linattn import LRPE, State, testing, tolerance
+from linattn import LRPE, State, testing
 from linattn.errors import UnsupportedError
+from tests.core.test_long_text import drift
 from tests.cupy.hosted import COMPILER, hosted
 from tests.triton.drawing import check, drawn, rows
 
@@ -82,27 +82,11 @@ def test_a_step_of_many_features(dtype: Any, normalize: bool) -> None:
         assert abs(states[1].kv - states[0].kv).max() <= room
 
 
-def drift(decay: float) -> float:
-    """How far 5000 tokens that add nothing take a state, in the rounding of float32 times sqrt(5000)."""
-    n, few = 5000, 32
-    around = np.linspace(-1, 1, few)
-    theta = np.concatenate(
-        [np.pi / 2 + around / 100, 0.6 + around / 2, 2 + around, np.pi + around / 10]
-    ).astype(np.float32)
-    nothing = np.zeros((1, 1, len(theta)), np.float32)
-    reweight, g = LRPE(theta[None]), np.full(1, decay, np.float32)
-    state = State.zeros(nothing, 1, 1, len(theta), 4, reweight=reweight)
-    state.kv[...] = np.random.default_rng(0).standard_normal(state.kv.shape)
-    cosine, sine = np.split(state.kv[0, 0].astype(np.float64), 2)
-    for _ in range(n):
-        linattn.decode_step(
-            nothing, nothing, nothing[..., :4], state, log_decay=g, reweight=reweight, backend=hosted()
-        )
-    factor = np.exp((float(g[0]) + 1j * theta.astype(np.float64)) * n)
-    want = (cosine + 1j * sine) * factor[:, None]
-    got = state.kv[0, 0, : len(theta)] + 1j * state.kv[0, 0, len(theta) :]
-    off = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
-    return float(off.max() / (math.sqrt(n) * tolerance.UNIT["float32"]))
+def turned_for_long(decay: float) -> float:
+    """`drift` of a state by 128 angles, some around a quarter of a turn, some around a half."""
+    around = np.linspace(-1, 1, 32)
+    theta = np.concatenate([np.pi / 2 + around / 100, 0.6 + around / 2, 2 + around, np.pi + around / 10])
+    return drift("numpy", theta.astype(np.float32)[None], np.full(1, decay, np.float32), hosted())
 
 
 @pytest.mark.parametrize("decay", [0.0, -1e-5])
@@ -111,4 +95,4 @@ def test_a_long_text(decay: float) -> None:
 
     Not at angles by which a state comes back to nearly the same numbers: there storage in float32 leans.
     """
-    assert drift(decay) <= 2
+    assert turned_for_long(decay) <= 2

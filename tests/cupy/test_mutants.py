@@ -11,7 +11,7 @@ import pytest
 
 from linattn.backends.cupy import sources
 from tests.cupy import hosted
-from tests.cupy.test_hosted import EXAMPLES, LENGTHS, Hosted, drift, forgotten
+from tests.cupy.test_hosted import EXAMPLES, LENGTHS, Hosted, forgotten, turned_for_long
 from tests.triton.drawing import check, drawn, rows
 
 pytestmark = pytest.mark.skipif(
@@ -107,4 +107,4 @@ def test_a_decay_of_0_is_no_factor() -> None:
 )
 def test_roundings_that_lean_are_noticed(right: str, wrong: str) -> None:
     with changed("twice.cuh", right, wrong):
-        assert drift(0.0) > 4
+        assert turned_for_long(0.0) > 4

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import linattn
-from linattn.models import TransNormerLM, decoding, parts
+from linattn.models import TransNormerLM, decoding, parts, persistent
 from tests.models.stepping import CONFIG, Kernels
 
 
@@ -27,7 +27,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = Kernels()
     for module in (decoding, parts):
         monkeypatch.setattr(module, "kernels", lambda name: found)
-    monkeypatch.setattr(decoding, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(persistent, "capability", lambda device: (9, 0))
     monkeypatch.setattr(decoding, "fuses", lambda *parts: not torch.compiler.is_compiling())
     step = linattn.decode_step
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from linattn.models import TransNormerConfig, TransNormerLM, decoding
+from linattn.models import TransNormerConfig, TransNormerLM, decoding, persistent
 from linattn.models.transnormer import TransNormerConfig as Released
 from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.models.transnormer_lm import TransNormerLayer
@@ -76,7 +76,7 @@ def test_large_states_are_not_read_early(
 def test_no_kernel_is_early_on_older_gpus(
     model: TransNormerLM, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(persistent, "capability", lambda device: (8, 0))
     with torch.no_grad():
         for batch in (1, 5):
             x = torch.randn(batch, 32, dtype=torch.float64)
