@@ -1,15 +1,16 @@
-"""The sizes and choices of a TransNormerLM."""
+"""The sizes and choices of a TransNormerLM, by the names of this library and by the released ones."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from linattn.errors import CheckpointError, OptionError, ValueRangeError
 from linattn.features import FEATURE_MAPS
-from linattn.models.fields import check_flags, check_heads, check_lrpe, check_sizes
+from linattn.models.fields import check_flags, check_heads, check_ids, check_lrpe, check_positive, check_sizes
+from linattn.models.names import check_field
 
 SCHEDULES = ("released", "paper")
 NORM = "simplermsnorm"
@@ -19,8 +20,6 @@ RELEASED = {
     "num_layers": "decoder_layers",
     "num_heads": "decoder_attention_heads",
 }
-# Fields that say who wrote a configuration: then it has more of them that mean nothing here.
-HUGGING_FACE = {"architectures", "transformers_version", "auto_map", "eos_token_id"}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "1+elu": "elu+1", "None": None}
 
 
@@ -82,31 +81,103 @@ class TransNormerConfig:
     def from_dict(fields: Mapping[str, Any]) -> TransNormerConfig:
         """Read what `to_dict` or transformers wrote, or a released checkpoint has.
 
-        Raises CheckpointError for bad values, and for unknown fields unless transformers wrote them.
+        `linattn.models.transnormer` reads the same of it. Older checkpoints of this library have its own
+        names. Raises CheckpointError for bad values, fields that are misspelt, and in older checkpoints for
+        all that are unknown.
         """
-        own = {field.name for field in dataclasses.fields(TransNormerConfig)}
-        names = {released: name for name, released in RELEASED.items()}
-        found = {names.get(name, name): value for name, value in fields.items()}
-        act, norm = str(found.pop("linear_act_fun", "silu")), found.pop("norm_type", NORM)
-        if act not in ACTIVATIONS or norm != NORM:
-            raise CheckpointError(
-                f"the configuration has linear_act_fun {act!r} and norm_type {norm!r}; known are "
-                f"{', '.join(ACTIVATIONS)} and {NORM}"
-            )
-        found.setdefault("feature_map", ACTIVATIONS[act])
-        unknown = sorted(set(found) - own)
-        if unknown and not HUGGING_FACE & set(fields):
-            raise CheckpointError(f"the configuration has unknown fields: {', '.join(unknown)}")
-        use = found.get("linear_use_lrpe_list") or ()
-        if not isinstance(use, (list, tuple)):
-            raise CheckpointError(
-                f"the configuration is damaged: linear_use_lrpe_list must be a list, got {use!r}"
-            )
-        kept = {name: value for name, value in found.items() if name in own}
         try:
-            return TransNormerConfig(**{**kept, "linear_use_lrpe_list": tuple(use)})
+            if RELEASED.keys() <= fields.keys():
+                return _of_older(fields)
+            return Released.read(fields).parts()
         except (ValueRangeError, OptionError) as error:
             raise CheckpointError(f"the configuration is damaged: {error}") from error
+
+
+def _of_older(fields: Mapping[str, Any]) -> TransNormerConfig:
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(TransNormerConfig)})
+    if unknown:
+        raise CheckpointError(f"the configuration has unknown fields: {', '.join(unknown)}")
+    return TransNormerConfig(**fields)
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class Released:
+    """The released fields and what they are where a configuration has none: transformers' class has these.
+
+    attribute_map: what transformers calls some of them; that name counts where both are there.
+    """
+
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "decoder_embed_dim",
+        "num_hidden_layers": "decoder_layers",
+        "num_attention_heads": "decoder_attention_heads",
+        "intermediate_size": "glu_dim",
+        "initializer_range": "init_std",
+    }
+
+    vocab_size: int = 64000
+    decoder_embed_dim: int = 1024
+    decoder_layers: int = 24
+    decoder_attention_heads: int = 8
+    hidden_dim: int = 1024
+    glu_dim: int = 2816
+    linear_use_lrpe_list: list[int] | tuple[int, ...] | None = ()
+    linear_act_fun: str | None = "silu"
+    norm_type: str = NORM
+    no_scale_embedding: bool = False
+    bias: bool = False
+    decay_schedule: str = "released"
+    init_std: float = 0.02
+    add_bos_token: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    @staticmethod
+    def read(fields: Mapping[str, Any]) -> Released:
+        """Read what a config.json holds, as transformers does and without it; fields of others are left out.
+
+        Raises OptionError for a name that is one of these but for a slip of the hand.
+        """
+        own, aliases = [field.name for field in dataclasses.fields(Released)], Released.attribute_map
+        for name in fields:
+            check_field("TransNormerConfig", name, (*own, *aliases))
+        renamed = {aliases[name]: value for name, value in fields.items() if name in aliases}
+        return Released(**{name: value for name, value in fields.items() if name in own} | renamed)
+
+    def parts(self) -> TransNormerConfig:
+        """Return what `linattn.models.transnormer_lm` builds layers from.
+
+        Raises OptionError or ValueRangeError for any field, its own or not, that cannot be.
+        """
+        check_sizes(self, "vocab_size", *RELEASED.values(), "hidden_dim", "glu_dim")
+        check_heads(self, "decoder_attention_heads", "hidden_dim")
+        lrpe = check_lrpe(self.linear_use_lrpe_list, self.decoder_layers, "decoder_layers")
+        if self.norm_type != NORM:
+            raise OptionError(f"norm_type must be {NORM!r}, got {self.norm_type!r}")
+        act = str(self.linear_act_fun)
+        if act not in ACTIVATIONS:
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise OptionError(f"linear_act_fun must be one of {known}, got {self.linear_act_fun!r}")
+        parts = TransNormerConfig(
+            vocab_size=self.vocab_size,
+            embed_dim=self.decoder_embed_dim,
+            hidden_dim=self.hidden_dim,
+            num_heads=self.decoder_attention_heads,
+            num_layers=self.decoder_layers,
+            glu_dim=self.glu_dim,
+            decay_schedule=self.decay_schedule,
+            linear_use_lrpe_list=lrpe,
+            no_scale_embedding=self.no_scale_embedding,
+            bias=self.bias,
+            feature_map=ACTIVATIONS[act],
+        )
+        check_flags(self, "add_bos_token", "use_cache", "tie_word_embeddings")
+        check_positive(self, "init_std")
+        check_ids(self, "pad_token_id", "bos_token_id", "eos_token_id")
+        return parts
 
 
 # tiny is what two CPU cores can teach in two minutes; small wants an hour or a GPU.

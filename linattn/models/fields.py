@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 from linattn.errors import OptionError, ValueRangeError
@@ -40,11 +40,13 @@ def check_heads(config: Any, heads: str, width: str) -> None:
         raise OptionError(f"{heads} must divide {width}, got {count} heads and width {size}")
 
 
-def check_lrpe(given: Sequence[int] | None, count: int, layers: str) -> tuple[int, ...]:
+def check_lrpe(given: Any, count: int, layers: str) -> tuple[int, ...]:
     """Return a linear_use_lrpe_list for `count` layers, of 0s and 1s, or of nothing; refuse others.
 
     layers: what the refusal, an OptionError, calls them.
     """
+    if not isinstance(given, list | tuple | None):
+        raise OptionError(f"linear_use_lrpe_list must be a list, got {given!r}")
     use = tuple(given or ())
     if len(use) not in (0, count) or any(entry not in (0, 1) for entry in use):
         raise OptionError(

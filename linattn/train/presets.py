@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from linattn.errors import CheckpointError, OptionError
+from linattn.models.config import Released
 from linattn.models.transnormer import PRESETS, TransNormerConfig, TransNormerForCausalLM, preset
 from linattn.train import checkpoint, trainer_checkpoint
 from linattn.train.tokenizers import BYTES, TOKENIZER, check_bytes, load_tokenizer, own_tokenizer
@@ -18,9 +19,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LOSS_CHUNK = 8192  # tokens whose logits are there at once,
 LOGITS = 1 << 29  # or fewer: so many logits, 1 GiB in bfloat16
 FIELDS = [  # what makes a model; transformers' own fields come and go with its versions
-    field.name
-    for field in dataclasses.fields(TransNormerConfig)
-    if field.name in TransNormerConfig.__annotations__ and field.name != "use_cache"
+    field.name for field in dataclasses.fields(Released) if field.name != "use_cache"
 ]
 
 

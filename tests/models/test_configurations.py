@@ -281,6 +281,42 @@ def test_flags_of_the_plain_configuration(name, value):
         PlainConfig.from_dict({**PlainConfig().to_dict(), name: value})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"decoder_layers": 2, "hidden_dim": 64, "depth": 3},
+        {"num_attention_heads": 16, "num_hidden_layers": 3, "intermediate_size": 24, "hidden_size": 40},
+        {"decoder_attention_heads": 2, "num_attention_heads": 4},
+        {"num_heads": 2, "embed_dim": 8},  # no fields of a released configuration
+        {"add_bos_token": False, "bos_token_id": 1, "pad_token_id": 0, "dtype": "float32", "init_std": 0.1},
+        {"linear_act_fun": None, "decay_schedule": "paper", "linear_use_lrpe_list": None, "bias": True},
+    ],
+    ids=str,
+)
+def test_both_classes_read_the_same(fields, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "transnormer", **fields}))
+    assert PlainConfig.from_dict(fields) == AutoConfig.from_pretrained(tmp_path).parts()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"decay_schedul": "paper", "eos_token_id": 2}, {"linear_act_func": "relu", "architectures": ["x"]},
+        {"num_atention_heads": 4}, {"num_attention_heads": 3}, {"init_std": 0}, {"initializer_range": "0.1"},
+        {"eos_token_id": 64000}, {"use_cache": 1}, {"norm_type": None}, {"linear_use_lrpe_list": "10"},
+        {"hidden_size": 1.5}, {"add_bos_token": None}, {"bias": "false"}, {"tie_word_embeddings": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_both_classes_refuse_the_same(fields):
+    with pytest.raises((OptionError, ValueRangeError)) as of_transformers:
+        TransNormerConfig.from_dict(fields)
+    with pytest.raises(CheckpointError) as caught:
+        PlainConfig.from_dict(fields)
+    assert str(caught.value) == f"the configuration is damaged: {of_transformers.value}"
+
+
 def test_a_derived_configuration_reads_what_it_comes_from(tmp_path):
     class Own(TransNormerConfig):
         model_type = "own"

@@ -157,7 +157,11 @@ DAMAGE = [
     ("training.json", b"{}", "has no step or no facts"),
     ("config.json", "gone", "it has no config.json"),
     ("config.json", b'{"model_type": "gpt2"}', "type 'gpt2', this is 'transnormer'"),
-    ("config.json", b'{"model_type": "transnormer", "num_heads": 3}', "num_heads must divide"),
+    (
+        "config.json",
+        b'{"model_type": "transnormer", "decoder_attention_heads": 3}',
+        "heads must divide hidden_dim",
+    ),
 ]
 
 

@@ -12,8 +12,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from linattn.errors import OptionError, ShapeError, StateError, ValueRangeError
 from linattn.models.huggingface.cache import StateCache
 from linattn.models.huggingface.loading import load_whole
-from linattn.models.huggingface.names import meant
 from linattn.models.huggingface.newer import CACHE, CHECKPOINTS
+from linattn.models.names import meant
 
 __all__ = ["StateExpansion", "StateGeneration", "StateModel", "check_options", "named"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from linattn.errors import OptionError
-from linattn.models.huggingface.names import meant
+from linattn.models.names import check_field
 
 __all__ = ["StrictFields"]
 
@@ -55,8 +55,7 @@ class StrictFields:
     def __setattr__(self, name: str, value: Any) -> None:
         if not hasattr(self, name):
             known = (*(field.name for field in dataclasses.fields(self)), *self.attribute_map)  # type: ignore[arg-type, attr-defined]
-            if (field := meant(name, known)) is not None:
-                raise OptionError(f"{type(self).__name__} has no field {name!r}, did you mean {field}?")
+            check_field(type(self).__name__, name, known)
         if name in FLAGS and type(value) is not bool:  # newer transformers takes anything
             raise OptionError(f"{name} must be True or False, got {value!r}")
         try:

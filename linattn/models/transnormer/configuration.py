@@ -7,19 +7,13 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from linattn.errors import OptionError
-from linattn.models.config import ACTIVATIONS, NORM
-from linattn.models.config import TransNormerConfig as Parts
-from linattn.models.fields import check_flags, check_heads, check_ids, check_lrpe, check_positive, check_sizes
+from linattn.models.config import Released
 from linattn.models.huggingface.strict import StrictFields
 
 __all__ = ["PRESETS", "TransNormerConfig", "preset"]
 
-SIZES = (
-    "vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim", "glu_dim",
-)  # fmt: skip
 
-
-class TransNormerConfig(StrictFields, PreTrainedConfig):
+class TransNormerConfig(StrictFields, Released, PreTrainedConfig):
     """The released configuration (model type "transnormer"), with one field more: decay_schedule.
 
     decoder_embed_dim: width of the residual. hidden_dim: width of q, k, v and the gate, split into
@@ -36,72 +30,12 @@ class TransNormerConfig(StrictFields, PreTrainedConfig):
 
     model_type = "transnormer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "decoder_embed_dim",
-        "num_hidden_layers": "decoder_layers",
-        "num_attention_heads": "decoder_attention_heads",
-        "intermediate_size": "glu_dim",
-        "initializer_range": "init_std",
-    }
-
-    vocab_size: int = 64000
-    decoder_embed_dim: int = 1024
-    decoder_layers: int = 24
-    decoder_attention_heads: int = 8
-    hidden_dim: int = 1024
-    glu_dim: int = 2816
-    linear_use_lrpe_list: list[int] | tuple[int, ...] | None = ()
-    linear_act_fun: str | None = "silu"
-    norm_type: str = "simplermsnorm"
-    no_scale_embedding: bool = False
-    bias: bool = False
-    decay_schedule: str = "released"
-    init_std: float = 0.02
-    add_bos_token: bool = False
-    use_cache: bool = True
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # sets what came under transformers' names
-        if not isinstance(self.linear_use_lrpe_list, list | tuple | None):
-            raise OptionError(f"linear_use_lrpe_list must be a list, got {self.linear_use_lrpe_list!r}")
-        self.linear_use_lrpe_list = list(self.linear_use_lrpe_list or ())
+        if isinstance(self.linear_use_lrpe_list, tuple | None):
+            self.linear_use_lrpe_list = list(self.linear_use_lrpe_list or ())
         self.parts()
-
-    def parts(self) -> Parts:
-        """Return what `linattn.models.transnormer_lm` builds layers from.
-
-        Raises OptionError or ValueRangeError for any field, its own or not, that cannot be.
-        """
-        check_sizes(self, *SIZES)
-        check_heads(self, "decoder_attention_heads", "hidden_dim")
-        lrpe = check_lrpe(self.linear_use_lrpe_list, self.decoder_layers, "decoder_layers")
-        if self.norm_type != NORM:
-            raise OptionError(f"norm_type must be {NORM!r}, got {self.norm_type!r}")
-        act = str(self.linear_act_fun)
-        if act not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise OptionError(f"linear_act_fun must be one of {known}, got {self.linear_act_fun!r}")
-        parts = Parts(
-            vocab_size=self.vocab_size,
-            embed_dim=self.decoder_embed_dim,
-            hidden_dim=self.hidden_dim,
-            num_heads=self.decoder_attention_heads,
-            num_layers=self.decoder_layers,
-            glu_dim=self.glu_dim,
-            decay_schedule=self.decay_schedule,
-            linear_use_lrpe_list=lrpe,
-            no_scale_embedding=self.no_scale_embedding,
-            bias=self.bias,
-            feature_map=ACTIVATIONS[act],
-        )
-        check_flags(self, "add_bos_token", "use_cache", "tie_word_embeddings")
-        check_positive(self, "init_std")
-        check_ids(self, "pad_token_id", "bos_token_id", "eos_token_id")
-        return parts
 
 
 def _size(layers: int, width: int, heads: int, glu: int) -> dict[str, Any]:
