@@ -11,6 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from linattn.errors import CheckpointError, OptionError
+from linattn.models.cosformer import (
+    CosformerForCausalLM,
+    CosformerForConditionalGeneration,
+    CosformerForMaskedLM,
+    CosformerForSequenceClassification,
+    CosformerModel,
+)
 from linattn.models.huggingface.loading import load_whole
 from linattn.models.transnormer import (
     PRESETS,
@@ -20,6 +27,7 @@ from linattn.models.transnormer import (
     preset,
 )
 from linattn.train import load_model
+from tests.models.test_cosformer import build
 from tests.models.test_transnormer import SIZES, VOCAB, make, plain, same, text
 
 
@@ -92,6 +100,8 @@ DAMAGES = {
         "lacks model.layers.1.channel_mixer",
     ),
     "extra": (lambda x: x.update(other=torch.ones(2)), "has unknown other"),
+    "bias": (lambda x: x.update({"lm_head.bias": torch.ones(VOCAB)}), "has unknown lm_head.bias"),
+    "scale": (lambda x: x.update({"lm_head.weight_scale": torch.ones(1)}), "unknown lm_head.weight_scale"),
     "shape": (
         lambda x: x.update({"lm_head.weight": torch.ones(VOCAB, 9)}),
         r"lm_head.weight has shape \(23, 9\), this",
@@ -108,6 +118,39 @@ def test_what_does_not_fit_is_not_loaded(model, tmp_path, damage):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=words):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def with_more(model, folder, **tensors):
+    """Save a model and put tensors beside its own."""
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **tensors}, file, {"format": "pt"})
+
+
+LEFT_OUT = [
+    (CosformerForCausalLM, CosformerForCausalLM, ("lm_head.bias", "classifier.weight")),
+    (CosformerForMaskedLM, CosformerForMaskedLM, ("lm_head.bias", "classifier.scale")),
+    (CosformerForMaskedLM, CosformerModel, ("lm_head.bias", "classifier.scale")),
+    (CosformerForMaskedLM, CosformerForSequenceClassification, ("lm_head.scale", "classifier.scale")),
+    (
+        CosformerForConditionalGeneration,
+        CosformerForConditionalGeneration,
+        ("lm_head.bias", "classifier.bias"),
+    ),
+    (None, TransNormerModel, ("lm_head.bias",)),
+]
+
+
+@pytest.mark.parametrize(("kind", "reader", "names"), LEFT_OUT)
+def test_a_model_inside_leaves_out_nothing_of_the_whole(kind, reader, names, tmp_path):
+    """A model without a head reads those that have one, and leaves out what heads are made of alone."""
+    made = make() if kind is None else build(kind)
+    for name in names:
+        with_more(made, tmp_path, **{name: torch.ones(3)})
+        with pytest.raises(CheckpointError, match=f"has unknown {name}"):
+            reader.from_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    reader.from_pretrained(tmp_path)
 
 
 def test_a_truncated_file_is_not_loaded(model, tmp_path):

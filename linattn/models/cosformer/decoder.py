@@ -46,7 +46,7 @@ class CosformerDecoder(CosformerStack):
     """
 
     base_model_prefix = "decoder"
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
+    _left_out = (r"^lm_head\.weight$",)
 
     def __init__(self, config: CosformerConfig) -> None:
         crosses = config.num_decoder_layers > 0

@@ -29,7 +29,7 @@ class CosformerModel(CosformerStack):
     """
 
     base_model_prefix = "encoder"
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\.", r"^classifier\."]
+    _left_out = (r"^lm_head\.weight$", r"^classifier\.(weight|bias)$")
 
     def __init__(self, config: CosformerConfig) -> None:
         super().__init__(config, config.num_hidden_layers, causal=False, crosses=False)
@@ -78,7 +78,7 @@ class CosformerForMaskedLM(CosformerPreTrainedModel):
 
     base_model_prefix = "encoder"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "encoder.embed_tokens.weight"}
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^classifier\."]
+    _left_out = (r"^classifier\.(weight|bias)$",)
     _new_heads = ("lm_head.",)
 
     def __init__(self, config: CosformerConfig) -> None:
@@ -128,7 +128,7 @@ class CosformerForSequenceClassification(CosformerPreTrainedModel):
     """
 
     base_model_prefix = "encoder"
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
+    _left_out = (r"^lm_head\.weight$",)
     _new_heads = ("classifier.",)
 
     def __init__(self, config: CosformerConfig) -> None:

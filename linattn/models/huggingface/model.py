@@ -51,10 +51,16 @@ class StateModel(PreTrainedModel):
     cache_class: ClassVar[type[StateCache]] = StateCache
     _is_stateful = True  # no assisted generation: a state cannot be rolled back
     _new_heads: ClassVar[tuple[str, ...]] = ()  # what a checkpoint of another task need not have
+    _left_out: ClassVar[tuple[str, ...]] = ()  # patterns of what it may have more: another task's head
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the model makes its own
+
+    def post_init(self) -> None:
+        """What transformers does last; tensors that a model inside would leave out count for a whole one."""
+        super().post_init()
+        self._keys_to_ignore_on_load_unexpected = {*self._left_out}
 
     @classmethod
     def from_pretrained(

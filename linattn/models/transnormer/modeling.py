@@ -71,7 +71,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
     """
 
     graphs = one_kernel = True
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
+    _left_out = (r"^lm_head\.weight$",)
 
     def __init__(self, config: TransNormerConfig) -> None:
         super().__init__(config)
