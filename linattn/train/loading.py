@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from linattn.arrays import dtype_name
 from linattn.errors import CheckpointError
 from linattn.models import TransNormerConfig, TransNormerLM
+from linattn.models.tensors import check_dtype, once
 from linattn.train.checkpoint import (
     CONFIG,
     MODEL,
@@ -65,11 +67,7 @@ def load_weights(model: TransNormerLM, tensors: Mapping[str, torch.Tensor], sour
         if tensor.shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, this model's is {tuple(own[name].shape)}"
             raise CheckpointError(f"{source} is of another model: {name} has shape {shapes}")
-        if not tensor.is_floating_point():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{source} has weights that are no floating point numbers: {name} is {dtype}"
-            )
+        check_dtype(source, name, dtype_name(tensor))
         if not tensor.isfinite().all():
             raise CheckpointError(
                 f"{source} has weights that are NaN or infinite, in {name}: its training diverged"
@@ -90,13 +88,5 @@ def _check_config(folder: Path) -> None:
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint's files by the names that they have here."""
-    found: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        for name, tensor in read_tensors(path).items():
-            here = name.removeprefix(DEEPER)
-            if here in found:
-                raise CheckpointError(
-                    f"{path} is damaged: {here} is there twice, with {DEEPER!r} and without"
-                )
-            found[here] = tensor
-    return found
+    found = (pair for path in weight_files(folder) for pair in read_tensors(path).items())
+    return once(folder, found, DEEPER)

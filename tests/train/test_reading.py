@@ -106,12 +106,15 @@ def test_weights_are_finite(bare, name, value):
     refused(bare, f"NaN or infinite, in {name}: its training diverged; take an earlier")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_weights_are_floating_point_numbers(bare, dtype):
     tensors = load_file(bare / checkpoint.MODEL)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
     save_file(tensors, bare / checkpoint.MODEL)
-    refused(bare, "no floating point numbers: lm_head.weight is")
+    name = str(dtype).removeprefix("torch.")
+    refused(bare, f"no floating point numbers of 16 to 64 bits: lm_head.weight is {name}")
+    for command in (("generate",), ("eval", "--text", bare / "config.json")):
+        assert f"lm_head.weight is {name}" in said(*command, "--checkpoint", bare)
 
 
 def test_a_tensor_is_there_once(bare):
