@@ -72,7 +72,8 @@ class StateModel(PreTrainedModel):
         `linattn.models.huggingface.loading.load_whole`.
         """
         load, new = super().from_pretrained, (cls.__name__, cls._new_heads)
-        return load_whole(load, pretrained_model_name_or_path, *arguments, new=new, **options)
+        prefix = f"{cls.base_model_prefix}."
+        return load_whole(load, pretrained_model_name_or_path, *arguments, new=new, prefix=prefix, **options)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
         """Write weights and configuration, as transformers does.

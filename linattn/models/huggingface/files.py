@@ -1,0 +1,91 @@
+"""What a checkpoint's files hold, which is looked at before transformers reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+
+from linattn.arrays import dtype_name
+from linattn.errors import CheckpointError
+from linattn.models.tensors import once
+
+__all__ = ["dtypes", "kept", "look", "named"]
+
+CONFIG, WEIGHTS, PICKLES = "config.json", "model.safetensors", "pytorch_model.bin"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors
+
+
+def look(folder: Path, prefix: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the dtypes of the tensors in a folder that transformers will read, if it is one.
+
+    prefix: with which names of tensors begin or not; those that are returned do not. options: those of
+    `from_pretrained`. Raises CheckpointError for tensors that are there twice, and for an index that names
+    files that are not there, or tensors that are in none of them.
+    """
+    name = WEIGHTS if options["use_safetensors"] else PICKLES
+    file, index = folder / named(name, options), folder / named(f"{name}.index.json", options)
+    found: Iterable[tuple[str, str]] = ()
+    if file.is_file():
+        found = _held(file).items()
+    elif index.is_file():
+        found = _indexed(index)
+    return once(folder, found, prefix)
+
+
+def dtypes(tensors: Any) -> dict[str, str]:
+    """Return the dtypes of tensors by their names."""
+    pairs = tensors.items() if isinstance(tensors, Mapping) else ()
+    return {name: dtype_name(x) for name, x in pairs if isinstance(x, torch.Tensor)}
+
+
+def kept(path: Any, options: Mapping[str, Any], config: PreTrainedConfig) -> Path | None:
+    """Where the files of a repository are, once they were loaded; None for a folder, which it is not."""
+    if Path(path).exists():
+        return None
+    name = Path(options.get("subfolder") or "", CONFIG).as_posix()
+    place = try_to_load_from_cache(str(path), name, options.get("cache_dir"), config._commit_hash)
+    return Path(place).parent if isinstance(place, str) else None
+
+
+def named(name: str, options: Mapping[str, Any]) -> str:
+    """A file's name with the variant, as transformers writes it: model.fp16.safetensors."""
+    variant = options.get("variant")
+    stem, _, end = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{end}"
+
+
+def _held(file: Path) -> dict[str, str]:
+    """The dtypes of a file's tensors by their names; no tensor is read."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as tensors:
+            codes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        return {name: DTYPES.get(code, code) for name, code in codes.items()}
+    return dtypes(torch.load(file, map_location="meta", weights_only=True))
+
+
+def _indexed(index: Path) -> list[tuple[str, str]]:
+    """What is in the files that an index names; refuse one that names what is not there."""
+    try:
+        fields = json.loads(index.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{index} is damaged: {error}") from error
+    places = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(places, dict) or not places or not isinstance(fields.get("metadata"), dict):
+        raise CheckpointError(f"{index} is damaged: it must have a weight_map and metadata")
+    found: list[tuple[str, str]] = []
+    for name in sorted(set(map(str, places.values()))):
+        file = index.parent / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: {index.name} names it")
+        found += _held(file).items()
+    if lost := sorted(places.keys() - {name for name, _ in found}):
+        names = ", ".join(lost[:3])
+        raise CheckpointError(f"{index} is damaged: its files lack {names} ({len(lost)} in all)")
+    return found

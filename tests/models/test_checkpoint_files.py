@@ -1,0 +1,72 @@
+"""What the files of a checkpoint hold, in every way that they come: looked at tensor by tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from linattn.errors import CheckpointError
+from linattn.models.cosformer import CosformerForCausalLM
+from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM, TransNormerModel
+from tests.models.test_cosformer import build
+from tests.models.test_transnormer import VOCAB, make
+from tests.models.test_transnormer_checkpoints import shard, with_more
+
+EXTRA, FILE = "layers.0.channel_mixer.l1.weight", "model.safetensors"
+
+
+def local(folder):
+    return {"pretrained_model_name_or_path": folder}
+
+
+def pickled(folder):
+    """Make a pickle of the safetensors."""
+    torch.save(load_file(folder / FILE), folder / "pytorch_model.bin")
+    (folder / FILE).unlink()
+    return {"pretrained_model_name_or_path": folder, "use_safetensors": False}
+
+
+def of_a_repository(folder):
+    """Put the files where those of a repository are kept."""
+    revision, kept = "a" * 40, folder / "models--own--model"
+    snapshot = kept / "snapshots" / revision
+    for place in (kept / "refs", snapshot):
+        place.mkdir(parents=True)
+    (kept / "refs" / "main").write_text(revision)
+    for file in [path for path in folder.iterdir() if path.is_file()]:
+        file.rename(snapshot / file.name)
+    return {"pretrained_model_name_or_path": "own/model", "cache_dir": folder, "local_files_only": True}
+
+
+def in_memory(folder):
+    config, tensors = TransNormerConfig.from_pretrained(folder), load_file(folder / FILE)
+    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+
+
+ways = pytest.mark.parametrize("way", [local, pickled, of_a_repository, in_memory])
+readers = pytest.mark.parametrize("reader", [TransNormerForCausalLM, TransNormerModel])
+
+
+@ways
+@readers
+@pytest.mark.parametrize("name", [EXTRA, "model.lm_head.weight"])
+def test_a_tensor_is_there_once(tmp_path, way, reader, name):
+    with_more(make(), tmp_path, **{name: torch.ones(12 if name == EXTRA else VOCAB, 8)})
+    with pytest.raises(
+        CheckpointError, match=rf"{name.removeprefix('model.')} is there twice, with 'model\.'"
+    ):
+        reader.from_pretrained(**way(tmp_path))
+
+
+def test_a_tensor_is_there_once_in_several_files(tmp_path):
+    make().save_pretrained(tmp_path, max_shard_size="4kB")
+    shard(tmp_path / f"{FILE}.index.json", lambda x: x.update({EXTRA: torch.ones(12, 8)}))
+    with pytest.raises(CheckpointError, match=f"{EXTRA} is there twice"):
+        TransNormerForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_tensor_of_cosformer_is_there_once(tmp_path):
+    with_more(build(CosformerForCausalLM), tmp_path, **{"norm.weight": torch.ones(12)})
+    with pytest.raises(CheckpointError, match=r"norm.weight is there twice, with 'decoder\.' and without"):
+        CosformerForCausalLM.from_pretrained(tmp_path)
