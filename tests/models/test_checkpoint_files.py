@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from linattn.errors import CheckpointError
 from linattn.models.cosformer import CosformerForCausalLM
@@ -70,3 +70,35 @@ def test_a_tensor_of_cosformer_is_there_once(tmp_path):
     with_more(build(CosformerForCausalLM), tmp_path, **{"norm.weight": torch.ones(12)})
     with pytest.raises(CheckpointError, match=r"norm.weight is there twice, with 'decoder\.' and without"):
         CosformerForCausalLM.from_pretrained(tmp_path)
+
+
+@ways
+@readers
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.filterwarnings("ignore:Casting complex values")  # torch's, before the tensor is looked at
+def test_weights_are_of_floating_point(tmp_path, way, reader, dtype):
+    make().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    name = f"model.{EXTRA}"
+    save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / FILE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"no floating point numbers of 16 to 64 bits: {EXTRA} is "):
+        reader.from_pretrained(**way(tmp_path))
+
+
+@ways
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_any_floating_point_are_read(tmp_path, way, dtype):
+    make().to(dtype).save_pretrained(tmp_path)
+    assert TransNormerForCausalLM.from_pretrained(**way(tmp_path)).config.vocab_size == VOCAB
+
+
+def test_integers_of_a_model_s_own_are_read(tmp_path):
+    """As quantised weights are, and what a derived class counts."""
+
+    class Counting(TransNormerForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("seen", torch.tensor(3))
+
+    Counting(make().config).save_pretrained(tmp_path)
+    assert Counting.from_pretrained(tmp_path).seen.item() == 3

@@ -9,9 +9,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from linattn.arrays import FLOATS
 from linattn.errors import CheckpointError
 from linattn.models.huggingface.files import WEIGHTS, dtypes, kept, look, named
-from linattn.models.tensors import once
+from linattn.models.tensors import check_dtype, once
 
 __all__ = ["ShapeMismatchError", "load_whole"]
 
@@ -39,22 +40,23 @@ def load_whole(
     dot, with which keys begin or not.
 
     Raises CheckpointError when tensors are missing, unknown, there twice, of another shape (unless
-    ignore_mismatched_sizes=True), or a file is damaged or missing.
+    ignore_mismatched_sizes=True) or of no floating point where the model's are, or a file is damaged or
+    missing.
     """
     options.setdefault("use_safetensors", True)
     wants_report = options.pop("output_loading_info", False)
     shapes_may_differ = options.pop("ignore_mismatched_sizes", wants_report)
     try:
-        given = options.get("state_dict")
+        given, source = options.get("state_dict"), "the state_dict" if path is None else path
         if given is not None or path is None:
-            once("the state_dict", dtypes(given).items(), prefix)
+            found = once(source, dtypes(given).items(), prefix)
         else:
-            look(Path(path, options.get("subfolder") or ""), prefix, options)
+            found = look(Path(path, options.get("subfolder") or ""), prefix, options)
         model, report = load(
             path, *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         if given is None and (folder := kept(path, options, model.config)) is not None:
-            look(folder, prefix, options)
+            found = look(folder, prefix, options)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     except PICKLED as error:
@@ -75,6 +77,10 @@ def load_whole(
                 "use_safetensors=False"
             ) from error
         raise
+    own = {name.removeprefix(prefix): dtype for name, dtype in dtypes(model.state_dict()).items()}
+    for name, dtype in found.items():
+        if own.get(name) in FLOATS:
+            check_dtype(source, name, dtype)
     if wants_report:
         return model, report
     if report["mismatched_keys"] and not shapes_may_differ:
