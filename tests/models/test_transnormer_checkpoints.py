@@ -262,8 +262,9 @@ def test_one_file_is_read_whatever_an_index_beside_it_says(model, tmp_path):
 def test_pickles_are_read_only_when_asked(model, tmp_path):
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="use_safetensors=False"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    for options in ({}, {"use_safetensors": None}, {"use_safetensors": True}):
+        with pytest.raises(CheckpointError, match="use_safetensors=False"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False, dtype=torch.float64)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 

@@ -43,7 +43,8 @@ def load_whole(
     ignore_mismatched_sizes=True) or of no floating point where the model's are, or a file is damaged or
     missing.
     """
-    options.setdefault("use_safetensors", True)
+    if options.get("use_safetensors") is None:
+        options["use_safetensors"] = True  # None would be pickles, where there is nothing else
     wants_report = options.pop("output_loading_info", False)
     shapes_may_differ = options.pop("ignore_mismatched_sizes", wants_report)
     try:
