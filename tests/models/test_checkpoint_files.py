@@ -102,3 +102,43 @@ def test_integers_of_a_model_s_own_are_read(tmp_path):
 
     Counting(make().config).save_pretrained(tmp_path)
     assert Counting.from_pretrained(tmp_path).seen.item() == 3
+
+
+TRUST = "pickled weights can run code: where you trust them, pass use_safetensors=False"
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "says"),
+    [
+        ([], {}, "has no model.safetensors"),
+        ([], {"use_safetensors": False}, "has no pytorch_model.bin"),
+        ([], {"variant": "fp16"}, "has no model.fp16.safetensors"),
+        (["pytorch_model.bin"], {}, f"has no model.safetensors, it has pytorch_model.bin: {TRUST}"),
+        (
+            ["pytorch_model.bin.index.json"],
+            {},
+            f"has no model.safetensors, it has pytorch_model.bin.index.json: {TRUST}",
+        ),
+        (["pytorch_model.fp16.bin"], {}, "has no model.safetensors"),
+        (
+            ["pytorch_model.bin", FILE],
+            {"variant": "fp16"},
+            "has no model.fp16.safetensors, it has model.safetensors: leave variant out",
+        ),
+        (
+            [FILE],
+            {"use_safetensors": False},
+            "has no pytorch_model.bin, it has model.safetensors: leave use_safetensors=False out",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+def test_the_file_that_is_missing_is_named(tmp_path, files, options, says, subfolder):
+    folder = tmp_path / subfolder
+    make().config.save_pretrained(folder)
+    for name in files:
+        (folder / name).touch()
+    with pytest.raises(CheckpointError) as caught:
+        TransNormerForCausalLM.from_pretrained(tmp_path, subfolder=subfolder, **options)
+    assert str(caught.value) == f"{folder} {says}"

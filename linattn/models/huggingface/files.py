@@ -16,7 +16,7 @@ from linattn.arrays import dtype_name
 from linattn.errors import CheckpointError
 from linattn.models.tensors import once
 
-__all__ = ["dtypes", "kept", "look", "named"]
+__all__ = ["dtypes", "kept", "look", "missing"]
 
 CONFIG, WEIGHTS, PICKLES = "config.json", "model.safetensors", "pytorch_model.bin"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors
@@ -29,8 +29,7 @@ def look(folder: Path, prefix: str, options: Mapping[str, Any]) -> dict[str, str
     `from_pretrained`. Raises CheckpointError for tensors that are there twice, and for an index that names
     files that are not there, or tensors that are in none of them.
     """
-    name = WEIGHTS if options["use_safetensors"] else PICKLES
-    file, index = folder / named(name, options), folder / named(f"{name}.index.json", options)
+    file, index = _files(folder, WEIGHTS if options["use_safetensors"] else PICKLES, options.get("variant"))
     found: Iterable[tuple[str, str]] = ()
     if file.is_file():
         found = _held(file).items()
@@ -54,11 +53,37 @@ def kept(path: Any, options: Mapping[str, Any], config: PreTrainedConfig) -> Pat
     return Path(place).parent if isinstance(place, str) else None
 
 
-def named(name: str, options: Mapping[str, Any]) -> str:
+def missing(path: Any, options: Mapping[str, Any], said: str) -> str | None:
+    """Say which file of weights is missing, and what there is instead.
+
+    said: what transformers has to say; None where that is something else.
+    """
+    variant, safe = options.get("variant"), options["use_safetensors"]
+    wanted = WEIGHTS if safe else PICKLES
+    if not any(f" named {_named(name, variant)}" in said for name in (WEIGHTS, PICKLES)):
+        return None
+    folder = Path(path, options.get("subfolder") or "")
+    lacks = f"{folder} has no {_named(wanted, variant)}"
+    for name, of, advice in (
+        (WEIGHTS, variant, "leave use_safetensors=False out"),
+        (wanted, None, "leave variant out"),
+        (PICKLES, variant, "pickled weights can run code: where you trust them, pass use_safetensors=False"),
+    ):
+        for file in _files(folder, name, of):
+            if file.is_file():
+                return f"{lacks}, it has {file.name}: {advice}"
+    return lacks
+
+
+def _named(name: str, variant: str | None) -> str:
     """A file's name with the variant, as transformers writes it: model.fp16.safetensors."""
-    variant = options.get("variant")
     stem, _, end = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{end}"
+
+
+def _files(folder: Path, name: str, variant: str | None) -> tuple[Path, Path]:
+    """Where the tensors may be: in one file, or in those of an index."""
+    return folder / _named(name, variant), folder / _named(f"{name}.index.json", variant)
 
 
 def _held(file: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from linattn.arrays import FLOATS
 from linattn.errors import CheckpointError
-from linattn.models.huggingface.files import WEIGHTS, dtypes, kept, look, named
+from linattn.models.huggingface.files import dtypes, kept, look, missing
 from linattn.models.tensors import check_dtype, once
 
 __all__ = ["ShapeMismatchError", "load_whole"]
@@ -72,11 +72,8 @@ def load_whole(
     except OSError as error:
         if not options["use_safetensors"] and error.errno is not None:
             raise CheckpointError(f"{path}: its pickled weights cannot be read: {error}") from error
-        if options["use_safetensors"] and f" named {named(WEIGHTS, options)}" in str(error):
-            raise CheckpointError(
-                f"{path} has no safetensors; pickled weights can run code: where you trust them, pass "
-                "use_safetensors=False"
-            ) from error
+        if (lacks := missing(path, options, str(error))) is not None:
+            raise CheckpointError(lacks) from error
         raise
     own = {name.removeprefix(prefix): dtype for name, dtype in dtypes(model.state_dict()).items()}
     for name, dtype in found.items():
