@@ -11,6 +11,7 @@ from linattn import registry, route
 from linattn.arrays import accumulate_dtype, dtype_name, table
 from linattn.backends import Saved
 from linattn.checks import Call
+from linattn.errors import StateError
 from linattn.known import Known
 from linattn.problem import Problem
 from linattn.reweight import LRPE
@@ -106,13 +107,21 @@ def dstate_of(problem: Problem, like: Tensor, dkv: Optional, dz: Optional) -> St
 
 
 def differentiable(known: Known, call: Call) -> tuple[Tensor, State | None]:
-    """A call that autograd records: o, and the final state if it is asked for."""
+    """A call that autograd records: o, and the final state if it is asked for.
+
+    Raises StateError for a state of inference mode.
+    """
     problem = known.problem
     decay, theta = tables_of(call)
     if theta is not None and isinstance(call.reweight, LRPE) and theta is not call.reweight.theta:
         call = replace(call, reweight=LRPE(theta))
     state = call.initial_state
     parts = (None, None) if state is None else (state.kv, state.z)
+    if any(x is not None and x.is_inference() for x in parts):
+        raise StateError(
+            "initial_state was made in inference mode and cannot be kept for gradients outside of it: use "
+            "torch.no_grad(), or a copy of it"
+        )
     if decay is not call.log_decay:
         call = replace(call, log_decay=decay)
     out = Attention.apply(  # type: ignore[no-untyped-call]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
+from linattn.errors import StateError
 from linattn.models.cosformer import CosformerForCausalLM, CosformerForConditionalGeneration
 from tests.models.test_cosformer import build, text
-from tests.models.test_transnormer import make
+from tests.models.test_transnormer import make, same
 
 ENDLESS = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
 SEVERAL = {
@@ -100,3 +101,43 @@ def test_transformers_may_repeat_prompts_by_a_method(model, options, monkeypatch
         cache = model(ids[:, :6], use_cache=True).past_key_values
     assert torch.equal(drawn(model, ids, past_key_values=cache, **options), want)
     assert asked == [model]
+
+
+MADE = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+
+
+@MADE
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_copy_of_a_cache_goes_on_by_itself(model, mode, hidden):
+    ids = text(2, 9)
+    with mode():
+        cache = model(ids[:, :6], use_cache=True, output_hidden_states=hidden).past_key_values
+    cache.of_mine = [1]
+    copied, again = copy.deepcopy([cache, cache])
+    assert copied is again and type(copied) is type(cache) and len(copied.outputs) == len(cache.outputs)
+    assert copied.of_mine == [1] and copied.of_mine is not cache.of_mine
+    assert not any(x.requires_grad for x in (*copied.outputs, *(state.kv for state in copied.states)))
+    want = model(ids, use_cache=False).logits[:, 6:]
+    before = [state.clone() for state in cache.states]
+    with torch.no_grad():
+        got = [model(ids[:, i : i + 1], past_key_values=copied).logits for i in range(6, 9)]
+    same(torch.cat(got, 1), want)
+    assert cache.columns == 6 and copied.columns == 9
+    for state, old in zip(cache.states, before, strict=True):
+        assert torch.equal(state.kv, old.kv) and torch.equal(state.length, old.length)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_cache_of_inference_mode_stays_there(model, n):
+    ids = text(2, 9)
+    with torch.inference_mode():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    copied = copy.deepcopy(cache)
+    with pytest.raises(StateError, match="made in inference mode"):
+        model(ids[:, 6 : 6 + n], past_key_values=cache)
+    with pytest.raises(StateError, match="made in inference mode"):
+        model.generate(ids[:, :7], past_key_values=cache, max_new_tokens=2)
+    model(ids[:, 6 : 6 + n], past_key_values=copied).logits.sum().backward()
+    with torch.inference_mode():
+        model(ids[:, 6 : 6 + n], past_key_values=cache)
+    assert cache.columns == copied.columns == 6 + n

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from transformers import Cache
@@ -49,6 +50,21 @@ class StateCache(Cache):
     def __repr__(self) -> str:
         name = type(self).__name__
         return f"{name}(states={len(self.states)}, columns={self.columns}, bytes={self.nbytes})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that shares no memory with this one, and none of the graph that gradients would take.
+
+        Outside of inference mode the copy of a cache that was made in it is as any other.
+        """
+        made = copy.copy(self)
+        memo[id(self)] = made
+        for name, value in vars(self).items():
+            if name not in ("states", "outputs"):
+                setattr(made, name, copy.deepcopy(value, memo))
+        with torch.no_grad():
+            made.states = [state.clone() for state in self.states]
+            made.outputs = [row.clone() for row in self.outputs]
+        return made
 
     @property
     def rows(self) -> int:
