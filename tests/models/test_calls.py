@@ -256,6 +256,9 @@ def test_a_preset_has_only_fields_that_exist() -> None:
     assert preset("385m", decay_schedule="paper", dtype="bfloat16", hidden_size=512).decoder_embed_dim == 512
     with pytest.raises(OptionError, match="has no field 'decay_shedule'"):
         preset("385m", decay_shedule="paper")
+    for name in (385, None, "2b"):
+        with pytest.raises(OptionError, match=f"no preset named {name!r}; known: 385m, 1b"):
+            preset(name)
 
 
 def cut(path: Path) -> None:

@@ -21,7 +21,7 @@ from linattn.models.cosformer import (
     CosformerForSequenceClassification,
 )
 from tests.models.test_cosformer import build, text
-from tests.models.test_transnormer import make
+from tests.models.test_transnormer import make, same
 
 MODELS = {
     "transnormer": make,
@@ -224,6 +224,51 @@ def test_a_prompt_has_a_token(model):
             model.generate(IDS[:, :0], max_new_tokens=2, **options)
     width = model.config.hidden_size
     model.generate(inputs_embeds=torch.zeros(2, 3, width, dtype=torch.float64), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "seq_idx", "cu_seqlens", "cu_seq_lens_q"])
+@pytest.mark.parametrize("value", [[[0, 1, 2, 0, 1, 2]] * 2, IDS.numpy()], ids=["list", "NumPy"])
+def test_places_are_tensors(name, value):
+    for one in (made := make(), made.model):
+        with pytest.raises(ArgumentTypeError, match=f"{name} must be a tensor, got {type(value).__name__}"):
+            call(one, **{name: value})
+
+
+@causal
+@pytest.mark.parametrize(
+    ("keep", "error"),
+    [
+        (-1, ValueRangeError), ("a", ArgumentTypeError), (2.5, ArgumentTypeError), (True, ArgumentTypeError),
+        ([0], ArgumentTypeError), (torch.tensor(2), ShapeError), (torch.ones(2), DtypeError),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_number_of_logits(model, keep, error):
+    for options in ({}, {"labels": IDS}):
+        with pytest.raises(error, match="logits_to_keep must"):
+            call(model, logits_to_keep=keep, **options)
+
+
+@causal
+def test_every_number_of_logits(model):
+    want = call(model).logits
+    for keep, part in ((None, want), (0, want), (1, want[:, 5:]), (4, want[:, 2:]), (9, want)):
+        same(call(model, logits_to_keep=keep).logits, part)
+    same(call(model, logits_to_keep=torch.tensor([0, 5])).logits, want[:, [0, 5]])
+    assert call(model, logits_to_keep=None, labels=IDS).loss == call(model, labels=IDS).loss
+
+
+@causal
+def test_rows_of_a_cache(model):
+    cache = call(model, use_cache=True).past_key_values
+    before = [state.clone() for state in cache.states]
+    for repeats in (0, -1, 1.0, True, "2"):
+        with pytest.raises(ValueRangeError, match=f"repeats must be an int of at least 1, got {repeats!r}"):
+            cache.batch_repeat_interleave(repeats)
+    for move in (cache.batch_select_indices, cache.reorder_cache):
+        with pytest.raises(ArgumentTypeError, match="must be a tensor, got list"):
+            move([0])
+    unmoved(cache, before)
 
 
 def test_a_text_to_classify_has_a_token():

@@ -23,6 +23,7 @@ from linattn.models.cosformer.base import (
 from linattn.models.cosformer.block import CosformerBlock
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.models.huggingface.inputs import columns_of
 from linattn.models.huggingface.labels import asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, named
 from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
@@ -196,17 +197,17 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | None = 0,
         cache: CosformerCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return CausalLMOutputWithPast: logits [b, n, vocab_size], and what the decoder returns.
 
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
-        last so many columns only, or of these; 0 for all, which labels ask for. Everything else:
+        last so many columns only, or of these; 0 or None for all, which labels ask for. Everything else:
         `CosformerDecoder.forward`.
         """
-        past_key_values = cache_given(past_key_values, cache)
+        past_key_values, columns = cache_given(past_key_values, cache), columns_of(logits_to_keep)
         labels = check_labels(
             labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs, logits_to_keep
         )
@@ -214,7 +215,6 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache,
             output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
         )  # fmt: skip
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(found.last_hidden_state[:, columns])
         loss = None
         if labels is not None:

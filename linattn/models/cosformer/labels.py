@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from linattn.arrays import readable
-from linattn.errors import ArgumentTypeError, DtypeError, ShapeError, ValueRangeError
+from linattn.errors import DtypeError, ShapeError, ValueRangeError
 from linattn.models.cosformer.configuration import CosformerConfig
+from linattn.models.huggingface.inputs import check_tensor
 from linattn.models.huggingface.labels import IGNORED, within
 
 __all__ = ["check_classes"]
@@ -27,8 +28,7 @@ def check_classes(
     """
     if labels is None:
         return None
-    if not isinstance(labels, torch.Tensor):
-        raise ArgumentTypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    check_tensor("labels", labels)
     whole = labels.dtype != torch.bool and not labels.is_floating_point() and not labels.is_complex()
     count = config.num_labels
     problem = config.problem_type or (NUMBERS if count == 1 else SINGLE if whole else SEVERAL)

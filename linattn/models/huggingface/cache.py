@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from transformers import Cache
 
-from linattn.errors import ShapeError, StateError
+from linattn.errors import ShapeError, StateError, ValueRangeError
+from linattn.models.huggingface.inputs import check_tensor
 from linattn.models.huggingface.padding import Padding
 from linattn.state import State
 
@@ -170,15 +171,21 @@ class StateCache(Cache):
             )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row b goes on from what row beam_idx[b] has seen."""
+        """Row b goes on from what row beam_idx[b] has seen.
+
+        Raises ArgumentTypeError for what is no tensor, and what `State.select` does.
+        """
+        check_tensor("beam_idx", beam_idx)
         self.states = [state.select(beam_idx.to(state.kv.device)) for state in self.states]
         self.outputs = [row.index_select(0, beam_idx.to(row.device)) for row in self.outputs]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order, or those where a mask [b] of bool is True.
 
-        Raises ShapeError for masks of another number of rows, and what `State.select` does.
+        Raises ArgumentTypeError for what is no tensor, ShapeError for masks of another number of rows, and
+        what `State.select` does.
         """
+        check_tensor("indices", indices)
         if indices.dtype == torch.bool:
             if list(indices.shape) != [self.rows]:
                 raise ShapeError(f"a mask of rows must have shape [{self.rows}], got {list(indices.shape)}")
@@ -186,7 +193,9 @@ class StateCache(Cache):
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, one after the other."""
+        """Every row `repeats` times, one after the other. Raises ValueRangeError for less than once."""
+        if type(repeats) is not int or repeats < 1:
+            raise ValueRangeError(f"repeats must be an int of at least 1, got {repeats!r}")
         if self.states:
             rows = torch.arange(self.rows, device=self.states[0].kv.device)
             self.reorder_cache(rows.repeat_interleave(repeats))

@@ -1,4 +1,4 @@
-"""What a text may come as: ids or embeddings."""
+"""What a text may come as, ids or embeddings, and which of its columns are asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError
+from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
 from linattn.prepared import PLAIN
 from linattn.surroundings import lowers
 
@@ -21,8 +21,7 @@ def check_inputs(ids: Any, embeds: Any, width: int, layers: nn.Module | None = N
     if (ids is None) == (embeds is None):
         raise OptionError("pass either input_ids or inputs_embeds, one of them")
     name, x = ("inputs_embeds", embeds) if ids is None else ("input_ids", ids)
-    if not isinstance(x, torch.Tensor):
-        raise ArgumentTypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if ids is not None:
         if x.ndim != 2:
             raise ShapeError(f"input_ids must have shape [b, n], got {tuple(x.shape)}")
@@ -37,6 +36,33 @@ def check_inputs(ids: Any, embeds: Any, width: int, layers: nn.Module | None = N
         raise DtypeError(
             f"inputs_embeds must have the dtype of the model's weights, {_name(own)}, got {_name(x.dtype)}"
         )
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Refuse what is no tensor, with ArgumentTypeError."""
+    if not isinstance(x, torch.Tensor):
+        raise ArgumentTypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def columns_of(keep: Any) -> slice | torch.Tensor:
+    """Return the columns that logits_to_keep asks for: the last so many, all for 0 or None, or those in it.
+
+    Raises ArgumentTypeError for what is neither a number nor a tensor, ValueRangeError for negative numbers,
+    DtypeError or ShapeError for tensors that are no row of integers.
+    """
+    if isinstance(keep, torch.Tensor):
+        if keep.is_floating_point() or keep.is_complex():
+            raise DtypeError(f"logits_to_keep must hold integers, got {_name(keep.dtype)}")
+        if keep.ndim != 1:
+            raise ShapeError(f"logits_to_keep must have shape [k], got {tuple(keep.shape)}")
+        return keep
+    if keep is None:
+        return slice(None)
+    if isinstance(keep, bool) or not isinstance(keep, int | torch.SymInt):
+        raise ArgumentTypeError(f"logits_to_keep must be an int or a tensor, got {keep!r}")
+    if keep < 0:
+        raise ValueRangeError(f"logits_to_keep must be at least 0, got {keep}")
+    return slice(-keep, None)
 
 
 def _dtype_of(layers: nn.Module) -> torch.dtype | None:

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 
 from linattn.arrays import readable
-from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
+from linattn.errors import DtypeError, OptionError, ShapeError, ValueRangeError
+from linattn.models.huggingface.inputs import check_tensor
 from linattn.models.huggingface.padding import real_tokens
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def check_labels(
     rows = given.shape[:2] if isinstance(given, torch.Tensor) and given.ndim > 1 else None
     ignored = options.get("ignore_index", IGNORED)
     labels = _ids_of("labels", labels, rows, vocab_size, ignored)
-    if not isinstance(keep, int) or (keep != 0 and keep < labels.shape[1]):
+    if keep is not None and (not isinstance(keep, int) or (keep != 0 and keep < labels.shape[1])):
         raise OptionError(
             "labels ask for every column's logits, logits_to_keep leaves some out: pass one of them"
         )
@@ -46,8 +47,7 @@ def _ids_of(
     name: str, labels: Any, rows: torch.Size | None, vocab_size: int, ignored: int
 ) -> Int[torch.Tensor, "b n"]:
     """Labels as int64, of so many rows and columns, where those are known."""
-    if not isinstance(labels, torch.Tensor):
-        raise ArgumentTypeError(f"{name} must be a tensor, got {type(labels).__name__}")
+    check_tensor(name, labels)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise DtypeError(f"{name} must be integers, got {str(labels.dtype).removeprefix('torch.')}")
     if labels.ndim != 2 or (rows is not None and labels.shape != rows):

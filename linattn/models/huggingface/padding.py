@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from linattn.arrays import traced
-from linattn.errors import ArgumentTypeError, ShapeError, ValueRangeError
+from linattn.errors import ShapeError, ValueRangeError
+from linattn.models.huggingface.inputs import check_tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -74,8 +75,7 @@ def padding_of(
     """
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, torch.Tensor):
-        raise ArgumentTypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
+    check_tensor("attention_mask", attention_mask)
     shape = attention_mask.shape
     if len(shape) != 2 or shape[0] != batch or (shape[1] != n and shape[1] != before + n):
         wide = f"{n} or {before + n}" if before else f"{n}"

@@ -75,7 +75,7 @@ def preset(name: str, **fields: Any) -> TransNormerConfig:
     Source: layers, widths and heads are those of TransNormerLLM, arXiv:2307.14995; of "15b", those of the
     released TransNormerLLM3.
     """
-    if name.lower() not in PRESETS:
+    if not isinstance(name, str) or name.lower() not in PRESETS:
         raise OptionError(f"no preset named {name!r}; known: {', '.join(PRESETS)}")
     made = TransNormerConfig(**PRESETS[name.lower()])
     unknown = [field for field in fields if not hasattr(made, field)]

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from linattn.errors import ShapeError, ValueRangeError
 from linattn.models import decoding
-from linattn.models.huggingface.inputs import check_inputs
+from linattn.models.huggingface.inputs import check_inputs, columns_of
 from linattn.models.huggingface.labels import IGNORED, asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, StateModel, check_options, named
 from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
@@ -289,7 +289,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | None = 0,
         cu_seqlens: Int[torch.Tensor, " s1"] | None = None,
         cache: TransNormerCache | None = None,
         **kwargs: Any,
@@ -297,10 +297,10 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         """Return CausalLMOutputWithPast: logits [b, n, vocab_size], and what the model returns.
 
         labels: the ids themselves, shifted inside; -100 where nothing is asked. logits_to_keep: logits of the
-        last so many columns only, or of these; 0 for all, which labels ask for. Everything else:
+        last so many columns only, or of these; 0 or None for all, which labels ask for. Everything else:
         `TransNormerModel.forward`.
         """
-        past_key_values = cache_given(past_key_values, cache)
+        past_key_values, columns = cache_given(past_key_values, cache), columns_of(logits_to_keep)
         labels = check_labels(
             labels, input_ids, inputs_embeds, self.config.vocab_size, kwargs, logits_to_keep
         )
@@ -317,7 +317,6 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
         )  # fmt: skip
         if labels is not None:
             labels, kwargs = asked(labels, attention_mask, borders, kwargs)
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
         by_chunks = self.training and self.loss_chunk is not None and self.loss_function is ForCausalLMLoss
         if wanted is not None and wanted.logits is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from linattn.errors import OptionError, ShapeError
+from linattn.models.huggingface.inputs import check_tensor
 from linattn.models.huggingface.padding import real_tokens
 
 if TYPE_CHECKING:
@@ -36,11 +37,15 @@ def packed_at(
     embeddings. A text begins at a real token with another seq_idx, or with position 0, than the real token
     before it: padded texts, whose positions may begin at their first token, are one text. The values are read
     back, at which compilers cut their graph; an exported program asserts that position_ids are of one text.
-    Raises ShapeError for position_ids and seq_idx that are not [b or 1, n], OptionError for seq_idx where
+    Raises ArgumentTypeError for what is no tensor, ShapeError for position_ids and seq_idx that are not
+    [b or 1, n], OptionError for seq_idx where
     torch.export looks, and for several texts behind a cache that has seen tokens.
     """
-    borders = options.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+    name, borders = "cu_seqlens", cu_seqlens
+    if borders is None:
+        name, borders = "cu_seq_lens_q", options.get("cu_seq_lens_q")
     if borders is not None:
+        check_tensor(name, borders)
         return borders
     seq_idx, begun = options.get("seq_idx"), bool(getattr(cache, "states", None))
     if seq_idx is not None and begun:
@@ -117,6 +122,7 @@ def _begins_again(
 
 def _in_rows(name: str, place: torch.Tensor, given: Any) -> torch.Tensor:
     """What there is of every column, with a row for each of the input's."""
+    check_tensor(name, place)
     rows = list(given.shape[:2]) if isinstance(given, torch.Tensor) and given.ndim > 1 else None
     wanted = [list(place.shape)] if rows is None else [rows, [1, rows[1]]]
     if place.ndim != 2 or list(place.shape) not in wanted:
