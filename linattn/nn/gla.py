@@ -81,6 +81,13 @@ class GatedLinearAttention(nn.Module):
         """The table of log decays as the buffer holds it."""
         return None if self.table is None else torch.from_numpy(self.table.copy()).view(torch.int64)
 
+    def as_scheduled(self) -> bool:
+        """Whether the decays are still those of the schedule; those on the meta device are none yet."""
+        bits, table = self.log_decay_bits, self.decay_bits()
+        if bits is None or table is None:
+            return bits is table
+        return bits.is_meta or torch.equal(bits.cpu(), table)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """What moves the module. `to_empty` leaves anything in a new buffer: it gets what the old one had."""
         before = self.log_decay_bits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from linattn.errors import CheckpointError, LinattnError, OptionError, ValueRangeError
 from linattn.models import TransNormerConfig as PlainConfig
-from linattn.models.cosformer import CosformerConfig, CosformerForCausalLM
+from linattn.models.cosformer import CosformerConfig, CosformerForCausalLM, CosformerForSequenceClassification
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM, preset
 
 SIZES = {
@@ -233,6 +234,56 @@ def test_what_would_not_be_loaded_is_not_saved(kind, name, value, tmp_path):
         with pytest.raises(LinattnError, match="token_id must lie in" if name == "vocab_size" else name):
             one.save_pretrained(tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
+
+
+CHANGED = [
+    (TransNormerConfig, {"decay_schedule": "paper"}),
+    (TransNormerConfig, {"linear_act_fun": "relu"}),
+    (TransNormerConfig, {"linear_use_lrpe_list": [1, 0]}),
+    (TransNormerConfig, {"decoder_embed_dim": 16}),
+    (TransNormerConfig, {"bias": True}),
+    *((CosformerConfig, {name: value}) for name, value in (("act_fun", "elu"), ("num_hidden_layers", 1))),
+    (CosformerConfig, {"max_position_embeddings": 8}),
+    *((kind, {"vocab_size": 40}) for kind in SIZES),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), CHANGED, ids=str)
+def test_what_would_be_loaded_as_another_model_is_not_saved(kind, change, tmp_path):
+    model = MODELS[kind](kind(**SIZES[kind]))
+    ((name, value),) = change.items()
+    before = getattr(model.config, name)
+    for one in (model, model.base_model):
+        setattr(model.config, name, value)
+        with pytest.raises(
+            OptionError, match=re.escape(f"config.{name} is {value!r}, this model was built with")
+        ):
+            one.save_pretrained(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+        setattr(model.config, name, before)
+        one.save_pretrained(tmp_path / "again")
+
+
+def test_decays_that_would_be_lost_are_not_saved(tmp_path):
+    model = TransNormerForCausalLM(TransNormerConfig(**SIZES[TransNormerConfig]))
+    mixer = model.model.layers[1].token_mixer
+    mixer.log_decay.mul_(2)
+    with pytest.raises(
+        OptionError, match=r"layers\.1\.token_mixer has other decays than decay_schedule says"
+    ):
+        model.save_pretrained(tmp_path)
+    mixer.reset_parameters()
+    copy.deepcopy(model).save_pretrained(tmp_path)
+
+
+def test_a_classifier_of_other_labels_is_not_saved(tmp_path):
+    config = CosformerConfig(**SIZES[CosformerConfig], num_labels=3)
+    model = CosformerForSequenceClassification(config)
+    model.config.num_labels = 4
+    with pytest.raises(OptionError, match=r"config\.num_labels is 4, this model was built with 3"):
+        model.save_pretrained(tmp_path)
+    model.encoder.save_pretrained(tmp_path)  # for a classifier yet to come
+    assert CosformerForSequenceClassification.from_pretrained(tmp_path).classifier.out_features == 4
 
 
 @BOTH

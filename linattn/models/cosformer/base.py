@@ -30,6 +30,10 @@ class CosformerPreTrainedModel(model.StateModel):
     config: CosformerConfig
     config_class = CosformerConfig
     cache_class = CosformerCache
+    _built_from: ClassVar[tuple[str, ...]] = (
+        "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads", "intermediate_size",
+        "hidden_act", "max_position_embeddings", "act_fun", "layer_norm_eps", "position_embeddings",
+    )  # fmt: skip
     _no_split_modules: ClassVar[list[str]] = ["CosformerBlock"]
 
 

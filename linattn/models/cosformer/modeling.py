@@ -128,6 +128,7 @@ class CosformerForSequenceClassification(CosformerPreTrainedModel):
     """
 
     base_model_prefix = "encoder"
+    _built_from = (*CosformerPreTrainedModel._built_from, "num_labels")
     _left_out = (r"^lm_head\.weight$",)
     _new_heads = ("classifier.",)
 

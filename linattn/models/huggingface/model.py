@@ -50,6 +50,7 @@ class StateModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     cache_class: ClassVar[type[StateCache]] = StateCache
     _is_stateful = True  # no assisted generation: a state cannot be rolled back
+    _built_from: ClassVar[tuple[str, ...]] = ()  # fields that a model cannot take back once it is built
     _new_heads: ClassVar[tuple[str, ...]] = ()  # what a checkpoint of another task need not have
     _left_out: ClassVar[tuple[str, ...]] = ()  # patterns of what it may have more: another task's head
 
@@ -60,6 +61,7 @@ class StateModel(PreTrainedModel):
     def post_init(self) -> None:
         """What transformers does last; tensors that a model inside would leave out count for a whole one."""
         super().post_init()
+        self._built = {name: copy.copy(getattr(self.config, name)) for name in self._built_from}
         self._keys_to_ignore_on_load_unexpected = {*self._left_out}
 
     @classmethod
@@ -78,11 +80,27 @@ class StateModel(PreTrainedModel):
     def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
         """Write weights and configuration, as transformers does.
 
-        Raises OptionError or ValueRangeError for a configuration that loading would refuse; nothing is
-        written then.
+        Raises OptionError or ValueRangeError for a configuration that loading would refuse, or that is not
+        this model's any more; nothing is written then.
         """
-        self.config.check_saved()
+        self.check_saved()
         return super().save_pretrained(*arguments, **options)
+
+    def check_saved(self) -> None:
+        """Raise OptionError or ValueRangeError where what would be loaded is another model, or none."""
+        self.config.check_saved()
+        size = self.config.vocab_size
+        for name, value in (
+            *self._built.items(),
+            ("vocab_size", getattr(self.get_input_embeddings(), "num_embeddings", size)),
+            ("vocab_size", getattr(self.get_output_embeddings(), "out_features", size)),
+        ):
+            now = getattr(self.config, name)
+            if now != value:
+                raise OptionError(
+                    f"config.{name} is {now!r}, this model was built with {value!r}: what would be loaded is "
+                    "another model"
+                )
 
     def train(self, mode: bool = True) -> Self:
         """Begin or end training, as `nn.Module.train`.

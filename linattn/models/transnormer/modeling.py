@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from linattn.errors import ShapeError, ValueRangeError
+from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models import decoding
 from linattn.models.huggingface.inputs import check_inputs, columns_of
 from linattn.models.huggingface.labels import IGNORED, asked, check_labels
@@ -46,6 +46,10 @@ class TransNormerPreTrainedModel(StateModel):
     config: TransNormerConfig
     config_class = TransNormerConfig
     cache_class = TransNormerCache
+    _built_from = (
+        "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim", "glu_dim",
+        "linear_use_lrpe_list", "linear_act_fun", "bias", "decay_schedule",
+    )  # fmt: skip
     _no_split_modules: ClassVar[list[str]] = ["TransNormerBlock"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["lrpe"]  # angles keep their bits
 
@@ -56,6 +60,16 @@ class TransNormerPreTrainedModel(StateModel):
             initialization.copy_(module.theta, module.default())
         if isinstance(module, GatedLinearAttention) and module.log_decay_bits is not None:
             initialization.copy_(module.log_decay_bits, module.decay_bits())
+
+    def check_saved(self) -> None:
+        """Raise OptionError or ValueRangeError where what would be loaded is another model, or none.
+
+        So it is where somebody changed decays, which are not saved.
+        """
+        super().check_saved()
+        for name, module in self.named_modules():
+            if isinstance(module, GatedLinearAttention) and not module.as_scheduled():
+                raise OptionError(f"{name} has other decays than decay_schedule says: they are not saved")
 
 
 class TransNormerModel(TransNormerPreTrainedModel):
