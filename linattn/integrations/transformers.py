@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import DynamicLayer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
@@ -16,6 +17,7 @@ from linattn import registry
 from linattn.decay import minimax
 from linattn.errors import ArgumentTypeError, StateError, UnsupportedError
 from linattn.models.huggingface.newer import cache_given
+from linattn.prepared import PLAIN
 from linattn.registry import BackendLike
 from linattn.state import State
 
@@ -31,7 +33,8 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
         with patch_minimax(model): ...       # inside only
 
     Weights, configuration and the cache's interface stay as they are. What changes: the state of a cached
-    sequence is float32 whatever the weights are, and so are the decays, which casting a model rounds; several
+    sequence is float32 whatever the weights are, and so are the decays, which casting a model rounds (a
+    layer's `slope_rate` counts where rounding alone does not make it of the formula's slopes); several
     tokens after a cache are one call instead of a loop over tokens; a causal mask by position, where the
     original compares slope · lag with 0. Masked positions add nothing to a state, give 0, and count as tokens
     for the decay, as in the original. A step without gradients changes the cached state in place; hooks, such
@@ -184,9 +187,7 @@ def _forward(
     mask = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - n :].bool()
     wide = torch.promote_types(q.dtype, torch.float32)
     compiling = torch.compiler.is_compiling()  # compilers see through caches, and say so
-    decay = (_traced_decay if compiling else _log_decay)(
-        heads, self.layer_idx, self.num_hidden_layers, wide, q.device
-    )
+    decay = (_traced_decay if compiling else _log_decay)(self, wide, q.device)
     kv = _cached(past_key_values, self.layer_idx, q, wide)
     state = None
     if kv is not None:
@@ -275,16 +276,42 @@ def _cached(cache: Any, layer: int, q: Tensor, wide: torch.dtype) -> Tensor | No
     return kv.to(wide)
 
 
-@functools.lru_cache(maxsize=1024)
-def _log_decay(heads: int, layer: int, layers: int, wide: torch.dtype, device: torch.device) -> Tensor:
-    """Log decays [H]: the module's own buffers are rounded where a model is cast."""
-    with torch.inference_mode(False):
-        return torch.tensor(minimax(heads, layer, layers), dtype=wide, device=device)
+def _log_decay(layer: Any, wide: torch.dtype, device: torch.device) -> Tensor:
+    """A layer's log decays [H], read from its buffer once, which a device would wait for in every call.
+
+    What writes around torch's count of versions, into `slope_rate.data`, is not seen.
+    """
+    slopes = layer.slope_rate
+    if type(slopes) not in PLAIN or torch._C._len_torch_dispatch_stack():  # somebody watches: keep nothing
+        return _traced_decay(layer, wide, device)
+    now = 0 if slopes.is_inference() else slopes._version, slopes.data_ptr(), wide, device
+    known = _decays.get(slopes)
+    if known is None or known[0] != now:
+        with torch.inference_mode(False):
+            decay = _traced_decay(layer, wide, torch.device("cpu")).to(device)
+        _decays[slopes] = known = now, decay
+    found: Tensor = known[1]
+    return found
 
 
-def _traced_decay(heads: int, layer: int, layers: int, wide: torch.dtype, device: torch.device) -> Tensor:
-    """The same for a compiler, to which NumPy's arrays are tensors: out of plain numbers."""
-    return torch.tensor(_rates(heads, layer, layers), dtype=wide, device=device)
+_decays: Any = WeakTensorKeyDictionary()
+
+
+def _traced_decay(layer: Any, wide: torch.dtype, device: torch.device) -> Tensor:
+    """The formula's log decays [H], unless a layer's slopes are others than rounding makes of those.
+
+    A buffer that was cast has the formula's bits no more. Out of plain numbers: to a compiler NumPy's arrays
+    are tensors.
+    """
+    rates = _rates(layer.num_attention_heads, layer.layer_idx, layer.num_hidden_layers)
+    decay, slopes = torch.tensor(rates, dtype=wide, device=device), layer.slope_rate
+    if slopes.is_meta:  # its values are elsewhere, as accelerate may keep them
+        return decay
+    limits = torch.finfo(slopes.dtype)
+    rounding = limits.eps + len(rates) * torch.finfo(torch.float32).eps  # transformers: powers of a float32
+    own = -slopes.detach().flatten().to(device=device, dtype=wide)
+    near = (own - decay).abs() <= rounding * (limits.tiny - decay)
+    return torch.where(near.all(), decay, own)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+import linattn
 from linattn import errors
+from linattn.decay import minimax
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from transformers import MiniMaxConfig, MiniMaxForCausalLM
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
 from linattn.integrations.transformers import patch_minimax
@@ -112,6 +115,56 @@ def test_a_forward_of_ones_own_is_not_replaced() -> None:
         with pytest.raises(errors.ArgumentTypeError, match="has a forward of its own"):
             patch_minimax(model)
         patch_minimax(model.model.layers[1]).undo()
+
+
+@torch.no_grad()
+def test_a_layer_has_the_decays_that_it_was_loaded_with(tmp_path: Any) -> None:
+    """The formula knows only how many layers there are now."""
+    of_layers("lflfll").save_pretrained(tmp_path)
+    kinds, ids = ["linear_attention", "full_attention", "linear_attention"], tokens(2, 19)
+    options: dict[str, Any] = {"num_hidden_layers": 3, "layer_types": kinds, "dtype": torch.float64}
+    model = MiniMaxForCausalLM.from_pretrained(tmp_path, **options).eval()
+    model.set_experts_implementation("eager")
+    want = model(ids).logits
+    with patch_minimax(model):
+        torch.testing.assert_close(model(ids).logits, want, **TOL)
+
+
+@torch.no_grad()
+def test_slopes_may_change_at_any_time() -> None:
+    layer, x = of_layers("fll").model.layers[1].self_attn, torch.randn(2, 19, 32, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    other = layer.get_slope_rate().double() / 3
+    for change in (lambda: layer.slope_rate.mul_(2), lambda: setattr(layer, "slope_rate", other)):
+        change()
+        layer.query_decay, layer.key_decay, layer.diagonal_decay = layer.decay_factors(layer.slope_rate)
+        want = layer(x, None, None)[0]
+        with patch_minimax(layer):
+            for run in (layer, compiled):
+                torch.testing.assert_close(run(x, None, None)[0], want, **TOL)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [4, 96])
+def test_decays_are_the_formula_s_whatever_a_cast_made_of_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, heads: int
+) -> None:
+    seen: list[Any] = []
+    real = linattn.attention
+    monkeypatch.setattr(linattn, "attention", lambda *x, **y: seen.append(y["log_decay"]) or real(*x, **y))
+    config = MiniMaxConfig(hidden_size=heads, head_dim=1, num_attention_heads=heads, num_hidden_layers=3)
+    for index in range(3):
+        layer = MiniMaxLightningAttention(config, index).to(dtype)
+        patch_minimax(layer)
+        layer(torch.randn(1, 5, heads, dtype=dtype), None, None)
+        assert torch.equal(seen[-1], torch.from_numpy(minimax(heads, index, 3)).float())
+        layer.slope_rate = layer.slope_rate * 1.5
+        layer(torch.randn(1, 5, heads, dtype=dtype), None, None)
+        assert torch.equal(seen[-1], -layer.slope_rate.flatten().float())
+    layer.to_empty(device="meta")
+    assert layer(torch.randn(1, 5, heads, dtype=dtype, device="meta"), None, None)[0].is_meta
 
 
 @torch.no_grad()
