@@ -206,7 +206,7 @@ def _forward(
     kv = state.kv
     if past_key_values is not None:
         past_key_values.set_linear_cache(self.layer_idx, kv)
-        _take_place(past_key_values, self.layer_idx, self.num_hidden_layers)
+        _place(past_key_values, self.layer_idx, self.num_hidden_layers).seen += n
         if _watched(self):  # what a hook keeps is this token's, and later steps change the cache's in place
             kv = kv.clone()
     return o, kv
@@ -218,20 +218,23 @@ def _watched(layer: Any) -> bool:
 
 
 class _NoKeys(DynamicLayer):
-    """A lightning layer's place among a cache's layers: it has seen as many tokens as those with keys."""
+    """A lightning layer's place among a cache's layers: it has seen as many tokens as those with keys.
+
+    Where none has keys its own count, `seen`, is theirs.
+    """
 
     def __init__(self, cache: Any, layer: int) -> None:
         super().__init__()
-        self.cache, self.layer = cache, layer
+        self.cache, self.layer, self.seen = cache, layer, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen, by the layers that can count; 0 where none can."""
+        """Tokens seen, padding too."""
         others = (one for one in self.cache.layers if not isinstance(one, _NoKeys))
-        return max((one.get_seq_length() for one in others), default=0)
+        return max((one.get_seq_length() for one in others), default=self.seen)
 
     def reset(self) -> None:
         """Forget what was seen: zeros, in which the original, too, finds nothing."""
-        known = self.cache.linear_cache
+        self.seen, known = 0, self.cache.linear_cache
         known[self.layer] = torch.zeros_like(known[self.layer])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -246,8 +249,8 @@ class _NoKeys(DynamicLayer):
         """Nothing: the cache selects states itself."""
 
 
-def _take_place(cache: Any, layer: int, count: int) -> None:
-    """Let a cache that asks a lightning layer for its number of tokens find one.
+def _place(cache: Any, layer: int, count: int) -> _NoKeys:
+    """A lightning layer's place in a cache, which asks there for its number of tokens.
 
     When it repeats and selects rows, it looks for states at all `count` layers, and keeps no place for the
     last ones of full attention.
@@ -256,8 +259,10 @@ def _take_place(cache: Any, layer: int, count: int) -> None:
     layers = cache.layers
     while len(layers) <= layer:
         layers.append(DynamicLayer())
-    if not isinstance(layers[layer], _NoKeys):
-        layers[layer] = _NoKeys(cache, layer)
+    place = layers[layer]
+    if not isinstance(place, _NoKeys):
+        layers[layer] = place = _NoKeys(cache, layer)
+    return place
 
 
 def _recorded(*given: Tensor) -> bool:

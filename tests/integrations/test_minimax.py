@@ -172,13 +172,28 @@ def test_beams_take_their_states_along(kinds: str) -> None:
     assert torch.equal(several[::2], whole)
 
 
-def test_a_cache_without_keys_counts_nothing_and_serves() -> None:
-    model = of_layers("ll")
-    ids = tokens(1, 9)
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("pads", [0, 4])
+def test_a_cache_without_keys_counts_tokens(beams: int, pads: int) -> None:
+    """A second turn reads what is new; what the cache has seen would weigh in twice."""
+    model, ids, more = of_layers("ll"), tokens(2, 9), tokens(2, 4, seed=1)
+    mask = torch.ones(2, 18, dtype=torch.int64)
+    mask[0, :pads] = 0
+    options: dict[str, Any] = {"max_new_tokens": 5, "eos_token_id": None, "do_sample": False}
     with patch_minimax(model):
-        found = model.generate(ids, max_new_tokens=5, eos_token_id=None, do_sample=False)
-        whole = model.generate(ids, max_new_tokens=5, eos_token_id=None, do_sample=False, use_cache=False)
-    assert torch.equal(found, whole)
+        cache = MiniMaxCache()
+        said = model.generate(ids, attention_mask=mask[:, :9], past_key_values=cache, **options)
+        assert cache.get_seq_length() == 13  # the last token is not read yet
+        text, options["num_beams"] = torch.cat([said, more], 1), beams
+        whole = model.generate(text, attention_mask=mask, use_cache=False, **options)
+        if beams > 1:
+            cache.batch_repeat_interleave(beams)
+        found = model.generate(text, attention_mask=mask, past_key_values=cache, **options)
+        assert torch.equal(found, whole)
+        cache.batch_select_indices(torch.tensor([1]))
+        assert cache.get_seq_length() == 22
+        cache.reset()
+        assert cache.get_seq_length() == 0
 
 
 def test_gradients_are_the_original_s(original: Any, patched: Any) -> None:
