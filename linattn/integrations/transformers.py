@@ -44,7 +44,8 @@ def patch_minimax(model_or_class: Any = None, *, backend: BackendLike = "auto") 
     tokens, so that full attention hides the wrong ones where texts are padded or go on by several tokens;
     beams leave their states behind; and so does `reset`.
 
-    Patches may be nested and undone in any order: the newest one that is left computes.
+    Patches may be nested and undone in any order: the newest one that is left computes, a model's own before
+    one of the class.
 
     model_or_class: a module that has MiniMax's lightning layers, a class of MiniMax's, or None. backend: as
     in `linattn.attention`.
@@ -96,8 +97,8 @@ def _check_backend(backend: BackendLike) -> None:
 class Patch:
     """Layers, or their class, with another `forward`; `undo`, or the end of `with`, puts theirs back.
 
-    Of several patches the newest that is not undone computes, in whatever order they are undone. `with`
-    raises StateError for one that is undone.
+    Of several patches the newest that is not undone computes, in whatever order they are undone; a layer's
+    own before its class's. `with` raises StateError for one that is undone.
     """
 
     def __init__(self, places: list[Any], backend: BackendLike) -> None:

@@ -293,6 +293,13 @@ def test_a_patch_inside_itself(original: Any, chosen: list[str]) -> None:
 
 
 @torch.no_grad()
+def test_a_model_s_patch_computes_before_its_class_s(original: Any, chosen: list[str]) -> None:
+    with patch_minimax(original), patch_minimax(backend="torch"):
+        original(tokens(1, 9))
+    assert chosen == ["auto"] * 3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("of_class", [False, True])
 def test_a_wrapper_over_a_patch_stays_and_finds_the_original(
     original: Any, chosen: list[str], of_class: bool
