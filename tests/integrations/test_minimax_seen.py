@@ -50,6 +50,16 @@ def test_a_step_that_nobody_watches_copies_nothing() -> None:
         assert seen[-1].data_ptr() != cache.linear_cache[1].data_ptr()
 
 
+def test_a_cache_of_inference_mode_goes_on_there_only() -> None:
+    model = of_layers("fl")
+    with patch_minimax(model):
+        with torch.inference_mode():
+            cache = model(tokens(1, 5), use_cache=True).past_key_values
+            model(tokens(1, 1), past_key_values=cache)
+        with torch.no_grad(), pytest.raises(errors.StateError, match="made in inference mode"):
+            model(tokens(1, 1), past_key_values=cache)
+
+
 @torch.no_grad()
 def test_an_emptied_cache_has_no_states() -> None:
     """Of lightning layers alone: the keys of others are zeros then, which still weigh in."""
