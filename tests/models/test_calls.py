@@ -151,6 +151,15 @@ def test_labels_are_integers_of_any_dtype(name: str, dtype: torch.dtype) -> None
     assert torch.equal(call(name, labels=IDS.to(dtype), **shifted).loss, want)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_labels_may_be_views(name: str) -> None:
+    names = ["labels", "shift_labels"] if name in ("transnormer", "cosformer") else ["labels"]
+    for view in (IDS.T.contiguous().T, pad(IDS, (1, 1))[:, 1:-1], IDS[:1].expand(2, -1)):
+        found, want = (call(name, **dict.fromkeys(names, x)).loss for x in (view, view.contiguous()))
+        assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("name", ["transnormer", "cosformer"])
 @pytest.mark.parametrize(("labels", "error", "says"), LABELS)
 def test_shifted_labels_are_looked_at_too(name: str, labels: Any, error: type[Exception], says: str) -> None:

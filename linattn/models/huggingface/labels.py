@@ -53,7 +53,7 @@ def _ids_of(
     if labels.ndim != 2 or (rows is not None and labels.shape != rows):
         wanted = "[b, n]" if rows is None else f"{list(rows)}, as the input"
         raise ShapeError(f"{name} must have shape {wanted}, got {list(labels.shape)}")
-    return within(name, labels.long(), vocab_size, ignored)
+    return within(name, labels.long().contiguous(), vocab_size, ignored)  # transformers takes views of them
 
 
 def within(
