@@ -177,24 +177,44 @@ def test_labels_ask_for_all_logits(name: str) -> None:
         assert call(name, logits_to_keep=some).loss is None
 
 
+EMBEDDED = {
+    "transnormer": ("inputs_embeds", {}),
+    "cosformer": ("inputs_embeds", {}),
+    "masked": ("inputs_embeds", {}),
+    "source": ("inputs_embeds", {"decoder_input_ids": IDS}),
+    "text": ("decoder_inputs_embeds", {"input_ids": IDS}),
+    "encoded": ("encoder_outputs", {"decoder_input_ids": IDS}),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @torch.no_grad()
-def test_embeddings_have_the_dtype_of_the_weights(dtype: torch.dtype) -> None:
-    embeds = transnormer().get_input_embeddings()(IDS)
-    model = transnormer().to(dtype)
+def test_embeddings_have_the_dtype_of_the_weights(name: str, dtype: torch.dtype) -> None:
+    make, (field, rest) = MODELS.get(name, MODELS["pair"]), EMBEDDED[name]
+    embeds, model = make().get_input_embeddings()(IDS), make().to(dtype)
+
+    def logits(dtype: torch.dtype) -> torch.Tensor:
+        given = embeds.to(dtype)
+        found: torch.Tensor = model(**{field: (given,) if name == "encoded" else given}, **rest).logits
+        return found
+
     for other in (torch.bfloat16, torch.float32, torch.float64):
         if other == dtype:
-            assert model(inputs_embeds=embeds.to(other)).logits.dtype == dtype
+            assert logits(other).dtype == dtype
             continue
-        says = "inputs_embeds must have the dtype of the model's weights, "
+        says = "(inputs_embeds|encoder_hidden_states) must have the dtype of the model's weights, "
         with pytest.raises(DtypeError, match=f"{says}{str(dtype)[6:]}, got {str(other)[6:]}"):
-            model(inputs_embeds=embeds.to(other))
+            logits(other)
         with torch.autocast("cpu", torch.bfloat16):
             if torch.float64 in (dtype, other):  # which it leaves alone
                 with pytest.raises(DtypeError, match=says):
-                    model(inputs_embeds=embeds.to(other))
-            else:
-                assert model(inputs_embeds=embeds.to(other)).logits.dtype == torch.bfloat16
+                    logits(other)
+            elif dtype == torch.float32 or name in (
+                "transnormer",
+                "encoded",
+            ):  # LayerNorm: narrower rows only
+                assert logits(other).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["transnormer", "cosformer", "pair"])

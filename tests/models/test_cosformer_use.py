@@ -342,7 +342,9 @@ REFUSED = [
     (lambda: causal(few, past_key_values=DynamicCache()), OptionError, "must be a CosformerCache, got Dyn"),
     (lambda: causal(few, encoder_hidden_states=torch.zeros(2, 3, 12)), OptionError, "are for models with"),
     (
-        lambda: build(CosformerForConditionalGeneration).decoder(inputs_embeds=torch.zeros(2, 3, 12)),
+        lambda: build(CosformerForConditionalGeneration).decoder(
+            inputs_embeds=torch.zeros(2, 3, 12, dtype=torch.float64)
+        ),
         OptionError,
         "needs encoder_hidden_states",
     ),

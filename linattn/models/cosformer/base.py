@@ -133,7 +133,7 @@ class CosformerStack(CosformerPreTrainedModel):
         self, ids: Int[torch.Tensor, "b n"] | None, embeds: Float[torch.Tensor, "b n e"] | None
     ) -> Float[torch.Tensor, "b n e"]:
         """Return the embeddings of ids, or those given. Raises what `CosformerModel.forward` does."""
-        check_inputs(ids, embeds, self.config.hidden_size)
+        check_inputs(ids, embeds, self.config.hidden_size, self.layers)
         if embeds is not None:
             return embeds
         assert ids is not None

@@ -23,7 +23,7 @@ from linattn.models.cosformer.base import (
 from linattn.models.cosformer.block import CosformerBlock
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
-from linattn.models.huggingface.inputs import columns_of
+from linattn.models.huggingface.inputs import check_dtype, columns_of
 from linattn.models.huggingface.labels import asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, named
 from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
@@ -96,6 +96,7 @@ class CosformerDecoder(CosformerStack):
         source = None
         if encoder_hidden_states is not None and not known:
             source = source_of(encoder_hidden_states, encoder_attention_mask, rows.x.shape[0])
+            check_dtype("encoder_hidden_states", source.x, self.layers)
         count = len(self.layers) + 1 if output_hidden_states else 1
         before = [None] * count if cache is None else cache.before(count, rows.padding)
         seen = [rows.x]

@@ -28,13 +28,18 @@ def check_inputs(ids: Any, embeds: Any, width: int, layers: nn.Module | None = N
         return
     if x.ndim != 3 or x.shape[2] != width:
         raise ShapeError(f"inputs_embeds must have shape [b, n, {width}], got {tuple(x.shape)}")
+    check_dtype("inputs_embeds", x, layers)
+
+
+def check_dtype(name: str, x: torch.Tensor, layers: nn.Module | None) -> None:
+    """Refuse rows that are not of floating point, or not of the layers' dtype where that counts."""
     if not x.is_floating_point():
-        raise DtypeError(f"inputs_embeds must be of floating point, got {_name(x.dtype)}")
+        raise DtypeError(f"{name} must be of floating point, got {_name(x.dtype)}")
     own = None if layers is None else _dtype_of(layers)
     cast = lowers(x.device.type) and torch.float64 not in (x.dtype, own)
     if own not in (None, x.dtype) and not cast:
         raise DtypeError(
-            f"inputs_embeds must have the dtype of the model's weights, {_name(own)}, got {_name(x.dtype)}"
+            f"{name} must have the dtype of the model's weights, {_name(own)}, got {_name(x.dtype)}"
         )
 
 
