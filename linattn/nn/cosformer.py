@@ -10,9 +10,9 @@ from torch import nn
 
 import linattn
 from linattn import features
-from linattn.arrays import traced
-from linattn.checks import check_eps, check_flag, check_state
-from linattn.errors import OptionError, ShapeError
+from linattn.arrays import dtype_name, readable, traced
+from linattn.checks import INTEGERS, check_eps, check_flag, check_state
+from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -104,10 +104,11 @@ class CosformerAttention(nn.Module):
         return_state gives (output, state), with max_len. Of a causal module it is what `state` continues. Of
         another one it is all of key and value, in a size that does not depend on theirs: `state` instead of
         them is attended to as they were. The query's tokens then lie at `positions` ([b, l], or [1, l] for
-        all rows), 0, 1, … by default.
+        all rows), 0, 1, … by default, all below max_len.
 
         Raises OptionError for any other attn_mask, positions where no such state is read or returned, and key
-        or value beside one; ShapeError for lengths that disagree; and what `linattn.attention` raises.
+        or value beside one; ShapeError for lengths that disagree; ArgumentTypeError, DtypeError or (values on
+        the host) ValueRangeError for what are no positions; and what `linattn.attention` raises.
         """
         axis, reads = 1 if self.batch_first else 0, state is not None and not self.causal
         if positions is not None and (self.causal or not (reads or return_state)):
@@ -210,11 +211,15 @@ class CosformerAttention(nn.Module):
             raise OptionError("a state needs max_len: without it the cosine's M is the length of each call")
         check_eps(eps)
         rows = query if self.batch_first else query.transpose(0, 1)
-        if positions is None:
-            positions = torch.arange(rows.shape[1], device=rows.device)[None]
         b, n = rows.shape[:2]
-        if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
-            raise ShapeError(f"positions must be [{b}, {n}] or [1, {n}], got {tuple(positions.shape)}")
+        if positions is not None:
+            _check_positions(positions, b, n, self.reweight.max_len)
+        elif not traced() and n > self.reweight.max_len:
+            raise ValueRangeError(
+                f"Cosine(max_len={self.reweight.max_len}) is shorter than the query's {n} positions"
+            )
+        else:
+            positions = torch.arange(n, device=rows.device)[None]
         if not traced():
             self.check_state(rows, memory)
         assert memory.z is not None
@@ -285,3 +290,19 @@ def _split(x: Float[torch.Tensor, "*b e"], heads: int) -> Float[torch.Tensor, "*
     return x.reshape(
         *x.shape[:-1], heads, x.shape[-1] // heads
     )  # a view, whatever the order of the axes before
+
+
+def _check_positions(positions: Any, b: int, n: int, max_len: int) -> None:
+    """Refuse what are no positions of b rows of n; values only where they lie on the host."""
+    if not isinstance(positions, torch.Tensor):
+        raise ArgumentTypeError(f"positions must be a tensor, got {type(positions).__name__}")
+    if dtype_name(positions) not in INTEGERS:
+        raise DtypeError(f"positions must be {' or '.join(INTEGERS)}, got {dtype_name(positions)}")
+    if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
+        raise ShapeError(f"positions must be [{b}, {n}] or [1, {n}], got {tuple(positions.shape)}")
+    if readable(positions):
+        wrong = (positions < 0) | (positions >= max_len)
+        if bool(wrong.any()):
+            raise ValueRangeError(
+                f"positions must lie in 0 … {max_len - 1}, below max_len, got {positions[wrong][0].item()}"
+            )

@@ -77,6 +77,23 @@ def test_chunks_have_the_outputs_of_the_whole(model, cuts, each):
         same(torch.cat([part[i] for part in parts], 1), rows)
 
 
+@pytest.mark.parametrize("fields", [{}, {"position_embeddings": "none"}], ids=str)
+@torch.no_grad()
+def test_padding_may_lie_behind_the_last_position(fields):
+    """Texts of 14 and 10 tokens of 16: beside the second one's end, the first one's columns go on to 18."""
+    model, source, ids = build(CosformerForConditionalGeneration, **fields), text(2, 5, seed=4), text(2, 18)
+    mask = torch.ones(2, 18, dtype=torch.int64)
+    mask[0, 14:] = mask[1, 4:12] = 0
+    cache = model(
+        source, decoder_input_ids=ids[:, :12], decoder_attention_mask=mask[:, :12], use_cache=True
+    ).past_key_values
+    found = model(
+        source, decoder_input_ids=ids[:, 12:], decoder_attention_mask=mask, past_key_values=cache
+    ).logits
+    want = model(source, decoder_input_ids=ids, decoder_attention_mask=mask, use_cache=False).logits[:, 12:]
+    same(found, want)
+
+
 @torch.no_grad()
 def test_padding_in_front_of_a_text_has_zeros(model):
     ids, options = ids_of(), {"use_cache": True, "output_hidden_states": True}

@@ -10,6 +10,7 @@ import torch
 
 from linattn.errors import (
     ArgumentTypeError,
+    DtypeError,
     LinattnError,
     OptionError,
     ShapeError,
@@ -210,11 +211,11 @@ def test_the_causal_mask_says_nothing_new(dtype):
     assert torch.equal(module(x, attn_mask=mask), module(x))
 
 
-def reading(**options):
+def reading(query=None, **options):
     """A query of a state of 3 keys."""
     module = make(max_len=8).float()
     state = module(x5[:3], return_state=True)[1]
-    return module(x5, state=state, **options)
+    return module(x5 if query is None else query, state=state, **options)
 
 
 x5 = torch.zeros(5, 2, 12)
@@ -273,11 +274,30 @@ REFUSED = [
     (lambda: reading(key=x5), OptionError, "key: a state of keys and values is instead of them"),
     (lambda: reading(lengths=torch.tensor([1, 1])), OptionError, "lengths: a state of keys and values is"),
     (
-        lambda: reading(positions=torch.zeros(2, 4)),
+        lambda: reading(positions=torch.zeros(2, 4, dtype=torch.int64)),
         ShapeError,
         r"positions must be \[2, 5\] or \[1, 5\], got",
     ),
-    (lambda: reading(positions=torch.zeros(3, 5)), ShapeError, r"got \(3, 5\)"),
+    (lambda: reading(positions=torch.zeros(3, 5).int()), ShapeError, r"got \(3, 5\)"),
+    (lambda: reading(positions=[[0] * 5]), ArgumentTypeError, "positions must be a tensor, got list"),
+    (lambda: reading(positions=torch.zeros(1, 5)), DtypeError, "must be int64 or int32, got float32"),
+    (lambda: reading(positions=torch.ones(1, 5) > 0), DtypeError, "must be int64 or int32, got bool"),
+    (
+        lambda: reading(positions=torch.arange(5)[None] + 4),
+        ValueRangeError,
+        "positions must lie in 0 … 7, below max_len, got 8",
+    ),
+    (lambda: reading(positions=torch.arange(5)[None] - 1), ValueRangeError, "0 … 7, below max_len, got -1"),
+    (
+        lambda: make(max_len=4).float()(x5, x5[:3], x5[:3], return_state=True),
+        ValueRangeError,
+        r"Cosine\(max_len=4\) is shorter than the query's 5 positions",
+    ),
+    (
+        lambda: reading(query=torch.zeros(9, 2, 12)),
+        ValueRangeError,
+        r"Cosine\(max_len=8\) is shorter than the query's 9 positions",
+    ),
     (
         lambda: make().float()(x5, state=make(max_len=8).float()(x5, return_state=True)[1]),
         OptionError,

@@ -121,8 +121,9 @@ class CosformerStack(CosformerPreTrainedModel):
                 raise ValueRangeError(
                     f"a text of {int(total.max())} tokens is longer than max_position_embeddings = {limit}"
                 )
+            positions = positions.clamp(max=limit - 1)  # what is behind a text's end may lie further
         if self.embed_positions is not None:
-            x = x + self.embed_positions(positions.clamp(max=limit - 1))
+            x = x + self.embed_positions(positions)
         return Rows(self.dropout(x), positions, lengths, padding, arrived)
 
     def blocks(self) -> list[Any]:
