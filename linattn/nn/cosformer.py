@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -37,7 +38,7 @@ class CosformerAttention(nn.Module):
     streamed.
 
     Raises OptionError unless num_heads divides embed_dim, or for an unknown act_fun; ArgumentTypeError for
-    flags that are no bool.
+    flags that are no bool and sizes that are no int.
     Source: Qin et al. 2022, cosFormer, https://arxiv.org/abs/2202.08791; `CosformerAttention` of its released
     code.
     """
@@ -57,15 +58,20 @@ class CosformerAttention(nn.Module):
         max_len: int | None = None,
     ) -> None:
         super().__init__()
+        kdim, vdim = (embed_dim if width is None else width for width in (kdim, vdim))
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+                raise ArgumentTypeError(f"{name} must be an int, got {size!r}")
         if num_heads < 1 or embed_dim % num_heads:
             raise OptionError(f"num_heads must divide embed_dim, got {num_heads} heads and width {embed_dim}")
-        if act_fun not in FEATURE_MAPS:
+        if not isinstance(act_fun, str) or act_fun not in FEATURE_MAPS:
             raise OptionError(f"act_fun must be one of {', '.join(FEATURE_MAPS)}, got {act_fun!r}")
         for name, flag in (("causal", causal), ("has_outproj", has_outproj), ("batch_first", batch_first)):
             check_flag(name, flag)
         self.embed_dim = embed_dim
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
+        self.kdim = kdim
+        self.vdim = vdim
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
         self.causal = causal
@@ -108,8 +114,9 @@ class CosformerAttention(nn.Module):
 
         Raises OptionError for any other attn_mask, positions where no such state is read or returned, and key
         or value beside one; ShapeError for lengths that disagree; ArgumentTypeError, DtypeError or (values on
-        the host) ValueRangeError for what are no positions; and what `linattn.attention` raises.
+        the host) ValueRangeError for what are no masks or positions; and what `linattn.attention` raises.
         """
+        check_flag("return_state", return_state)
         axis, reads = 1 if self.batch_first else 0, state is not None and not self.causal
         if positions is not None and (self.causal or not (reads or return_state)):
             raise OptionError(
@@ -132,7 +139,7 @@ class CosformerAttention(nn.Module):
         key = query if key is None else key
         value = query if value is None else value
         self._check_lengths(query, key, value)
-        if return_state is True and not self.causal:
+        if return_state and not self.causal:
             state = self._remembered(key, value, key_mask, lengths, backend)
             return self._recalled(query, state, positions, eps), state
         q, k, v = (
@@ -272,6 +279,10 @@ class CosformerAttention(nn.Module):
                 "attn_mask must be None when causal=False: linear attention has no matrix of pairs to mask. "
                 "To hide keys, pass key_mask."
             )
+        if not isinstance(mask, torch.Tensor):
+            raise ArgumentTypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise DtypeError(f"attn_mask must be bool or of floating point, got {dtype_name(mask)}")
         if tuple(mask.shape) != (length, length):
             raise OptionError(
                 f"attn_mask must be the causal mask ({length}, {length}), got {tuple(mask.shape)}"

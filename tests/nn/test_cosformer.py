@@ -188,6 +188,16 @@ def test_a_state_of_all_keys_is_attended_to_as_they_are(act_fun, batch_first):
         close(hidden, module(q, k, v, key_mask=mask).numpy(), terms=200)
 
 
+def test_flags_may_be_numpy_s():
+    """And so may sizes."""
+    module, x = CosformerAttention(np.int64(12), np.int32(3), max_len=8), torch.ones(5, 2, 12)
+    for causal in (True, False):
+        module.causal = causal
+        state = module(x, return_state=np.True_)[1]
+        assert state.length.tolist() == [5, 5]
+        assert torch.equal(module(x, return_state=np.False_), module(x))
+
+
 def test_lengths_end_the_rows_of_a_text():
     x, lengths = noise(6, 2, 12), torch.tensor([6, 4])
     for causal in (True, False):
@@ -236,6 +246,10 @@ REFUSED = [
         ArgumentTypeError,
         "batch_first must be True or False",
     ),
+    (lambda: CosformerAttention(12, 2.0), ArgumentTypeError, "num_heads must be an int, got 2.0"),
+    (lambda: CosformerAttention(12.0, 3), ArgumentTypeError, "embed_dim must be an int, got 12.0"),
+    (lambda: CosformerAttention(12, 3, vdim=True), ArgumentTypeError, "vdim must be an int, got True"),
+    (lambda: CosformerAttention(12, 3, act_fun=["relu"]), OptionError, r"relu, elu, got \['relu'\]"),
     (lambda: CosformerAttention(12, 3, act_fun="gelu"), OptionError, "act_fun must be one of relu, elu"),
     (
         lambda: make(causal=True).float()(x5[:1], x5, x5),
@@ -261,6 +275,17 @@ REFUSED = [
         OptionError,
         r"must be the causal mask \(5, 5\)",
     ),
+    (
+        lambda: make(causal=True).float()(x5, attn_mask=[[0.0] * 5] * 5),
+        ArgumentTypeError,
+        "attn_mask must be a tensor, got list",
+    ),
+    (
+        lambda: make(causal=True).float()(x5, attn_mask=torch.zeros(5, 5).long()),
+        DtypeError,
+        "attn_mask must be bool or of floating point, got int64",
+    ),
+    (lambda: reading(return_state=1), ArgumentTypeError, "return_state must be True or False, got 1"),
     (lambda: make(causal=True).float()(x5, return_state=True), OptionError, "takes max_len from the length"),
     (lambda: make(causal=True, max_len=4).float()(x5), ValueRangeError, "max_len=4"),
     (lambda: make().float().step(x5[0], None), OptionError, "step needs causal=True"),
