@@ -170,6 +170,8 @@ def test_decays_are_the_formula_s_whatever_a_cast_made_of_them(
         patch_minimax(layer)
         layer(torch.randn(1, 5, heads, dtype=dtype), None, None)
         assert torch.equal(seen[-1], torch.from_numpy(minimax(heads, index, 3)).float())
+        layer(torch.randn(1, 5, heads, dtype=dtype), None, None)
+        assert seen[-1] is seen[-2]  # a device would wait for whoever reads the buffer again
         layer.slope_rate = layer.slope_rate * 1.5
         layer(torch.randn(1, 5, heads, dtype=dtype), None, None)
         assert torch.equal(seen[-1], -layer.slope_rate.flatten().float())
