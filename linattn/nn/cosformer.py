@@ -214,25 +214,29 @@ class CosformerAttention(nn.Module):
         The state's frame is the last key at e: cos θ(p - j) = cos θ(p - e) cos θ(e - j) minus
         sin θ(p - e) sin θ(e - j), so a query turned by θ(p - e) reads C and S directly.
         """
-        if self.reweight.max_len is None:
+        max_len = self.reweight.max_len
+        if max_len is None:
             raise OptionError("a state needs max_len: without it the cosine's M is the length of each call")
         check_eps(eps)
         rows = query if self.batch_first else query.transpose(0, 1)
         b, n = rows.shape[:2]
         if positions is not None:
-            _check_positions(positions, b, n, self.reweight.max_len)
-        elif not traced() and n > self.reweight.max_len:
-            raise ValueRangeError(
-                f"Cosine(max_len={self.reweight.max_len}) is shorter than the query's {n} positions"
-            )
+            _check_positions(positions, b, n, max_len)
+        elif not traced() and n > max_len:
+            raise ValueRangeError(f"Cosine(max_len={max_len}) is shorter than the query's {n} positions")
         else:
             positions = torch.arange(n, device=rows.device)[None]
         if not traced():
             self.check_state(rows, memory)
+        if readable(memory.length) and bool((memory.length > max_len).any()):
+            longest = int(memory.length.max())
+            raise ValueRangeError(
+                f"Cosine(max_len={max_len}) is shorter than the state's {longest} positions"
+            )
         assert memory.z is not None
         q = features.apply(torch, self.feature_map, self._heads(self.q_proj(query))).to(memory.kv.dtype)
         ahead = (positions - memory.length[:, None] + 1)[..., None, None].to(torch.float64)
-        angle = ahead * (math.pi / (2 * self.reweight.max_len))
+        angle = ahead * (math.pi / (2 * max_len))
         turned = torch.cat([q * angle.cos().to(q.dtype), q * -angle.sin().to(q.dtype)], -1)  # [b n h 2d]
         total = torch.einsum("bnhf,bhfe->bnhe", turned, memory.kv)
         weight = torch.einsum("bnhf,bhf->bnh", turned, memory.z)

@@ -333,6 +333,11 @@ REFUSED = [
         StateError,
         "initial_state.kv must have shape",
     ),
+    (
+        lambda: make(max_len=4).float()(x5[:1], state=make(max_len=8).float()(x5, return_state=True)[1]),
+        ValueRangeError,
+        r"Cosine\(max_len=4\) is shorter than the state's 5 positions",
+    ),
     (lambda: make().float()(x5, positions=torch.arange(5)[None]), OptionError, "positions are of queries"),
     (
         lambda: make(causal=True, max_len=8).float()(x5, positions=torch.arange(5)[None]),
