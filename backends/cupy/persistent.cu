@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
         reader.template take_of<4, INNER>(back[i], 0, i * 1024 + warp * 128);
       reader.template take_of<LAST / 256, INNER>(back[CHUNKS - 1], 0, (CHUNKS - 1) * 1024 + warp * (LAST / 8));
       late_copies_are_there();
-      pause(150);  // of four places at which blocks wait, it is worth it at this one
+      pause(400);  // of four places at which blocks wait, it is worth it at this one
       const auto look_from = [&](int first) {
         UNROLL for (int i = first; i < CHUNKS; ++i)
           look_for(words[i], ex.inner + i * 1024 + (i + 1 < CHUNKS ? own : warp * (LAST / 8) + lane % LANES * 4), mark);

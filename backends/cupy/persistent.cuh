@@ -70,12 +70,10 @@ __device__ __forceinline__ uint4 look_4(const float* at) {
                : "memory");
   return x;
 }
-// A vote on what lanes have read, which comes after that.
+// A vote on what lanes have read, which comes after that; by the letter it orders nothing.
 __device__ __forceinline__ bool once_read(bool mine) { return __all_sync(~0u, mine); }
-// Hardly ever a pause: NVRTC's clock() has 64 bits, and `begun` 32. Without it the layers took 3 percent longer, why is
-// not known; a version that does wait has not been timed.
-__device__ __forceinline__ void pause(unsigned clocks) {
-  for (const unsigned begun = clock(); clock() - begun < clocks;) {}
+__device__ __forceinline__ void pause(unsigned clocks) {  // NVRTC's clock() has 64 bits
+  for (const unsigned begun = (unsigned)clock(); (unsigned)clock() - begun < clocks;) {}
 }
 #endif
 
@@ -189,6 +187,7 @@ template <int SLOTS> struct Reader {
   // barrier nor meeting them does.
   __device__ __forceinline__ void release(int stages) {
     const bool never = !once_read(!(read & nothing));
+    __syncwarp();
     if (lane < stages) arrive((uint64_t*)((char*)(ring.empty + slot(lane)) + never));
     at += stages;
     if (at >= SLOTS) at -= SLOTS, ++turn;

@@ -10,10 +10,16 @@ import pytest
 import torch
 
 import linattn
-from linattn import LRPE, Cosine
+from linattn import LRPE, Cosine, registry
 
 HEADS, D = 4, 64
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+needs_cupy = pytest.mark.skipif(
+    registry.get("cupy").unavailable() is not None, reason="CuPy finds no CUDA device"
+)
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "head": lambda: {"log_decay": -torch.rand(HEADS, device="cuda")},
     "token": lambda: {"log_decay": -torch.rand(2, 512, HEADS, device="cuda")},

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 import linattn
-from linattn import LRPE, Cosine, State, registry, tolerance
+from linattn import LRPE, Cosine, State, tolerance
 from linattn.backends.cupy import tape
-from tests.gpu.calls import HEADS, both, captured, drawn, needs_two, same
+from tests.gpu.calls import HEADS, both, captured, drawn, needs_cupy, needs_two, same
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(registry.get("cupy").unavailable() is not None, reason="CuPy finds no CUDA device"),
+    needs_cupy,
 ]
 
 
@@ -154,7 +154,9 @@ DECODED = {
 }
 
 
-@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (100, 72), (33, 130), (256, 256)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(64, 64), (128, 128), (100, 72), (33, 130), (256, 256), (600, 40)], ids=str
+)
 @pytest.mark.parametrize("name", DECODED)
 @pytest.mark.parametrize("batch", [2, 300], ids=["few", "many"])
 def test_decode_steps_of_usual_sizes(name: str, sizes: tuple[int, int], batch: int) -> None:

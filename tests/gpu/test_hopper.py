@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 
 import linattn
-from linattn import Cosine, registry, testing, tolerance
+from linattn import Cosine, testing, tolerance
 from linattn.backends.cupy import hopper, tape
 from linattn.testing import arrays
 from linattn.testing.properties.equality import compare_gradients, gradient_limits
 from linattn.testing.properties.plan import assert_parts, limits, truth
 from linattn.testing.subject import natives
+from tests.gpu.calls import needs_cupy, needs_hopper
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(registry.get("cupy").unavailable() is not None, reason="CuPy finds no CUDA device"),
-    pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"),
+    needs_cupy,
+    needs_hopper,
 ]
 
 SIZES = [(128, 128), (64, 64), (128, 64), (64, 128), (64, 256), (128, 256)]

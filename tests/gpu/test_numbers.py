@@ -10,20 +10,15 @@ import pytest
 import torch
 
 import linattn
-from linattn import LRPE, Cosine, State, registry, testing, tolerance
+from linattn import LRPE, Cosine, State, testing, tolerance
 from linattn.testing import arrays
 from linattn.testing.properties.equality import compare_gradients, gradient_limits
 from linattn.testing.properties.plan import assert_parts, limits, truth
 from linattn.testing.subject import natives
-from tests.gpu.calls import HEADS, D, both, captured, drawn, same
+from tests.gpu.calls import HEADS, D, both, captured, drawn, needs_cupy, same
 
 pytestmark = pytest.mark.gpu
-CUPY = pytest.param(
-    "cupy",
-    marks=pytest.mark.skipif(
-        registry.get("cupy").unavailable() is not None, reason="CuPy finds no CUDA device"
-    ),
-)
+CUPY = pytest.param("cupy", marks=needs_cupy)
 
 
 @pytest.mark.parametrize("far", ["batch", "token", "head"])

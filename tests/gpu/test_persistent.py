@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import linattn
-from linattn import registry, tolerance
+from linattn import tolerance
 from linattn.models import TransNormerConfig, TransNormerLM, decoding, persistent, replay
-from tests.gpu.calls import captured, same, without_waiting
+from tests.gpu.calls import captured, needs_cupy, needs_hopper, same, without_waiting
 from tests.gpu.test_steps import fuse
 
 pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(registry.get("cupy").unavailable() is not None, reason="CuPy finds no CUDA device"),
-    pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"),
+    needs_cupy,
+    needs_hopper,
 ]
 
 SUMS = 1e-5  # of the largest number: what sums in float32 may be off by

@@ -198,14 +198,14 @@ static inline void launch(int blocks, int of_block, uint32_t seed, std::function
   munmap(stacks, size);
 }
 
-// All lanes of a warp say something, and hear what the others have said; orders: what they did before, too.
-enum Orders { NOTHING, READS, ALL };
-template <class X> static inline const char (*all(const X& x, bool news = true, Orders orders = NOTHING))[SAID] {
+// All lanes of a warp say something, and hear what the others have said; orders: what they did before, too, which a
+// vote or a shuffle does not do.
+template <class X> static inline const char (*all(const X& x, bool news = true, bool orders = false))[SAID] {
   static_assert(sizeof(X) <= SAID, "");
   Warp& w = warps[here];
   const int lane = w.lane, turn = w.synced[lane]++, side = turn % 2;
   memcpy(w.said[side][lane], &x, sizeof(X));
-  if (orders) races::tell(w.order[side], orders == ALL);
+  if (orders) races::tell(w.order[side]);
   if (++w.count[side] == LANES) {
     w.count[side] = 0, w.complete = turn + 1;
     races::over(w.order[side]);
@@ -227,7 +227,7 @@ static inline char* checked(uint32_t at, int bytes) {
 }
 }  // namespace grid
 
-static inline void __syncwarp() { grid::all(0, true, grid::ALL); }
+static inline void __syncwarp() { grid::all(0, true, true); }
 static inline float __shfl_sync(unsigned, float x, int from) { return grid::heard<float>(grid::all(x), from); }
 static inline float __shfl_xor_sync(unsigned, float x, int by) {
   const auto said = grid::all(x);
@@ -239,15 +239,14 @@ static inline float __shfl_down_sync(unsigned, float x, int by) {
   return grid::heard<float>(said, lane + by < 32 ? lane + by : lane);
 }
 // Where it is asked again and again, nothing goes on.
-static inline bool vote(bool mine, grid::Orders orders) {
-  const auto said = grid::all(mine, false, orders);
+static inline bool __all_sync(unsigned, bool mine) {
+  const auto said = grid::all(mine, false);
   bool all = true;
   for (int lane = 0; lane < grid::LANES; ++lane) all = all && grid::heard<bool>(said, lane);
   if (all) grid::goes_on();
   return all;
 }
-static inline bool __all_sync(unsigned, bool mine) { return vote(mine, grid::NOTHING); }
-static inline bool once_read(bool mine) { return vote(mine, grid::READS); }
+static inline bool once_read(bool mine) { return __all_sync(~0u, mine); }
 
 static inline void let_in(int number, int threads) {
   grid::Meeting& m = grid::meetings[blockIdx.x][number];

@@ -13,7 +13,7 @@ namespace races {
 struct Order {};
 static inline void watch(const char*, int64_t, int) {}
 static inline void runs(int) {}
-static inline void tell(Order&, bool = true) {}
+static inline void tell(Order&) {}
 static inline void over(Order&) {}
 static inline void hear(const Order&) {}
 static inline void access(const void*, int64_t, bool) {}
@@ -21,11 +21,8 @@ static inline void access(const void*, int64_t, bool) {}
 #define UNTOLD __attribute__((no_sanitize("thread")))
 
 typedef std::vector<int> Clock;  // how far each thread has come
-struct Known {
-  Clock all, read;  // what it has done, and what it has read for sure
-};
 struct Order {
-  Known arrived, over;  // what a barrier hears, and what it had heard when it was over
+  Clock arrived, over;  // what a barrier hears, and what it had heard when it was over
   int block = 0;
 };
 struct Event {
@@ -38,15 +35,15 @@ struct Place {  // GRAIN bytes
 static const char *first, *last;  // what is watched
 static int thread = -1;           // that runs; of a block that is not watched, -1
 static int block = 0;             // how many have been watched
-static std::vector<Known> known;  // by each thread
+static std::vector<Clock> known;  // by each thread
 static std::vector<Place> places;
 constexpr int64_t GRAIN = 2;
 
 UNTOLD static void watch(const char* from, int64_t size, int threads) {
   first = from, last = from + size, ++block;
   places.assign((size + GRAIN - 1) / GRAIN, Place());
-  known.assign(threads, {Clock(threads, 0), Clock(threads, 0)});
-  for (int i = 0; i < threads; ++i) known[i].all[i] = 1;
+  known.assign(threads, Clock(threads, 0));
+  for (int i = 0; i < threads; ++i) known[i][i] = 1;
 }
 UNTOLD static void runs(int which) { thread = which; }
 
@@ -55,23 +52,19 @@ UNTOLD static void join(Clock& one, const Clock& other) {
   for (size_t i = 0; i < other.size(); ++i)
     if (other[i] > one[i]) one[i] = other[i];
 }
-// all: what this thread has done, and what it knows; else only that it has read what it has.
-UNTOLD static void tell(Order& order, bool all = true) {
+UNTOLD static void tell(Order& order) {
   if (thread < 0) return;
   if (order.block != block) order = Order(), order.block = block;
-  Known& own = known[thread];
-  if (all) join(order.arrived.all, own.all);
-  join(order.arrived.read, own.all), join(order.arrived.read, own.read);
-  ++own.all[thread];
+  join(order.arrived, known[thread]);
+  ++known[thread][thread];
 }
 UNTOLD static void over(Order& order) { order.over = order.arrived; }
 UNTOLD static void hear(const Order& order) {
-  if (thread >= 0) join(known[thread].all, order.over.all), join(known[thread].read, order.over.read);
+  if (thread >= 0) join(known[thread], order.over);
 }
 
-UNTOLD static void check(const Event& other, int64_t at, const char* what, bool was_read = false) {
-  if (other.thread < 0 || known[thread].all[other.thread] >= other.clock) return;
-  if (was_read && known[thread].read[other.thread] >= other.clock) return;
+UNTOLD static void check(const Event& other, int64_t at, const char* what) {
+  if (other.thread < 0 || known[thread][other.thread] >= other.clock) return;
   const long long byte = at * GRAIN;
   fprintf(stderr, "a race at byte %lld of shared memory: thread %d %s thread %d\n", byte, thread, what, other.thread);
   abort();
@@ -79,13 +72,13 @@ UNTOLD static void check(const Event& other, int64_t at, const char* what, bool 
 UNTOLD static void access(const void* where, int64_t size, bool writes) {
   const char* const from = (const char*)where;
   if (thread < 0 || from < first || from >= last) return;
-  const Event now = {thread, known[thread].all[thread]};
+  const Event now = {thread, known[thread][thread]};
   const int64_t end = (from - first + size + GRAIN - 1) / GRAIN;
   for (int64_t at = (from - first) / GRAIN; at < end; ++at) {
     Place& place = places[at];
     check(place.written, at, writes ? "writes over" : "reads what was written by");
     if (writes) {
-      for (const Event& other : place.read) check(other, at, "writes what was read by", true);
+      for (const Event& other : place.read) check(other, at, "writes what was read by");
       place.written = now, place.read.clear();
       continue;
     }
