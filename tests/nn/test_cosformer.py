@@ -188,6 +188,18 @@ def test_a_state_of_all_keys_is_attended_to_as_they_are(act_fun, batch_first):
         close(hidden, module(q, k, v, key_mask=mask).numpy(), terms=200)
 
 
+def test_reading_a_state_compiles_whole_for_any_length():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    module, x = make(max_len=8).float(), torch.randn(6, 2, 12)
+    compiled = torch.compile(module, dynamic=True, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        state = module(x, return_state=True)[1]
+        for n in (2, 5):
+            want = module(x[:n], state=state, eps=1e-5)
+            torch.testing.assert_close(compiled(x[:n], state=state, eps=1e-5), want)
+
+
 def test_flags_may_be_numpy_s():
     """And so may sizes."""
     module, x = CosformerAttention(np.int64(12), np.int32(3), max_len=8), torch.ones(5, 2, 12)
