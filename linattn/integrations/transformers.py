@@ -188,7 +188,7 @@ def _forward(
     mask = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - n :].bool()
     wide = torch.promote_types(q.dtype, torch.float32)
     compiling = torch.compiler.is_compiling()  # compilers see through caches, and say so
-    decay = (_traced_decay if compiling else _log_decay)(self, wide, q.device)
+    decay = (_own_decay if compiling else _log_decay)(self, wide, q.device)
     kv = _cached(past_key_values, self.layer_idx, q, wide)
     state = None
     if kv is not None:
@@ -288,42 +288,58 @@ def _log_decay(layer: Any, wide: torch.dtype, device: torch.device) -> Tensor:
     What writes around torch's count of versions, into `slope_rate.data`, is not seen.
     """
     slopes = layer.slope_rate
-    if type(slopes) not in PLAIN or torch._C._len_torch_dispatch_stack():  # somebody watches: keep nothing
-        return _traced_decay(layer, wide, device)
+    if (
+        type(slopes) not in PLAIN
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(slopes)
+    ):
+        return _own_decay(layer, wide, device)  # somebody watches: keep nothing
     now = 0 if slopes.is_inference() else slopes._version, slopes.data_ptr(), wide, device
     known = _decays.get(slopes)
     if known is None or known[0] != now:
         with torch.inference_mode(False):
-            decay = _traced_decay(layer, wide, torch.device("cpu")).to(device)
+            decay = _own_decay(layer, wide, torch.device("cpu")).to(device)
         _decays[slopes] = known = now, decay
     found: Tensor = known[1]
     return found
 
 
 _decays: Any = WeakTensorKeyDictionary()
+HALVES = (torch.float16, torch.bfloat16)
 
 
-def _traced_decay(layer: Any, wide: torch.dtype, device: torch.device) -> Tensor:
+def _own_decay(layer: Any, wide: torch.dtype, device: torch.device) -> Tensor:
     """The formula's log decays [H], unless a layer's slopes are others than rounding makes of those.
 
-    A buffer that was cast has the formula's bits no more. Out of plain numbers: to a compiler NumPy's arrays
-    are tensors.
+    Slopes were rounded to a dtype, some time, if it has them all: to halves when a model was cast, or before,
+    when one was built: transformers raises a base of that dtype to powers. Out of plain numbers, as to a
+    compiler NumPy's arrays are tensors.
     """
-    rates = _rates(layer.num_attention_heads, layer.layer_idx, layer.num_hidden_layers)
-    decay, slopes = torch.tensor(rates, dtype=wide, device=device), layer.slope_rate
+    heads, slopes = layer.num_attention_heads, layer.slope_rate
+    rates = _rates(heads, layer.layer_idx, layer.num_hidden_layers)
+    known = torch.tensor(rates, dtype=wide, device=device)
+    decay = known[0]
     if slopes.is_meta:  # its values are elsewhere, as accelerate may keep them
         return decay
-    limits = torch.finfo(slopes.dtype)
-    rounding = limits.eps + len(rates) * torch.finfo(torch.float32).eps  # transformers: powers of a float32
     own = -slopes.detach().flatten().to(device=device, dtype=wide)
-    near = (own - decay).abs() <= rounding * (limits.tiny - decay)
-    return torch.where(near.all(), decay, own)
+    powers, limits, half = heads * torch.finfo(torch.float32).eps, torch.finfo(wide), torch.finfo(torch.half)
+    formula = ((own - decay).abs() <= (limits.eps + powers) * (limits.tiny - decay)).all()
+    for dtype in HALVES:
+        off = (torch.finfo(dtype).eps + powers) * known.abs() + half.eps * half.tiny
+        near = ((own - known).abs() <= off).all(-1).any()
+        formula = formula | (near & (own.to(dtype).to(wide) == own).all())
+    return torch.where(formula, decay, own)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _rates(heads: int, layer: int, layers: int) -> list[float]:
-    rates: list[float] = minimax(heads, layer, layers).tolist()
-    return rates
+def _rates(heads: int, layer: int, layers: int) -> list[list[float]]:
+    """The formula's log decays, and those of a layer that transformers builds in each of the halves."""
+    found: list[list[float]] = [minimax(heads, layer, layers).tolist()]
+    for dtype in HALVES:
+        base = torch.tensor(2 ** (-8 / heads), dtype=dtype)
+        slopes = base ** torch.arange(1, heads + 1) * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
+        found.append((-slopes).tolist())
+    return found
 
 
 @functools.lru_cache(maxsize=64)

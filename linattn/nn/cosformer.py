@@ -12,7 +12,7 @@ from torch import nn
 import linattn
 from linattn import features
 from linattn.arrays import dtype_name, readable, traced
-from linattn.checks import INTEGERS, check_eps, check_flag, check_state
+from linattn.checks import check_eps, check_flag, check_state
 from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class CosformerAttention(nn.Module):
         return_state gives (output, state), with max_len. Of a causal module it is what `state` continues. Of
         another one it is all of key and value, in a size that does not depend on theirs: `state` instead of
         them is attended to as they were. The query's tokens then lie at `positions` ([b, l], or [1, l] for
-        all rows), 0, 1, … by default, all below max_len.
+        all rows), 0, 1, … by default, all below max_len but for what lengths leave out.
 
         Raises OptionError for any other attn_mask, positions where no such state is read or returned, and key
         or value beside one; ShapeError for lengths that disagree; ArgumentTypeError, DtypeError or (values on
@@ -141,7 +141,8 @@ class CosformerAttention(nn.Module):
         self._check_lengths(query, key, value)
         if return_state and not self.causal:
             state = self._remembered(key, value, key_mask, lengths, backend)
-            return self._recalled(query, state, positions, eps), state
+            own = lengths is not None and key is query  # then what is behind a text's end may lie anywhere
+            return self._recalled(query, state, positions, eps, padded=own), state
         q, k, v = (
             self._heads(project(x))
             for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -207,7 +208,13 @@ class CosformerAttention(nn.Module):
         return state
 
     def _recalled(
-        self, query: torch.Tensor, memory: linattn.State, positions: torch.Tensor | None, eps: float
+        self,
+        query: torch.Tensor,
+        memory: linattn.State,
+        positions: torch.Tensor | None,
+        eps: float,
+        *,
+        padded: bool = False,
     ) -> torch.Tensor:
         """Attend from rows at any positions to remembered keys.
 
@@ -223,10 +230,10 @@ class CosformerAttention(nn.Module):
         b, n = rows.shape[:2]
         if positions is not None:
             _check_positions(positions, b, n, max_len)
-        elif not traced() and n > max_len:
+        elif n > max_len and not (padded or traced()):
             raise ValueRangeError(f"Cosine(max_len={max_len}) is shorter than the query's {n} positions")
         else:
-            positions = torch.arange(n, device=rows.device)[None]
+            positions = torch.arange(n, device=rows.device)[None].clamp(max=max_len - 1)
         if not traced():
             self.check_state(rows, memory)
         if readable(memory.length) and bool((memory.length > max_len).any()):
@@ -312,8 +319,8 @@ def _check_positions(positions: Any, b: int, n: int, max_len: int) -> None:
     """Refuse what are no positions of b rows of n; values only where they lie on the host."""
     if not isinstance(positions, torch.Tensor):
         raise ArgumentTypeError(f"positions must be a tensor, got {type(positions).__name__}")
-    if dtype_name(positions) not in INTEGERS:
-        raise DtypeError(f"positions must be {' or '.join(INTEGERS)}, got {dtype_name(positions)}")
+    if positions.dtype == torch.bool or positions.is_floating_point() or positions.is_complex():
+        raise DtypeError(f"positions must be integers, got {dtype_name(positions)}")
     if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
         raise ShapeError(f"positions must be [{b}, {n}] or [1, {n}], got {tuple(positions.shape)}")
     if readable(positions):

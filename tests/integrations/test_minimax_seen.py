@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -155,18 +157,36 @@ def test_slopes_may_change_at_any_time() -> None:
                 torch.testing.assert_close(run(x, None, None)[0], want, **TOL)
 
 
+HALVES = torch.bfloat16, torch.float16
+CASTS = [(torch.float32,), *((half,) for half in HALVES), *((half, torch.float32) for half in HALVES)]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As `from_config` builds models of one dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("casts", [*CASTS, HALVES[::-1]], ids=str)
+@pytest.mark.parametrize("built", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [4, 96])
 def test_decays_are_the_formula_s_whatever_a_cast_made_of_them(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, heads: int
+    monkeypatch: pytest.MonkeyPatch, casts: tuple[torch.dtype, ...], built: torch.dtype, heads: int
 ) -> None:
     seen: list[Any] = []
+    dtype = casts[-1]
     real = linattn.attention
     monkeypatch.setattr(linattn, "attention", lambda *x, **y: seen.append(y["log_decay"]) or real(*x, **y))
     config = MiniMaxConfig(hidden_size=heads, head_dim=1, num_attention_heads=heads, num_hidden_layers=3)
     for index in range(3):
-        layer = MiniMaxLightningAttention(config, index).to(dtype)
+        with default_dtype(built):
+            layer = MiniMaxLightningAttention(config, index)
+        for cast in casts:
+            layer = layer.to(cast)
         patch_minimax(layer)
         layer(torch.randn(1, 5, heads, dtype=dtype), None, None)
         assert torch.equal(seen[-1], torch.from_numpy(minimax(heads, index, 3)).float())
@@ -195,3 +215,14 @@ def test_compilers_have_nothing_to_say() -> None:
         compiled = torch.compile(run, backend="eager", fullgraph=True)
         for got, want in zip(compiled(x, x[:, :1]), run(x, x[:, :1]), strict=True):
             assert torch.equal(got, want)
+
+
+def test_transforms_of_buffers_too_are_refused_in_a_sentence() -> None:
+    model = of_layers("fll")
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+
+    def loss(state: Any) -> Any:
+        return torch.func.functional_call(model, state, (tokens(1, 6),), {"use_cache": False}).logits.sum()
+
+    with patch_minimax(model), pytest.raises(errors.GradientError, match=r"torch\.func transforms"):
+        torch.func.grad(loss)(state)

@@ -116,6 +116,8 @@ def test_a_copy_of_a_cache_goes_on_by_itself(model, mode, hidden):
     copied, again = copy.deepcopy([cache, cache])
     assert copied is again and type(copied) is type(cache) and len(copied.outputs) == len(cache.outputs)
     assert copied.of_mine == [1] and copied.of_mine is not cache.of_mine
+    together = copy.deepcopy({"cache": cache, "first": cache.states[0], "rows": cache.outputs})
+    assert together["cache"].states[0] is together["first"] and together["cache"].outputs is together["rows"]
     assert not any(x.requires_grad for x in (*copied.outputs, *(state.kv for state in copied.states)))
     want = model(ids, use_cache=False).logits[:, 6:]
     before = [state.clone() for state in cache.states]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,6 +59,19 @@ def test_a_tensor_is_there_once(tmp_path, way, reader, name):
         CheckpointError, match=rf"{name.removeprefix('model.')} is there twice, with 'model\.'"
     ):
         reader.from_pretrained(**way(tmp_path))
+
+
+def test_the_revision_that_is_read_is_looked_at(tmp_path):
+    make().save_pretrained(tmp_path)
+    config, options = TransNormerConfig.from_pretrained(tmp_path), of_a_repository(tmp_path)
+    kept, other = tmp_path / "models--own--model", "b" * 40
+    shutil.copytree(kept / "snapshots" / ("a" * 40), kept / "snapshots" / other)
+    (kept / "refs" / "v1").write_text(other)
+    with_more(make(), kept / "snapshots" / other, **{EXTRA: torch.ones(12, 8)})
+    for given in ({}, {"config": config}):
+        TransNormerForCausalLM.from_pretrained(**options, **given)
+        with pytest.raises(CheckpointError, match="is there twice"):
+            TransNormerForCausalLM.from_pretrained(**options, **given, revision="v1")
 
 
 def test_a_tensor_is_there_once_in_several_files(tmp_path):

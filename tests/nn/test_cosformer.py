@@ -188,6 +188,18 @@ def test_a_state_of_all_keys_is_attended_to_as_they_are(act_fun, batch_first):
         close(hidden, module(q, k, v, key_mask=mask).numpy(), terms=200)
 
 
+def test_rows_may_be_padded_beyond_max_len_and_positions_have_any_integers():
+    module = make(max_len=6, batch_first=True)
+    x, lengths = torch.from_numpy(noise(2, 9, 12)), torch.tensor([3, 6])
+    want = module(x, lengths=lengths)
+    got, state = module(x, lengths=lengths, return_state=True)
+    for row, n in enumerate(lengths):
+        torch.testing.assert_close(got[row, :n], want[row, :n])
+    for dtype in (torch.int16, torch.uint8):
+        again = module(x[:, :3], state=state, positions=torch.arange(3, dtype=dtype)[None])
+        torch.testing.assert_close(again, got[:, :3])
+
+
 def test_reading_a_state_compiles_whole_for_any_length():
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -317,8 +329,8 @@ REFUSED = [
     ),
     (lambda: reading(positions=torch.zeros(3, 5).int()), ShapeError, r"got \(3, 5\)"),
     (lambda: reading(positions=[[0] * 5]), ArgumentTypeError, "positions must be a tensor, got list"),
-    (lambda: reading(positions=torch.zeros(1, 5)), DtypeError, "must be int64 or int32, got float32"),
-    (lambda: reading(positions=torch.ones(1, 5) > 0), DtypeError, "must be int64 or int32, got bool"),
+    (lambda: reading(positions=torch.zeros(1, 5)), DtypeError, "must be integers, got float32"),
+    (lambda: reading(positions=torch.ones(1, 5) > 0), DtypeError, "must be integers, got bool"),
     (
         lambda: reading(positions=torch.arange(5)[None] + 4),
         ValueRangeError,

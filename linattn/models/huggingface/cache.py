@@ -59,12 +59,14 @@ class StateCache(Cache):
         """
         made = copy.copy(self)
         memo[id(self)] = made
-        for name, value in vars(self).items():
-            if name not in ("states", "outputs"):
-                setattr(made, name, copy.deepcopy(value, memo))
         with torch.no_grad():
-            made.states = [state.clone() for state in self.states]
-            made.outputs = [row.clone() for row in self.outputs]
+            for parts in (self.states, self.outputs):
+                for one in parts:
+                    if id(one) not in memo:
+                        memo[id(one)] = one.clone()
+                memo[id(parts)] = [memo[id(one)] for one in parts]
+        for name, value in vars(self).items():
+            setattr(made, name, copy.deepcopy(value, memo))
         return made
 
     @property

@@ -49,7 +49,10 @@ def kept(path: Any, options: Mapping[str, Any], config: PreTrainedConfig) -> Pat
     if Path(path).exists():
         return None
     name = Path(options.get("subfolder") or "", CONFIG).as_posix()
-    place = try_to_load_from_cache(str(path), name, options.get("cache_dir"), config._commit_hash)
+    read = getattr(config, "_commit_hash", None) or options.get(
+        "revision"
+    )  # of a config that was read beside
+    place = try_to_load_from_cache(str(path), name, options.get("cache_dir"), read)
     return Path(place).parent if isinstance(place, str) else None
 
 
