@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -254,7 +255,8 @@ def test_every_number_of_logits(model):
     want = call(model).logits
     for keep, part in ((None, want), (0, want), (1, want[:, 5:]), (4, want[:, 2:]), (9, want)):
         same(call(model, logits_to_keep=keep).logits, part)
-    same(call(model, logits_to_keep=torch.tensor([0, 5])).logits, want[:, [0, 5]])
+    for keep, columns in ((torch.tensor([0, 5]), [0, 5]), (slice(1, 3), [1, 2]), (np.uint8(2), [4, 5])):
+        same(call(model, logits_to_keep=keep).logits, want[:, columns])
     assert call(model, logits_to_keep=None, labels=IDS).loss == call(model, labels=IDS).loss
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -52,8 +53,8 @@ def check_tensor(name: str, x: Any) -> None:
 def columns_of(keep: Any) -> slice | torch.Tensor:
     """Return the columns that logits_to_keep asks for: the last so many, all for 0 or None, or those in it.
 
-    Raises ArgumentTypeError for what is neither a number nor a tensor, ValueRangeError for negative numbers,
-    DtypeError or ShapeError for tensors that are no row of integers.
+    Raises ArgumentTypeError for what is neither an int, a slice nor a tensor, ValueRangeError for negative
+    numbers, DtypeError or ShapeError for tensors that are no row of integers.
     """
     if isinstance(keep, torch.Tensor):
         if keep.is_floating_point() or keep.is_complex():
@@ -61,8 +62,10 @@ def columns_of(keep: Any) -> slice | torch.Tensor:
         if keep.ndim != 1:
             raise ShapeError(f"logits_to_keep must have shape [k], got {tuple(keep.shape)}")
         return keep
-    if keep is None:
-        return slice(None)
+    if keep is None or isinstance(keep, slice):
+        return keep or slice(None)
+    if isinstance(keep, np.integer):
+        keep = int(keep)
     if isinstance(keep, bool) or not isinstance(keep, int | torch.SymInt):
         raise ArgumentTypeError(f"logits_to_keep must be an int or a tensor, got {keep!r}")
     if keep < 0:
