@@ -21,6 +21,8 @@ RELEASED = {
     "num_heads": "decoder_attention_heads",
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "1+elu": "elu+1", "None": None}
+ACT_NAMES = {act: name for name, act in reversed(ACTIVATIONS.items())}  # the first name of each
+IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ class TransNormerConfig:
         return bool(self.linear_use_lrpe_list) and bool(self.linear_use_lrpe_list[layer])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them, under the released names."""
+        """Return the fields as JSON can hold them, under the released names.
+
+        Special tokens that a reader would have by default, and the vocabulary has not, are none.
+        """
         fields = dataclasses.asdict(self) | {"linear_use_lrpe_list": list(self.linear_use_lrpe_list)}
         for own, released in RELEASED.items():
             fields[released] = fields.pop(own)
         act = fields.pop("feature_map")
-        return fields | {"linear_act_fun": next(name for name, has in ACTIVATIONS.items() if has == act)}
+        none = {name: None for name in IDS if getattr(Released, name) >= self.vocab_size}
+        return fields | {"linear_act_fun": ACT_NAMES[act]} | none
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> TransNormerConfig:
@@ -176,7 +182,7 @@ class Released:
         )
         check_flags(self, "add_bos_token", "use_cache", "tie_word_embeddings")
         check_positive(self, "init_std")
-        check_ids(self, "pad_token_id", "bos_token_id", "eos_token_id")
+        check_ids(self, *IDS)
         return parts
 
 

@@ -153,6 +153,30 @@ def test_a_model_inside_leaves_out_nothing_of_the_whole(kind, reader, names, tmp
     reader.from_pretrained(tmp_path)
 
 
+def test_a_class_of_ones_own_says_what_it_leaves_out(tmp_path):
+    class Own(TransNormerForCausalLM):
+        _keys_to_ignore_on_load_unexpected = [r"^extra\."]  # noqa: RUF012
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.post_init()  # as classes do that add modules
+
+    with_more(make(), tmp_path, **{"extra.weight": torch.ones(3)})
+    Own.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has unknown extra.weight"):
+        TransNormerForCausalLM.from_pretrained(tmp_path)
+    with_more(make(), tmp_path, **{"lm_head.bias": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="has unknown lm_head.bias"):
+        Own.from_pretrained(tmp_path)
+
+
+def test_a_configuration_has_a_list_of_its_own():
+    given = [1, 0]
+    config = TransNormerConfig(decoder_layers=2, linear_use_lrpe_list=given)
+    given[1] = 1
+    assert config.linear_use_lrpe_list == [1, 0]
+
+
 def test_a_truncated_file_is_not_loaded(model, tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

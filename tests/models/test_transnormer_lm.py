@@ -17,6 +17,7 @@ from linattn.errors import (
     ValueRangeError,
 )
 from linattn.models import PRESETS, TransNormerConfig, TransNormerLM
+from linattn.models.transnormer import TransNormerConfig as ForTransformers
 
 BASE = TransNormerConfig(
     vocab_size=11,
@@ -247,3 +248,11 @@ def test_configurations_survive_json():
         TransNormerConfig.from_dict(older | {"depth": 3})
     with pytest.raises(CheckpointError, match="must be a list, got 5"):
         TransNormerConfig.from_dict(BASE.to_dict() | {"linear_use_lrpe_list": 5})
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_the_smallest_vocabularies_are_read_again(tokens):
+    config = dataclasses.replace(BASE, vocab_size=tokens)
+    fields = config.to_dict()
+    assert TransNormerConfig.from_dict(fields) == config == ForTransformers.from_dict(fields).parts()
+    assert ("eos_token_id" in fields) == (tokens < 3)

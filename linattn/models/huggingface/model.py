@@ -60,9 +60,10 @@ class StateModel(PreTrainedModel):
 
     def post_init(self) -> None:
         """What transformers does last; tensors that a model inside would leave out count for a whole one."""
+        own = self._keys_to_ignore_on_load_unexpected or ()  # before those of a model inside come up
         super().post_init()
         self._built = {name: copy.copy(getattr(self.config, name)) for name in self._built_from}
-        self._keys_to_ignore_on_load_unexpected = {*self._left_out}
+        self._keys_to_ignore_on_load_unexpected = {*self._left_out, *own}
 
     @classmethod
     def from_pretrained(

@@ -33,7 +33,7 @@ class TransNormerConfig(StrictFields, Released, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # sets what came under transformers' names
-        if isinstance(self.linear_use_lrpe_list, tuple | None):
+        if isinstance(self.linear_use_lrpe_list, list | tuple | None):  # a list of its own
             self.linear_use_lrpe_list = list(self.linear_use_lrpe_list or ())
         self.parts()
 
