@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from linattn.arrays import readable, traced
 from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models.cosformer.block import CosformerBlock
+from linattn.models.cosformer.built import facts_of
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface import model
@@ -30,11 +32,13 @@ class CosformerPreTrainedModel(model.StateModel):
     config: CosformerConfig
     config_class = CosformerConfig
     cache_class = CosformerCache
-    _built_from: ClassVar[tuple[str, ...]] = (
-        "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads", "intermediate_size",
-        "hidden_act", "max_position_embeddings", "act_fun", "layer_norm_eps", "position_embeddings",
-    )  # fmt: skip
     _no_split_modules: ClassVar[list[str]] = ["CosformerBlock"]
+
+    def _facts(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._facts()
+        for stack in self.modules():
+            if isinstance(stack, CosformerStack):
+                yield from facts_of(stack, self.config.hidden_act)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from linattn.models.huggingface.model import StateGeneration, StateModel, check_
 from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.persistent import End
+from linattn.models.transnormer.built import facts_of, said
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer.packing import check_apart, check_whole, packed_at
@@ -46,10 +47,6 @@ class TransNormerPreTrainedModel(StateModel):
     config: TransNormerConfig
     config_class = TransNormerConfig
     cache_class = TransNormerCache
-    _built_from = (
-        "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim", "glu_dim",
-        "linear_use_lrpe_list", "linear_act_fun", "bias", "decay_schedule",
-    )  # fmt: skip
     _no_split_modules: ClassVar[list[str]] = ["TransNormerBlock"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["lrpe"]  # angles keep their bits
 
@@ -60,6 +57,15 @@ class TransNormerPreTrainedModel(StateModel):
             initialization.copy_(module.theta, module.default())
         if isinstance(module, GatedLinearAttention) and module.log_decay_bits is not None:
             initialization.copy_(module.log_decay_bits, module.decay_bits())
+
+    def _facts(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._facts()
+        for model in self.modules():
+            if isinstance(model, TransNormerModel):
+                yield from facts_of(model.embed_tokens, model.layers, self.config.decay_schedule)
+
+    def _said(self, name: str) -> Any:
+        return said(self.config, name)
 
     def check_saved(self) -> None:
         """Raise OptionError or ValueRangeError where what would be loaded is another model, or none.
