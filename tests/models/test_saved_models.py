@@ -19,18 +19,11 @@ from linattn.models.cosformer import (
     CosformerModel,
 )
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM
+from tests.models.test_configurations import SIZES as TWO
 from tests.models.test_transnormer import same
 
-SIZES = {
-    TransNormerConfig: {
-        "vocab_size": 23, "decoder_embed_dim": 8, "decoder_layers": 3, "decoder_attention_heads": 2,
-        "hidden_dim": 8, "glu_dim": 12,
-    },
-    CosformerConfig: {
-        "vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "intermediate_size": 12, "max_position_embeddings": 16,
-    },
-}  # fmt: skip
+LAYERS = {TransNormerConfig: "decoder_layers", CosformerConfig: "num_hidden_layers"}
+SIZES = {kind: TWO[kind] | {layers: 3} for kind, layers in LAYERS.items()}
 LRPE = "linear_use_lrpe_list"
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
 

@@ -82,9 +82,9 @@ def load_whole(
     if wants_report:
         return model, report
     if report["mismatched_keys"] and not shapes_may_differ:
-        name, found, own = min(report["mismatched_keys"])
+        name, theirs, mine = min(report["mismatched_keys"])
         raise ShapeMismatchError(
-            f"{path} is of another model: {name} has shape {tuple(found)}, this model's is {tuple(own)}"
+            f"{path} is of another model: {name} has shape {tuple(theirs)}, this model's is {tuple(mine)}"
         )
     saved = model.config.architectures or [new[0]]
     may_lack = () if new[0] in saved else new[1]
