@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(THREADS, 1) persistent(const __grid_constant__
   Exchange<INNER>& ex = *(Exchange<INNER>*)call.token.exchange;
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, layers = (int)call.token.layers;
   const int c = blockIdx.x, head = c / 16, slot = c % 16, group = c / PER_GROUP, place_in_group = c % PER_GROUP;
-  if (t == 0) s.ring.begin(WARPS);
+  if (t == 0) s.ring.begin(WARPS * 32);
   __syncthreads();
   if (warp >= WARPS) {
     give_registers<40>();

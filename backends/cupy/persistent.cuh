@@ -70,8 +70,6 @@ __device__ __forceinline__ uint4 look_4(const float* at) {
                : "memory");
   return x;
 }
-// A vote on what lanes have read, which comes after that; by the letter it orders nothing.
-__device__ __forceinline__ bool once_read(bool mine) { return __all_sync(~0u, mine); }
 __device__ __forceinline__ void pause(unsigned clocks) {  // NVRTC's clock() has 64 bits
   for (const unsigned begun = (unsigned)clock(); (unsigned)clock() - begun < clocks;) {}
 }
@@ -183,12 +181,10 @@ template <int SLOTS> struct Reader {
       a[i] = odd ? y : x, a[i + 1] = odd ? x : y;
     }
   }
-  // They may be overwritten. Arriving has to wait until what was read is in all lanes' registers, which neither a
-  // barrier nor meeting them does.
+  // They may be overwritten. Each lane says so of what it has read, once that is in its registers, for which the barrier
+  // by itself would not wait.
   __device__ __forceinline__ void release(int stages) {
-    const bool never = !once_read(!(read & nothing));
-    __syncwarp();
-    if (lane < stages) arrive((uint64_t*)((char*)(ring.empty + slot(lane)) + never));
+    for (int i = 0; i < stages; ++i) arrive((uint64_t*)((char*)(ring.empty + slot(i)) + (read & nothing)));
     at += stages;
     if (at >= SLOTS) at -= SLOTS, ++turn;
   }

@@ -125,8 +125,8 @@ def resident(layers: int) -> int:
     return 2
 
 
-def calls(backend: str, libraries: bool = True, one_kernel: bool = True) -> list[Callable[[], int]]:
-    """libraries: models too, whose linear maps are cuBLAS's. one_kernel: steps in one kernel, too."""
+def calls(backend: str, libraries: bool = True) -> list[Callable[[], int]]:
+    """libraries: models too, whose linear maps are cuBLAS's."""
     found: list[Callable[[], int]] = []
     if backend == "triton":
         for dtype, size in itertools.product((torch.bfloat16, torch.float32), SIZES):
@@ -141,14 +141,14 @@ def calls(backend: str, libraries: bool = True, one_kernel: bool = True) -> list
             found += [partial(differentiated, kind, *SIZES[0], dtype, backend) for kind in chosen]
         for size, chosen in ((SIZES[1], range(KINDS)), (LONG, (3, 6))):
             found += [partial(differentiated, kind, *size, torch.bfloat16, backend) for kind in chosen]
-        found += [partial(resident, 2)] * one_kernel
+        found.append(partial(resident, 2))
     return found + [partial(served, dtype, backend) for dtype in (torch.bfloat16, torch.float32)]
 
 
-def made(backend: str, part: int, of: int, libraries: bool = True, one_kernel: bool = True) -> int:
+def made(backend: str, part: int, of: int, libraries: bool = True) -> int:
     """Every `of`-th call, from the one numbered `part` on."""
     torch.manual_seed(part)
-    done = sum(call() for call in calls(backend, libraries, one_kernel)[part::of])
+    done = sum(call() for call in calls(backend, libraries)[part::of])
     torch.cuda.synchronize()
     return done
 
@@ -173,11 +173,6 @@ def main() -> None:
     parser.add_argument(
         "--zeros", action="store_true", help="begin results as 0: initcheck sees no bulk copies"
     )
-    parser.add_argument(
-        "--many-kernels",
-        action="store_true",
-        help="no steps in one kernel: racecheck does not follow a lane that arrives for its warp",
-    )
     options = parser.parse_args()
     if options.zeros:
         hopper.launch = into_zeros(hopper.launch)
@@ -189,8 +184,7 @@ def main() -> None:
             done = sum(pool.map(made, *of))
     else:
         # cuBLAS writes by bulk copies, too
-        flags = {"libraries": not options.zeros, "one_kernel": not options.many_kernels}
-        done = made(options.backend, options.part, options.of, **flags)
+        done = made(options.backend, options.part, options.of, libraries=not options.zeros)
     print(f"{done} calls")
 
 

@@ -246,7 +246,6 @@ static inline bool __all_sync(unsigned, bool mine) {
   if (all) grid::goes_on();
   return all;
 }
-static inline bool once_read(bool mine) { return __all_sync(~0u, mine); }
 
 static inline void let_in(int number, int threads) {
   grid::Meeting& m = grid::meetings[blockIdx.x][number];
