@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 
 import pytest
 import torch
@@ -256,7 +255,7 @@ def test_what_would_be_loaded_as_another_model_is_not_saved(kind, change, tmp_pa
     for one in (model, model.base_model):
         setattr(model.config, name, value)
         with pytest.raises(
-            OptionError, match=re.escape(f"config.{name} is {value!r}, this model was built with")
+            OptionError, match=r"configuration makes .*: what would be loaded is another model"
         ):
             one.save_pretrained(tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
@@ -280,7 +279,7 @@ def test_a_classifier_of_other_labels_is_not_saved(tmp_path):
     config = CosformerConfig(**SIZES[CosformerConfig], num_labels=3)
     model = CosformerForSequenceClassification(config)
     model.config.num_labels = 4
-    with pytest.raises(OptionError, match=r"config\.num_labels is 4, this model was built with 3"):
+    with pytest.raises(OptionError, match=r"classifier\.out_features is 3, and the configuration makes 4"):
         model.save_pretrained(tmp_path)
     model.encoder.save_pretrained(tmp_path)  # for a classifier yet to come
     assert CosformerForSequenceClassification.from_pretrained(tmp_path).classifier.out_features == 4

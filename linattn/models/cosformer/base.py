@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +11,6 @@ from torch import nn
 from linattn.arrays import readable, traced
 from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.models.cosformer.block import CosformerBlock
-from linattn.models.cosformer.built import facts_of
 from linattn.models.cosformer.cache import CosformerCache
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface import model
@@ -33,12 +31,6 @@ class CosformerPreTrainedModel(model.StateModel):
     config_class = CosformerConfig
     cache_class = CosformerCache
     _no_split_modules: ClassVar[list[str]] = ["CosformerBlock"]
-
-    def _facts(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._facts()
-        for stack in self.modules():
-            if isinstance(stack, CosformerStack):
-                yield from facts_of(stack, self.config.hidden_act)
 
 
 @dataclass(frozen=True)

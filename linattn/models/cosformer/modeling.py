@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from linattn.models.cosformer.base import CosformerPreTrainedModel, CosformerSta
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.cosformer.labels import check_classes
 from linattn.models.huggingface.labels import check_labels
-from linattn.models.huggingface.model import named, sizes_of
+from linattn.models.huggingface.model import named
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -140,10 +139,6 @@ class CosformerForSequenceClassification(CosformerPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    def _facts(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._facts()
-        yield from sizes_of(self.classifier, "hidden_size", "num_labels")
 
     def forward(
         self,

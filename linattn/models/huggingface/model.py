@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from linattn.errors import LinattnError, OptionError, ShapeError, StateError, ValueRangeError
+from linattn.errors import OptionError, ShapeError, StateError, ValueRangeError
 from linattn.models.huggingface.cache import StateCache
 from linattn.models.huggingface.loading import load_whole
 from linattn.models.huggingface.newer import CACHE, CHECKPOINTS
+from linattn.models.huggingface.saved import check_modules
 from linattn.models.names import meant
 
-__all__ = ["StateExpansion", "StateGeneration", "StateModel", "check_options", "named", "sizes_of"]
+__all__ = ["StateExpansion", "StateGeneration", "StateModel", "check_options", "named"]
 
 # what functions and layers take under other names: ignored, it would be missed
 INSTEAD = {
@@ -43,16 +42,6 @@ OLD = {
     "cache_params": "past_key_values",
     "num_logits_to_keep": "logits_to_keep",
 }
-
-
-def sizes_of(linear: Any, takes: str, gives: str, parts: int = 1) -> Iterator[tuple[str, int]]:
-    """Yield the widths of a linear map by the fields that say them; nothing of what is none.
-
-    parts: of what it gives, each as wide as its field says.
-    """
-    if isinstance(linear, nn.Linear):
-        yield takes, linear.in_features
-        yield gives, linear.out_features // parts
 
 
 class StateModel(PreTrainedModel):
@@ -101,41 +90,7 @@ class StateModel(PreTrainedModel):
     def check_saved(self) -> None:
         """Raise OptionError or ValueRangeError where what would be loaded is another model, or none."""
         self.config.check_saved()
-        wrong = [(name, value) for name, value in self._facts() if value != self._said(name)]
-        made = self._facts_of_class() if wrong else []
-        for name, value in wrong:
-            if (name, value) not in made:
-                raise OptionError(
-                    f"config.{name} is {getattr(self.config, name)!r}, this model was built with {value!r}: "
-                    "what would be loaded is another model"
-                )
-
-    def _facts(self) -> Iterator[tuple[str, Any]]:
-        """Yield fields of the configuration and what the modules now have of them."""
-        for part, rows in (
-            (self.get_input_embeddings(), "num_embeddings"),
-            (self.get_output_embeddings(), "out_features"),
-        ):
-            if (size := getattr(part, rows, None)) is not None:
-                yield "vocab_size", size
-
-    def _said(self, name: str) -> Any:
-        """What the configuration says of a field, in the words of `_facts`."""
-        return getattr(self.config, name)
-
-    def _facts_of_class(self) -> list[tuple[str, Any]]:
-        """What a model has that loading would make: a class of somebody's own may do as it likes."""
-        kind = type(self)
-        try:
-            inspect.signature(kind).bind(self.config)
-        except TypeError:  # it wants more than a configuration
-            return []
-        try:
-            with torch.device("meta"):
-                made = kind(copy.deepcopy(self.config))
-        except LinattnError:
-            return []
-        return [*made._facts()]
+        check_modules(self)
 
     def train(self, mode: bool = True) -> Self:
         """Begin or end training, as `nn.Module.train`.

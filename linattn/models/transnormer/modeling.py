@@ -22,7 +22,6 @@ from linattn.models.huggingface.model import StateGeneration, StateModel, check_
 from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
 from linattn.models.huggingface.padding import padding_of
 from linattn.models.persistent import End
-from linattn.models.transnormer.built import facts_of, said
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer.packing import check_apart, check_whole, packed_at
@@ -57,15 +56,6 @@ class TransNormerPreTrainedModel(StateModel):
             initialization.copy_(module.theta, module.default())
         if isinstance(module, GatedLinearAttention) and module.log_decay_bits is not None:
             initialization.copy_(module.log_decay_bits, module.decay_bits())
-
-    def _facts(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._facts()
-        for model in self.modules():
-            if isinstance(model, TransNormerModel):
-                yield from facts_of(model.embed_tokens, model.layers, self.config.decay_schedule)
-
-    def _said(self, name: str) -> Any:
-        return said(self.config, name)
 
     def check_saved(self) -> None:
         """Raise OptionError or ValueRangeError where what would be loaded is another model, or none.
