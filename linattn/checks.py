@@ -70,6 +70,19 @@ def check_flag(name: str, value: object) -> None:
         raise ArgumentTypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_ints(**named: object) -> None:
+    """Raise ArgumentTypeError for what is no int, Python's or NumPy's."""
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ArgumentTypeError(f"{name} must be an int, got {value!r}")
+
+
+def check_feature_map(name: object) -> None:
+    """Raise OptionError for what is no feature map, nor None."""
+    if name is not None:
+        _choice("feature_map", name, FEATURE_MAPS, "None or one of ")
+
+
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
@@ -99,8 +112,7 @@ def check_options(call: Call) -> None:
         check_flag(name, getattr(call, name))
     _number("scale", call.scale)
     check_eps(call.eps)
-    if call.feature_map is not None:
-        _choice("feature_map", call.feature_map, FEATURE_MAPS, "None or one of ")
+    check_feature_map(call.feature_map)
     _choice("precision", call.precision, ("ieee", "tf32"))
     if call.reweight is not None and not isinstance(call.reweight, (Cosine, LRPE)):
         raise ArgumentTypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,11 @@ def lowers(where: str) -> bool:
     if where not in ("cpu", "cuda") and not torch.amp.is_autocast_available(where):
         return False
     return torch.is_autocast_enabled(where)
+
+
+def as_they_are(where: str) -> AbstractContextManager[Any]:
+    """Products take operands as they are in here, under autocast, too."""
+    return torch.autocast(where, enabled=False) if lowers(where) else nullcontext()
 
 
 def lowered(call: Call) -> Call:

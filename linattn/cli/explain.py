@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from linattn.vjp import Explanation
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-COPIES = {"NVIDIA H200": 4250, "NVIDIA H100": 2950}  # GB/s read and written, as measured: docs/
+COPIES = {"NVIDIA H200": 4249, "NVIDIA H100": 2950}  # GB/s read and written, as measured: docs/
 ASSUMED = (132, "NVIDIA H200")  # multiprocessors, name
 
 

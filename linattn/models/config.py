@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 
 from linattn.errors import CheckpointError, OptionError, ValueRangeError
 from linattn.features import FEATURE_MAPS
-from linattn.models.fields import check_flags, check_heads, check_ids, check_lrpe, check_positive, check_sizes
+from linattn.models.fields import (
+    check_choice,
+    check_flags,
+    check_heads,
+    check_lrpe,
+    check_positive,
+    check_sizes,
+    check_special_ids,
+)
 from linattn.models.names import check_field
 
 SCHEDULES = ("released", "paper")
@@ -57,10 +65,7 @@ class TransNormerConfig:
         check_sizes(self, "vocab_size", "embed_dim", "hidden_dim", "num_heads", "num_layers", "glu_dim")
         check_flags(self, "no_scale_embedding", "bias")
         check_heads(self, "num_heads", "hidden_dim")
-        if self.decay_schedule not in SCHEDULES:
-            raise OptionError(
-                f"decay_schedule must be one of {', '.join(SCHEDULES)}, got {self.decay_schedule!r}"
-            )
+        check_choice(self, "decay_schedule", SCHEDULES)
         if self.feature_map not in (None, *FEATURE_MAPS):
             known = ", ".join(FEATURE_MAPS)
             raise OptionError(f"feature_map must be None or one of {known}, got {self.feature_map!r}")
@@ -182,7 +187,7 @@ class Released:
         )
         check_flags(self, "add_bos_token", "use_cache", "tie_word_embeddings")
         check_positive(self, "init_std")
-        check_ids(self, *IDS)
+        check_special_ids(self, *IDS)
         return parts
 
 

@@ -212,11 +212,6 @@ def logits(head: nn.Module, x: Tensor) -> Tensor:
         return of.products(rows, (weight,)).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
-def runs(layer: TransNormerLayer, x: Tensor) -> bool:
-    """Whether the kernels take this layer and these rows, here and now."""
-    return _now(x) and taken([layer], x) is not None
-
-
 def _now(x: Tensor) -> bool:
     """What does not depend on the layer."""
     return not (torch.is_grad_enabled() or any_hook()) and fuses(x) and not lowered(x)

@@ -11,7 +11,13 @@ from linattn.errors import OptionError, ValueRangeError
 MOST = 2**31 - 1  # of a size
 
 __all__ = [
-    "check_choice", "check_flags", "check_heads", "check_ids", "check_lrpe", "check_positive", "check_sizes",
+    "check_choice",
+    "check_flags",
+    "check_heads",
+    "check_lrpe",
+    "check_positive",
+    "check_sizes",
+    "check_special_ids",
 ]  # fmt: skip
 
 
@@ -70,7 +76,7 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueRangeError(f"{name} must be above 0 and finite, got {value!r}")
 
 
-def check_ids(config: Any, *names: str) -> None:
+def check_special_ids(config: Any, *names: str) -> None:
     """Refuse ids of special tokens outside the vocabulary, with ValueRangeError; None is no token.
 
     eos_token_id alone may be a list: any of its tokens ends a text.

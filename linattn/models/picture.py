@@ -25,7 +25,7 @@ def weights_of_first_layer(model: TransNormerLM, text: bytes, head: int) -> dict
     """Return the pair weights [n, n] of one head of the first layer on a text, by the rule's name.
 
     All four rules see the same learned q and k: softmax(q·k / sqrt(D)); cosFormer with max_len = n,
-    normalised; LRPE with decay as the layer really has it (no LRPE in the layer: decay with silu features);
+    normalised; LRPE with decay as the layer really has it (no LRPE in the layer: decay with its features);
     and the decay alone.
 
     Raises DataError when the text is empty.
@@ -46,7 +46,7 @@ def weights_of_first_layer(model: TransNormerLM, text: bytes, head: int) -> dict
     scores = np.where(np.tri(n, dtype=bool), q[0, :, 0] @ k[0, :, 0].T / np.sqrt(d), -np.inf)
     exponentials = np.exp(scores - scores.max(1, keepdims=True))
     cosine = pair_weights(q, k, theta=np.full((1, d), np.pi / (2 * n)), feature_map="relu")[0, 0]
-    lrpe = pair_weights(q, k, log_decay=decay, theta=theta, feature_map="silu")[0, 0]
+    lrpe = pair_weights(q, k, log_decay=decay, theta=theta, feature_map=mixer.feature_map)[0, 0]
     lag = np.arange(n)[:, None] - np.arange(n)
     return {
         "softmax": exponentials / exponentials.sum(1, keepdims=True),

@@ -1,16 +1,35 @@
-"""What a checkpoint's tensors may be: each there once, of floating point."""
+"""What a checkpoint's tensors may be: where its index says, each there once, of floating point."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from linattn.arrays import FLOATS
 from linattn.errors import CheckpointError
 
-__all__ = ["check_dtype", "once"]
+__all__ = ["check_dtype", "once", "placed"]
 
 Tensor = TypeVar("Tensor")
+
+
+def placed(index: Path, data: bytes) -> dict[str, Path]:
+    """Return the file of each tensor that an index of transformers, which holds these bytes, names.
+
+    Raises CheckpointError for what is no such index, or names what are no files of its folder.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index} is damaged: {error}") from error
+    places = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(places, dict) or not places or not isinstance(fields.get("metadata"), dict):
+        raise CheckpointError(f"{index} is damaged: it must have a weight_map and metadata")
+    if not all(isinstance(name, str) and Path(name).name == name != ".." for name in places.values()):
+        raise CheckpointError(f"{index} is damaged: it names no files of its folder")
+    return {name: index.parent / place for name, place in places.items()}
 
 
 def once(source: object, found: Iterable[tuple[str, Tensor]], prefix: str) -> dict[str, Tensor]:

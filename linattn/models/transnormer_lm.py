@@ -12,9 +12,10 @@ from torch import nn
 
 import linattn
 from linattn import decay
-from linattn.errors import DtypeError, OptionError, ShapeError, StateError, ValueRangeError
+from linattn.errors import OptionError, StateError
 from linattn.models import decoding, parts
 from linattn.models.config import PRESETS, TransNormerConfig
+from linattn.models.ids import check_ids, check_tensor
 from linattn.models.persistent import End
 from linattn.nn import SGLU, GatedLinearAttention, SimpleRMSNorm
 from linattn.nn.fused import unwatched
@@ -138,17 +139,17 @@ class TransNormerLM(nn.Module):
         return_states: bool = False,
         key_mask: Bool[torch.Tensor, "b n"] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[linattn.State]]:
-        """Return logits [b, n, vocab_size] and, with return_states, the states after the last tokens.
+        """Return logits [b, n, vocab_size] and, with return_states, the states after the last tokens, one per
+        layer.
 
         states: one per layer, from an earlier call, which this one continues; they are not changed.
         lengths: real tokens per row when rows are padded on the right; key_mask: False on left padding.
         cu_seqlens: b is 1 and n holds several texts back to back; then there is one state row per text.
 
-        Raises ShapeError, DtypeError or ValueRangeError for bad ids (values only where they lie on the host),
-        StateError for a wrong number of states, and what `linattn.attention` raises.
+        Raises ArgumentTypeError, ShapeError, DtypeError or ValueRangeError for bad ids (values only where
+        they lie on the host), StateError for a wrong number of states, and what `linattn.attention` raises.
         """
-        if ids.ndim != 2:
-            raise ShapeError(f"ids must have shape [b, n], got {tuple(ids.shape)}")
+        check_tensor("ids", ids, "b n")
         x = self.embed(ids)
         before = [None] * len(self.layers) if states is None else self._check_states(states)
         after = []
@@ -164,10 +165,10 @@ class TransNormerLM(nn.Module):
         """Take one more token per row and return its logits; the states move on in place. No gradients.
 
         Time and memory do not depend on how much text came before. `initial_states` starts from nothing.
-        Raises OptionError for layers, and token mixers, of a class with a `forward` of its own and no `step`.
+        Raises OptionError for layers, and token mixers, of a class with a `forward` of its own and no `step`,
+        and for ids and states what a call raises.
         """
-        if ids.ndim != 1:
-            raise ShapeError(f"ids must have shape [b], one token per row, got {tuple(ids.shape)}")
+        check_tensor("ids", ids, "b")
         with torch.no_grad():
             x = self.embed(ids)
             layers = self._layers()
@@ -245,18 +246,3 @@ def _knows(kind: type, own: Any) -> bool:
         if inspect.unwrap(one.__dict__.get("forward", own.forward)) is not inspect.unwrap(own.forward):
             return False
     return True
-
-
-def check_ids(ids: torch.Tensor, embedding: nn.Module, vocab_size: int) -> None:
-    """Raise DtypeError or ValueRangeError for what are no ids (values only where they lie on the host).
-
-    An embedding that was put in place of the model's own has its own number of rows.
-    """
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise DtypeError(f"ids must be int64 or int32, got {str(ids.dtype).removeprefix('torch.')}")
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
-        return  # on a device, reading the values would synchronise
-    low, high, rows = int(ids.min()), int(ids.max()), getattr(embedding, "num_embeddings", vocab_size)
-    if low < 0 or high >= rows:
-        bad = low if low < 0 else high
-        raise ValueRangeError(f"ids must lie in 0 … {rows - 1}, got {bad}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import linattn
 from linattn import features
 from linattn.arrays import dtype_name, readable, traced
-from linattn.checks import check_eps, check_flag, check_state
+from linattn.checks import check_eps, check_flag, check_ints, check_state
 from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ class CosformerAttention(nn.Module):
 
     batch_first: inputs and outputs are [B, L, E] instead of the released [L, B, E].
     max_len: the M of the cosine, at least every position that will ever be seen. None takes max(L, S) of each
-    call,
-    as the released module does: then outputs of a prefix change as the text grows, and nothing can be
+    call, as the released module does: then outputs of a prefix change as the text grows, and nothing can be
     streamed.
 
     Raises OptionError unless num_heads divides embed_dim, or for an unknown act_fun; ArgumentTypeError for
@@ -59,10 +57,7 @@ class CosformerAttention(nn.Module):
     ) -> None:
         super().__init__()
         kdim, vdim = (embed_dim if width is None else width for width in (kdim, vdim))
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
-                raise ArgumentTypeError(f"{name} must be an int, got {size!r}")
+        check_ints(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
         if num_heads < 1 or embed_dim % num_heads:
             raise OptionError(f"num_heads must divide embed_dim, got {num_heads} heads and width {embed_dim}")
         if not isinstance(act_fun, str) or act_fun not in FEATURE_MAPS:

@@ -16,16 +16,15 @@ every linear map is a plain `nn.Linear` that nobody watches. Elsewhere these fun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from linattn.nn.norm import FUSED, SimpleRMSNorm, fuses, kernels, once, plain
+from linattn.nn.norm import FUSED, NORM, SimpleRMSNorm, fuses, kernels, once, plain
 from linattn.prepared import PLAIN
-from linattn.surroundings import lowers
+from linattn.surroundings import as_they_are, lowers
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -150,9 +149,8 @@ class _Linears(torch.autograd.Function):
             return _gradients(ctx, a, b, weights, more, dys)
 
         # products take operands as they are, also where a backward pass runs under autocast
-        where = a.device.type
-        with torch.autocast(where, enabled=False) if lowers(where) else nullcontext():
-            return None, None, *once(work, a, b, *weights, *slopes)
+        with as_they_are(a.device.type):
+            return None, None, *once(work, NORM, a, b, *weights, *slopes)
 
 
 def _operand(eps: float | None, dtype: torch.dtype, a: Tensor, b: Tensor | None) -> Tensor:

@@ -11,8 +11,8 @@ from torch import nn
 
 import linattn
 from linattn.arrays import traced
-from linattn.checks import check_state
-from linattn.errors import OptionError, ShapeError
+from linattn.checks import check_feature_map, check_flag, check_ints, check_state
+from linattn.errors import OptionError, ShapeError, ValueRangeError
 from linattn.nn.fused import gated, normed
 from linattn.nn.lrpe import Lrpe, device_of_new
 from linattn.nn.norm import SimpleRMSNorm
@@ -26,14 +26,16 @@ class GatedLinearAttention(nn.Module):
     """W_o(u * SRMS(o)), where o is causal linear attention with a decay per head.
 
     One projection `qkvu_proj` gives q, k, v and the gate u, each hidden_dim wide with the heads contiguous
-    inside; silu acts on q and k only. The norm runs over the concatenated heads, `out_proj` maps back to
-    embed_dim. hidden_dim may differ from embed_dim, with and without LRPE.
+    inside; feature_map acts on q and k only. The norm runs over the concatenated heads, `out_proj` maps
+    back to embed_dim. hidden_dim may differ from embed_dim, with and without LRPE.
 
     log_decay: [H], natural log of the factor per token, <= 0 (a schedule of `linattn.decay`), or None for no
     decay.
-    use_lrpe: adds `lrpe`, learnable angles per head and feature. feature_map: what acts on q and k.
+    use_lrpe: adds `lrpe`, learnable angles per head and feature. feature_map: as of `linattn.attention`.
 
-    Raises OptionError unless num_heads divides hidden_dim, ShapeError when log_decay is not [H].
+    Raises OptionError unless num_heads divides hidden_dim, or for another feature_map, ShapeError when
+    log_decay is not [H], ValueRangeError when it is above 0, ArgumentTypeError for sizes that are no int and
+    flags that are no bool.
     Source: TransNormerLLM, arXiv:2307.14995, section 3.2; names and order from the released
     `NormLinearAttention`.
     """
@@ -53,6 +55,10 @@ class GatedLinearAttention(nn.Module):
         feature_map: str | None = "silu",
     ) -> None:
         super().__init__()
+        check_ints(embed_dim=embed_dim, hidden_dim=hidden_dim, num_heads=num_heads)
+        for name, flag in (("use_lrpe", use_lrpe), ("bias", bias)):
+            check_flag(name, flag)
+        check_feature_map(feature_map)
         if num_heads < 1 or hidden_dim % num_heads:
             raise OptionError(
                 f"num_heads must divide hidden_dim, got {num_heads} heads and width {hidden_dim}"
@@ -61,6 +67,8 @@ class GatedLinearAttention(nn.Module):
             raise ShapeError(
                 f"log_decay must have shape ({num_heads},), one per head, got {np.shape(log_decay)}"
             )
+        if log_decay is not None and not np.all(np.asarray(log_decay) <= 0):
+            raise ValueRangeError("log_decay must be <= 0 (natural log of a factor in (0, 1]), in each head")
         self.num_heads = num_heads
         self.head_dim = hidden_dim // num_heads
         self.feature_map = feature_map

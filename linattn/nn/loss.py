@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,17 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from linattn.errors import DeviceError, DtypeError, GradientError, OptionError, ShapeError, ValueRangeError
-from linattn.nn.norm import FUSED, HAS_TRITON, _compiles_for, kernels
+from linattn.errors import (
+    ArgumentTypeError,
+    DeviceError,
+    DtypeError,
+    OptionError,
+    ShapeError,
+    ValueRangeError,
+)
+from linattn.nn.norm import FUSED, HAS_TRITON, compiles_for, kernels, once
 from linattn.prepared import PLAIN
-from linattn.surroundings import lowers
+from linattn.surroundings import as_they_are, lowers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -23,6 +29,10 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LOSS = (
+    "gradients of linear_cross_entropy cannot be differentiated again, but those of torch's linear and "
+    "cross_entropy can"
+)
 MIXED = torch.__version__ >= "2.8"  # `mm` of halves may give float32
 MIXED_SUM = torch.__version__ >= "2.10"  # and `addmm` may add it to float32
 
@@ -52,9 +62,9 @@ def linear_cross_entropy(
     kernels too, elsewhere through torch's operations; under torch.func and forward mode, and for subclasses
     of Tensor, through operations that autograd differentiates.
 
-    Raises ShapeError, DtypeError and DeviceError for tensors that do not go together, OptionError for a
-    chunk below 1, ValueRangeError for a label out of range on the CPU, and GradientError when the gradients
-    are differentiated again.
+    Raises ArgumentTypeError for what are no tensors or no int, ShapeError, DtypeError and DeviceError for
+    tensors that do not go together, OptionError for a chunk below 1, ValueRangeError for a label out of range
+    on the CPU, and GradientError when the gradients are differentiated again.
     Source: `torch.nn.functional.cross_entropy` with reduction="sum", and its gradients.
     """
     dtype = _checked(x, weight, labels, chunk)
@@ -75,6 +85,11 @@ def linear_cross_entropy(
 
 def _checked(x: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -> torch.dtype:
     """The dtype of the products, or an error."""
+    for name, one in (("x", x), ("weight", weight), ("labels", labels)):
+        if not isinstance(one, Tensor):
+            raise ArgumentTypeError(f"{name} must be a tensor, got {type(one).__name__}")
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int)):
+        raise ArgumentTypeError(f"chunk must be an int or None, got {chunk!r}")
     if x.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
         raise ShapeError(
             "x, weight and labels must have shapes [t, e], [v, e] and [t], got "
@@ -159,14 +174,14 @@ def _formed(
     """
     count, wide = len(x), _wide(dtype)
     watched = torch._C._len_torch_dispatch_stack() > 0  # a mode sees operations, not kernels, nor values
-    fused = HAS_TRITON and x.is_cuda and dtype in FUSED and not watched and _compiles_for(x.device)
+    fused = HAS_TRITON and x.is_cuda and dtype in FUSED and not watched and compiles_for(x.device)
     if labels.device.type == "cpu" and not watched:
         _look_at(labels, len(weight), ignore_index)
     turn = kernels("loss").turned if fused else _turned
     losses = x.new_empty(count, dtype=wide)
     dx = x.new_empty(x.shape if asks_x else 0, dtype=dtype)
     dw: Tensor | None = None
-    with _no_autocast(x.device.type):
+    with as_they_are(x.device.type):
         w = weight.to(dtype)
         room = kernels("loss").room(min(chunk or count, count), len(w), w) if fused else None
         for part in _parts(count, chunk):
@@ -238,11 +253,6 @@ def _mixes(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _no_autocast(kind: str) -> Any:
-    """Products take operands as they are."""
-    return torch.autocast(kind, enabled=False) if lowers(kind) else contextlib.nullcontext()
-
-
 class _Formed(torch.autograd.Function):
     """The loss; its gradients are ready when it is."""
 
@@ -259,34 +269,22 @@ class _Formed(torch.autograd.Function):
         return *_gradients(ctx, g), *[None] * 4
 
 
-def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
     if g is None:
         return None, None
     x, weight, dx, dw = ctx.saved_tensors
     of_x, of_weight = ctx.needs_input_grad[:2]
-    scaled = _Once.apply if torch.is_grad_enabled() else _scaled
-    return scaled(x, dx, g) if of_x else None, scaled(weight, dw, g) if of_weight else None
+
+    def work() -> tuple[Tensor | None, Tensor | None]:
+        return _scaled(x, dx, g) if of_x else None, _scaled(weight, dw, g) if of_weight else None
+
+    return once(work, LOSS, x, weight, g)
 
 
 def _scaled(like: Tensor, part: Tensor, g: Tensor) -> Tensor:
     """part times a number, rounded once, to the dtype of `like`."""
     # an axis keeps g in float32: a number without one would be rounded to the dtype of part before
     return torch.mul(part, g.reshape(1, 1), out=torch.empty_like(part, dtype=like.dtype))
-
-
-class _Once(torch.autograd.Function):
-    """A gradient of `like`, which has none of its own: who differentiates it again gets a sentence."""
-
-    @staticmethod
-    def forward(ctx: Any, like: Tensor, part: Tensor, g: Tensor) -> Any:
-        return _scaled(like, part, g)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise GradientError(
-            "double backward is not offered: gradients of linear_cross_entropy cannot be differentiated "
-            "again, but those of torch's linear and cross_entropy can"
-        )
 
 
 # The op, for compilers, which could not see how the gradients come about.

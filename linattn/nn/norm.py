@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from linattn.checks import check_eps, check_flag
 from linattn.errors import GradientError
 from linattn.prepared import PLAIN
 from linattn.surroundings import watched
@@ -40,10 +41,14 @@ class SimpleRMSNorm(nn.Module):
 
     Source: TransNormerLLM, arXiv:2307.14995, section 3.4; eps inside the root as in the released
     `SimpleRMSNorm`.
+
+    Raises ArgumentTypeError or ValueRangeError for an eps that is no number above 0.
     """
 
     def __init__(self, eps: float = 1e-6, *, fused: bool = True) -> None:
         super().__init__()
+        check_eps(eps)
+        check_flag("fused", fused)
         self.eps = eps
         self.fused = fused
 
@@ -86,7 +91,7 @@ def fuses(x: Tensor, u: Tensor | None = None) -> bool:
     for part in (x,) if u is None else (x, u):
         if type(part) not in PLAIN or part.layout is not torch.strided or part.is_nested:
             return False
-    return not watched() and not torch._C._is_tracing() and _compiles_for(x.device)
+    return not watched() and not torch._C._is_tracing() and compiles_for(x.device)
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -127,7 +132,7 @@ def only_matrix(linear: nn.Module) -> bool:
 
 
 @functools.cache
-def _compiles_for(device: torch.device) -> bool:
+def compiles_for(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device."""
     oldest: tuple[int, int] = importlib.import_module("linattn.backends.triton").OLDEST
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= oldest
@@ -162,16 +167,22 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, u = ctx.saved_tensors
-        dx, du = once(lambda: kernels().backward(x, u, dy, ctx.eps)[:2], x, u, dy)
+        dx, du = once(lambda: kernels().backward(x, u, dy, ctx.eps)[:2], NORM, x, u, dy)
         needs = ctx.needs_input_grad
         return dx if needs[0] else None, du if needs[1] else None, None
 
 
-def once(work: Callable[[], tuple[Any, ...]], *inputs: Tensor | None) -> tuple[Any, ...]:
-    """work(), the gradients that a node makes of `inputs`; who differentiates them again gets a sentence."""
+NORM = (
+    "gradients of the fused norm, and of what is fused with it, cannot be differentiated again, but those of "
+    "SimpleRMSNorm(fused=False) can"
+)
+
+
+def once(work: Callable[[], tuple[Any, ...]], refusal: str, *inputs: Tensor | None) -> tuple[Any, ...]:
+    """work(), the gradients that a node makes of `inputs`; who differentiates them again gets the refusal."""
     if not torch.is_grad_enabled():
         return work()
-    found: tuple[Any, ...] = _Once.apply(work, *inputs)  # type: ignore[no-untyped-call]
+    found: tuple[Any, ...] = _Once.apply(work, refusal, *inputs)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -179,12 +190,10 @@ class _Once(torch.autograd.Function):
     """Gradients that have none of their own."""
 
     @staticmethod
-    def forward(ctx: Any, work: Callable[[], tuple[Any, ...]], *inputs: Tensor | None) -> Any:
+    def forward(ctx: Any, work: Callable[[], tuple[Any, ...]], refusal: str, *inputs: Tensor | None) -> Any:
+        ctx.refusal = refusal
         return work()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise GradientError(
-            "double backward is not offered: gradients of the fused norm, and of what is fused with it, "
-            "cannot be differentiated again, but those of SimpleRMSNorm(fused=False) can"
-        )
+        raise GradientError(f"double backward is not offered: {ctx.refusal}")

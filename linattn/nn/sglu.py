@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from linattn.checks import check_flag, check_ints
 from linattn.nn.fused import fusing, normed, product
 from linattn.nn.norm import SimpleRMSNorm
 
@@ -19,11 +20,14 @@ class SGLU(nn.Module):
 
     `l1` and `l2` map embed_dim to glu_dim, `l3` maps back; no bias unless asked for, no activation.
 
+    Raises ArgumentTypeError for sizes that are no int, or a bias that is no bool.
     Source: TransNormerLLM, arXiv:2307.14995, section 3.3; names from the released `GLU`.
     """
 
     def __init__(self, embed_dim: int, glu_dim: int, bias: bool = False) -> None:
         super().__init__()
+        check_ints(embed_dim=embed_dim, glu_dim=glu_dim)
+        check_flag("bias", bias)
         self.l1 = nn.Linear(embed_dim, glu_dim, bias=bias)
         self.l2 = nn.Linear(embed_dim, glu_dim, bias=bias)
         self.l3 = nn.Linear(glu_dim, embed_dim, bias=bias)

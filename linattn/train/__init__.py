@@ -1,4 +1,4 @@
-"""Training of small byte-level language models: text, the loop, checkpoints, generation."""
+"""Training of language models, on bytes or a tokenizer's tokens: text, the loop, checkpoints, generation."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors.torch import save as serialise
 
 from linattn.errors import CheckpointError, OptionError
 from linattn.models import TransNormerLM
+from linattn.models.tensors import placed
 
 MODEL_TYPE = "transnormer"
 CONFIG, MODEL, TRAINING, RUN = "config.json", "model.safetensors", "training.safetensors", "training.json"
@@ -194,19 +194,14 @@ def find(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the one file with a checkpoint's tensors, or those that transformers' index names.
+    """Return the one file with a checkpoint's tensors, or else those that transformers' index names.
 
+    transformers leaves an index there when it saves a model once more, in one file: that counts.
     Raises CheckpointError for an index that is damaged.
     """
-    if not (folder / SHARDS).is_file():
+    if (folder / MODEL).is_file() or not (folder / SHARDS).is_file():
         return [folder / MODEL]
-    places = read_json(folder / SHARDS).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{folder / SHARDS} is damaged: it names no tensors")
-    names = [*places.values()]
-    if not all(isinstance(name, str) and Path(name).name == name != ".." for name in names):
-        raise CheckpointError(f"{folder / SHARDS} is damaged: it names no files of its folder")
-    return [folder / name for name in sorted(set(names))]
+    return sorted({*placed(folder / SHARDS, _read(folder / SHARDS)).values()})
 
 
 def write_sums(folder: Path) -> None:
@@ -231,7 +226,7 @@ def check_sum(path: Path) -> None:
 def readable(path: Path, other: Path) -> None:
     """Give a file that only its owner may read the permissions of another, where the system has some."""
     with contextlib.suppress(OSError):
-        path.chmod(stat.S_IMODE(other.stat().st_mode))
+        shutil.copymode(other, path)
 
 
 def _crc(path: Path) -> int:

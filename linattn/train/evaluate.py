@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from linattn import State
 from linattn.errors import DataError, ValueRangeError
 from linattn.models import TransNormerLM
 from linattn.train.data import Bytes
@@ -31,9 +32,7 @@ def spread(text: UInt8[np.ndarray, " n"], limit: int) -> UInt8[np.ndarray, " m"]
     return np.concatenate([text[start : start + width] for start in starts])
 
 
-def bits_per_byte(
-    model: TransNormerLM, text: UInt8[np.ndarray, " n"], device: torch.device | str = "cpu"
-) -> float:
+def bits_per_byte(model: TransNormerLM, text: UInt8[np.ndarray, " n"]) -> float:
     """Return how many bits the model needs per byte of a text, every byte counted.
 
     The text is cut into a few long rows, each read from its start in chunks with the states carried on, so
@@ -50,22 +49,25 @@ def bits_per_byte(
     with torch.no_grad():
         states = model.initial_states(rows)
         for start in range(0, width - 1, CHUNK):
-            piece = _ids(body[:, start : start + CHUNK + 1], device)
-            logits, states = model(piece[:, :-1], states, return_states=True)
-            nats += F.cross_entropy(
-                logits.flatten(0, 1).float(), piece[:, 1:].flatten(), reduction="sum"
-            ).item()
+            paid, states = _paid(model, body[:, start : start + CHUNK + 1], states)
+            nats += paid
         if len(rest):  # goes on where the last row ends
             last = [state.select([rows - 1]) for state in states]
-            piece = _ids(text[rows * width - 1 :], device)
-            logits = model(piece[None, :-1], last)
-            nats += F.cross_entropy(logits[0].float(), piece[1:], reduction="sum").item()
+            nats += _paid(model, text[None, rows * width - 1 :], last)[0]
     return nats / math.log(2) / len(text)
 
 
-def _ids(text: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """A piece of a text as the model takes it; only pieces, as it is eight times as large."""
-    return torch.from_numpy(text.astype(np.int64)).to(device)
+def _paid(
+    model: TransNormerLM, ids: Int32[np.ndarray, "b n"] | UInt8[np.ndarray, "b n"], states: list[State]
+) -> tuple[float, list[State]]:
+    """What the model pays for a piece of each row's text but for its first token, in nats, and the states.
+
+    Only pieces come in here: as the model takes it, a text is eight times as large.
+    """
+    piece = torch.from_numpy(ids.astype(np.int64)).to(model.lm_head.weight.device)
+    logits, states = model(piece[:, :-1], states, return_states=True)
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), piece[:, 1:].flatten(), reduction="sum")
+    return nats.item(), states
 
 
 def nats_of(
@@ -89,7 +91,6 @@ def nats_of(
         raise DataError("there is no text to measure")
     if context is not None and context < 1:
         raise ValueRangeError(f"context must be at least 1, got {context}")
-    device = model.lm_head.weight.device
     nats = 0.0
     with torch.no_grad():
         for begin in range(0, len(ids), context or len(ids)):
@@ -97,9 +98,9 @@ def nats_of(
             nats += math.log(size)
             states = model.initial_states(1)
             for start in range(begin, end - 1, chunk):
-                piece = _ids(ids[start : min(start + chunk + 1, end)], device)
-                logits, states = model(piece[None, :-1], states, return_states=True)
-                nats += F.cross_entropy(logits[0].float(), piece[1:], reduction="sum").item()
+                piece = ids[start : min(start + chunk + 1, end)]
+                paid, states = _paid(model, piece[None], states)
+                nats += paid
                 progress(len(piece) - 1)
     return nats
 

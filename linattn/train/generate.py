@@ -1,4 +1,4 @@
-"""Sampling text from a model, one byte at a time, in constant time and memory per byte."""
+"""Sampling text from a model, one token at a time, in constant time and memory per token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from linattn.train.tokenizers import check_bytes
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-PREFILL = 1024  # bytes of a prompt per call, so that a long prompt needs no more memory than a short one
+PREFILL = 1024  # tokens of a prompt per call, so that a long prompt needs no more memory than a short one
 BEFORE = 8  # tokens that say how the next one is spelt: with a space or without
 START = b"\n"  # what an empty prompt stands for: a model predicts from something
 

@@ -214,7 +214,7 @@ class Trainer:
             due = self.out is not None and (done or (save_every > 0 and self.step % save_every == 0))
             if due:
                 refuse_weights(self.model, self.step)
-                with torch.no_grad():
+                with torch.no_grad():  # finite weights whose loss is not are not saved, either
                     self._loss()
             saved = self.save() if due else None
             began += time.monotonic() - paused
@@ -231,7 +231,7 @@ class Trainer:
 
     def _held_out(self) -> float:
         with diverging(self.model, self.step):
-            bits = bits_per_byte(self.model, self.judged, self.device)
+            bits = bits_per_byte(self.model, self.judged)
         return finite(bits, f"the held-out loss after step {self.step}")
 
     def _take_step(self, fraction: float) -> float:

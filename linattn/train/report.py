@@ -75,7 +75,7 @@ class Bar:
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
-        (self.console if self._bar is None else self._bar.console).print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False)
 
 
 class Report:

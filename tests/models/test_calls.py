@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import pad
@@ -170,8 +171,9 @@ def test_shifted_labels_are_looked_at_too(name: str, labels: Any, error: type[Ex
 @pytest.mark.parametrize("name", ["transnormer", "cosformer"])
 def test_labels_ask_for_all_logits(name: str) -> None:
     whole = call(name, labels=IDS)
-    assert torch.equal(call(name, labels=IDS, logits_to_keep=8).loss, whole.loss)
-    for some in (1, 7, torch.tensor([7])):
+    for every in (8, 0, None, np.int64(0), np.int64(8), slice(None), slice(0, 8), slice(-9, None)):
+        assert torch.equal(call(name, labels=IDS, logits_to_keep=every).loss, whole.loss)
+    for some in (1, 7, np.int64(7), slice(7), slice(1, None), slice(None, None, 2), torch.tensor([7])):
         with pytest.raises(OptionError, match="labels ask for every column's logits"):
             call(name, labels=IDS, logits_to_keep=some)
         assert call(name, logits_to_keep=some).loss is None

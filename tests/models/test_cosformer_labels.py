@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from linattn.errors import ArgumentTypeError, DtypeError, ShapeError, ValueRangeError
-from linattn.models.cosformer import CosformerForSequenceClassification
+from linattn.models.cosformer import CosformerForConditionalGeneration, CosformerForSequenceClassification
 from tests.models.test_cosformer import build, text
 
 IDS = text(2, 5)
@@ -93,3 +93,18 @@ def test_refusals(labels, fields, error, sentence):
     with pytest.raises(error, match=sentence):
         model(IDS, labels=labels)
     assert model.config.problem_type == before.problem_type  # the first labels that are taken decide
+
+
+@pytest.mark.parametrize("ignored", [-100, -1])
+def test_labels_that_ask_nothing_are_padding_of_the_decoder(ignored):
+    """Whatever number says so, they are no tokens."""
+    model = build(CosformerForConditionalGeneration, num_decoder_layers=1).train(False)
+    labels = torch.tensor([[4, ignored, 5, 6], [2, 3, ignored, ignored]])
+    given = torch.tensor([[1, 4, 0, 5], [1, 2, 3, 0]])  # begun by decoder_start_token_id
+    assert (model.config.decoder_start_token_id, model.config.pad_token_id) == (1, 0)
+    assert torch.equal(model.prepare_decoder_input_ids_from_labels(labels), given)
+    ids = text(2, 5)
+    found = model(ids, labels=labels, ignore_index=ignored)
+    logits = model(ids, decoder_input_ids=given).logits
+    loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=ignored)
+    assert torch.equal(found.logits, logits) and torch.equal(found.loss, loss)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from linattn.models import TransNormerConfig, TransNormerLM, decoding, persistent
+from linattn.models import TransNormerConfig, TransNormerLM, decoding, parts, persistent
 from linattn.models.transnormer import TransNormerConfig as Released
 from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.models.transnormer_lm import TransNormerLayer
@@ -91,9 +91,14 @@ def test_what_a_layer_of_ones_own_gives_is_looked_at(
     monkeypatch.setattr(decoding, "fuses", lambda x: x.is_contiguous())
     with torch.no_grad():
         x = torch.randn(2, 32, dtype=torch.float64)
-        assert decoding.runs(model._layers()[1], x)
+        assert runs(model._layers()[1], x)
         list(decoding.steps(model._layers(), model.initial_states(2), x))
     assert kernels.said == [False] + [True] * 4  # the second layer's own steps, whose results have none
+
+
+def runs(layer: TransNormerLayer, x: torch.Tensor) -> bool:
+    """Whether the kernels take this layer and these rows, here and now."""
+    return decoding._now(x) and parts.taken([layer], x) is not None
 
 
 class Spread(TransNormerLayer):
@@ -114,15 +119,15 @@ def test_methods_in_place_of_ours_run(model: TransNormerLM, kernels: Kernels) ->
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         for one, name in methods:  # of one object
             setattr(one, name, getattr(one, name))
-            assert not decoding.runs(layer, x), name
+            assert not runs(layer, x), name
             delattr(one, name)
-        assert decoding.runs(layer, x)
+        assert runs(layer, x)
         for kind, name in classes:  # of all of them
             method = getattr(kind, name)
             patch.setattr(kind, name, lambda *given, method=method: method(*given))
-            assert not decoding.runs(layer, x), (kind, name)
+            assert not runs(layer, x), (kind, name)
             patch.setattr(kind, name, method)
-        assert decoding.runs(layer, x)
+        assert runs(layer, x)
         patch.setattr(SGLU, "forward", lambda self, x: 7 * torch.ones_like(x))
         (row,) = decoding.steps([layer], model.initial_states(1)[:1], x)
         mixed = x + mixer.step(layer.norm(x), model.initial_states(1)[0])
@@ -131,17 +136,17 @@ def test_methods_in_place_of_ours_run(model: TransNormerLM, kernels: Kernels) ->
 
 def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kernels) -> None:
     x, layer = torch.randn(1, 32, dtype=torch.float64), model._layers()[0]
-    assert not decoding.runs(layer, x)  # gradients
+    assert not runs(layer, x)  # gradients
     with torch.no_grad():
-        assert decoding.runs(layer, x)
+        assert runs(layer, x)
         mixer = layer.token_mixer
         for part in (layer, mixer, layer.channel_mixer, layer.norm, mixer.norm, mixer.out_proj):
             handle = part.register_forward_hook(lambda *given: None)
-            assert not decoding.runs(layer, x), part
+            assert not runs(layer, x), part
             handle.remove()
         for watch in (register_module_forward_hook, register_module_forward_pre_hook):
             handle = watch(lambda *given: None)  # of all modules
-            assert not decoding.runs(layer, x)
+            assert not runs(layer, x)
             handle.remove()
         for kind in ("buffer", "attribute"):
             linear, bias = layer.channel_mixer.l3, torch.ones(32, dtype=torch.float64)
@@ -150,54 +155,54 @@ def test_where_modules_are_watched_they_run(model: TransNormerLM, kernels: Kerne
                 linear.register_buffer("bias", bias)
             else:
                 linear.bias = bias
-            assert not decoding.runs(layer, x)
+            assert not runs(layer, x)
             del linear.bias
             linear.register_parameter("bias", None)
-            assert decoding.runs(layer, x)
+            assert runs(layer, x)
         norm = layer.token_mixer.norm
         del layer.token_mixer.norm
         layer.token_mixer.norm = norm.forward  # no module
-        assert not decoding.runs(layer, x)
+        assert not runs(layer, x)
         del layer.token_mixer.norm
         layer.token_mixer.norm = norm
         layer.token_mixer.norm.fused = False
-        assert not decoding.runs(layer, x)
+        assert not runs(layer, x)
         layer.token_mixer.norm.fused = True
-        assert decoding.runs(layer, x)
+        assert runs(layer, x)
         for part in (mixer, layer.channel_mixer, mixer.qkvu_proj):
             kind = type(part)
             part.__class__ = type("Other", (kind,), {})  # whose forward may be another one
-            assert not decoding.runs(layer, x), part
+            assert not runs(layer, x), part
             part.__class__ = kind
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "fits", lambda x, *weights: False)
-            assert not decoding.runs(layer, x)
-        assert decoding.runs(layer, x)
+            assert not runs(layer, x)
+        assert runs(layer, x)
         biased = TransNormerLM(TransNormerConfig(**{**vars(CONFIG), "bias": True})).double()
-        assert not decoding.runs(biased._layers()[0], x)
+        assert not runs(biased._layers()[0], x)
         layer.channel_mixer.l3 = nn.Sequential(layer.channel_mixer.l3)
-        assert not decoding.runs(layer, x)
+        assert not runs(layer, x)
         layer = model._layers()[1]
-        assert decoding.runs(layer, x)
+        assert runs(layer, x)
         with torch.autocast("cpu", torch.bfloat16):  # linear maps would change the dtype
-            assert not decoding.runs(layer, x)
-        assert not decoding.runs(layer, x[:, :16])
+            assert not runs(layer, x)
+        assert not runs(layer, x[:, :16])
         layer.channel_mixer.l2 = nn.Linear(32, 48, False, dtype=torch.float64)
-        assert not decoding.runs(layer, x)
+        assert not runs(layer, x)
         layer.channel_mixer.l2 = layer.channel_mixer.l1
-        assert decoding.runs(layer, x)
+        assert runs(layer, x)
         for part, width in ((layer.token_mixer.out_proj, 40), (layer.channel_mixer.l3, 72)):
             weight = part.weight
             part.weight = nn.Parameter(torch.zeros(32, width, dtype=torch.float64))
-            assert not decoding.runs(layer, x), part
+            assert not runs(layer, x), part
             part.weight = weight
-        assert decoding.runs(layer, x)
+        assert runs(layer, x)
         layer.token_mixer.norm = nn.RMSNorm(48)  # adapted
-        assert not decoding.runs(layer, x)
+        assert not runs(layer, x)
         layer = model._layers()[2]
-        assert decoding.runs(layer, x)
+        assert runs(layer, x)
         layer.__class__ = Doubled
-        assert not decoding.runs(layer, x)
+        assert not runs(layer, x)
         head = nn.Linear(32, 7, dtype=torch.float64)
         assert_close(decoding.logits(head, x), head(x))
         assert not kernels.said

@@ -29,7 +29,14 @@ def close(got, want):
     assert (abs(got - want) <= 200 * np.finfo(np.float64).eps * max(1.0, abs(want).max())).all()
 
 
-@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, linear_use_lrpe_list=())])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, linear_use_lrpe_list=()),
+        *(dataclasses.replace(CONFIG, feature_map=name) for name in ("relu", "elu+1", None)),
+    ],
+)
 @pytest.mark.parametrize("head", [0, 2])
 def test_weights_times_values_are_what_attention_gives(config, head):
     model = drawn(config)

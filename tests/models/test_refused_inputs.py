@@ -241,6 +241,7 @@ def test_places_are_tensors(name, value):
     [
         (-1, ValueRangeError), ("a", ArgumentTypeError), (2.5, ArgumentTypeError), (True, ArgumentTypeError),
         ([0], ArgumentTypeError), (torch.tensor(2), ShapeError), (torch.ones(2), DtypeError),
+        (slice(None, None, -1), ValueRangeError),
     ],
     ids=str,
 )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from linattn.errors import (
+    ArgumentTypeError,
     CheckpointError,
     DtypeError,
     OptionError,
@@ -213,6 +214,7 @@ def test_bad_ids_and_states():
         (torch.tensor([[-1, 3]]), ValueRangeError, "got -1"),
         (torch.tensor([[0.5]]), DtypeError, "ids must be int64 or int32, got float32"),
         (torch.tensor([1]), ShapeError, r"ids must have shape \[b, n\], got \(1,\)"),
+        ([[1]], ArgumentTypeError, "ids must be a tensor, got list"),
     ):
         with pytest.raises(error, match=sentence):
             model(ids)
@@ -227,7 +229,7 @@ BAD_CONFIGS = [
     ({"num_heads": 5}, OptionError, "num_heads must divide hidden_dim"),
     ({"num_layers": 0}, ValueRangeError, "num_layers must be an int of at least 1, got 0"),
     ({"embed_dim": "8"}, ValueRangeError, "embed_dim must be an int"),
-    ({"decay_schedule": "other"}, OptionError, "decay_schedule must be one of released, paper"),
+    ({"decay_schedule": "other"}, OptionError, "decay_schedule must be one of paper, released"),
     ({"linear_use_lrpe_list": (1, 0)}, OptionError, "a 0 or 1 for each of 3 layers"),
     ({"linear_use_lrpe_list": (1, 2, 0)}, OptionError, "a 0 or 1 for each of 3 layers"),
 ]

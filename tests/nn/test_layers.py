@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
 import torch
 
 import linattn
-from linattn.errors import OptionError, ShapeError
-from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm
+from linattn.errors import ArgumentTypeError, OptionError, ShapeError, ValueRangeError
+from linattn.nn import SGLU, GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
 
 EPS = np.finfo(np.float64).eps
 
@@ -150,3 +151,40 @@ def test_refusals():
         GatedLinearAttention(10, 12, 5)
     with pytest.raises(ShapeError, match=r"log_decay must have shape \(3,\)"):
         gla(log_decay=np.zeros(4))
+
+
+def paid(**given):
+    whole = {"x": torch.ones(1, 2), "weight": torch.ones(3, 2), "labels": torch.tensor([0])}
+    return linear_cross_entropy(**whole | given)
+
+
+REFUSED = [
+    (lambda: GatedLinearAttention(8, 8, "2"), ArgumentTypeError, "num_heads must be an int, got '2'"),
+    (lambda: GatedLinearAttention(8.0, 8, 2), ArgumentTypeError, "embed_dim must be an int, got 8.0"),
+    (lambda: GatedLinearAttention(8, True, 1), ArgumentTypeError, "hidden_dim must be an int, got True"),
+    (lambda: gla(use_lrpe="no"), ArgumentTypeError, "use_lrpe must be True or False, got 'no'"),
+    (lambda: gla(bias=0), ArgumentTypeError, "bias must be True or False, got 0"),
+    (lambda: gla(feature_map="nope"), OptionError, "feature_map must be None or one of 'relu'"),
+    (lambda: gla(log_decay=np.array([-1.0, 0.1, 0.0])), ValueRangeError, "log_decay must be <= 0"),
+    (lambda: gla(log_decay=np.array([-1.0, np.nan, 0.0])), ValueRangeError, "log_decay must be <= 0"),
+    (lambda: SGLU(8, 8.0), ArgumentTypeError, "glu_dim must be an int, got 8.0"),
+    (lambda: SGLU(8, 8, bias=1), ArgumentTypeError, "bias must be True or False, got 1"),
+    (lambda: SimpleRMSNorm(-1.0), ValueRangeError, "eps must be > 0, got -1.0"),
+    (lambda: SimpleRMSNorm("1"), ArgumentTypeError, "eps must be a number, got '1'"),
+    (lambda: SimpleRMSNorm(fused=None), ArgumentTypeError, "fused must be True or False, got None"),
+    (lambda: paid(labels=[0]), ArgumentTypeError, "labels must be a tensor, got list"),
+    (lambda: paid(x=np.ones((1, 2))), ArgumentTypeError, "x must be a tensor, got ndarray"),
+    (lambda: paid(chunk=1.5), ArgumentTypeError, "chunk must be an int or None, got 1.5"),
+    (lambda: paid(chunk=True), ArgumentTypeError, "chunk must be an int or None, got True"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "says"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_what_modules_and_losses_are_made_of(make, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        make()
+
+
+def test_modules_take_what_numpy_has_for_sizes_and_decays():
+    module = GatedLinearAttention(np.int64(8), np.int32(8), np.int64(2), log_decay=np.array([-np.inf, 0]))
+    assert module(torch.ones(1, 3, 8)).isfinite().all()

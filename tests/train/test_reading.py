@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from linattn.cli import app
 from linattn.errors import CheckpointError, DataError
 from linattn.models import TransNormerConfig, TransNormerLM
+from linattn.models.transnormer import TransNormerConfig as Released
+from linattn.models.transnormer import TransNormerForCausalLM
 from linattn.train import checkpoint, load_model, presets, tokenizers
 
 SIZES = {"embed_dim": 8, "hidden_dim": 8, "num_heads": 2, "num_layers": 1, "glu_dim": 8}
@@ -125,11 +127,39 @@ def test_a_tensor_is_there_once(bare):
 
 
 @pytest.mark.parametrize("name", [None, ["model.safetensors"], "..", "a/b.safetensors", 3])
-@pytest.mark.parametrize("others", [{}, {"lm_head.weight": "model.safetensors"}])
+@pytest.mark.parametrize("others", [{}, {"lm_head.weight": "one.safetensors"}])
 def test_an_index_names_files(bare, name, others):
-    places = {"weight_map": {"embed_tokens.weight": name, **others}}
+    (bare / checkpoint.MODEL).rename(bare / "one.safetensors")
+    places = {"metadata": {}, "weight_map": {"embed_tokens.weight": name, **others}}
     (bare / checkpoint.SHARDS).write_text(json.dumps(places))
     refused(bare, "it names no files of its folder")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100000, '{"weight_map": {}, "metadata": {}}', "\xff"])
+def test_an_index_that_is_none(bare, text):
+    (bare / checkpoint.MODEL).unlink()
+    (bare / checkpoint.SHARDS).write_text(text, encoding="latin-1")
+    refused(bare, r"safetensors\.index\.json is damaged: ")
+
+
+def test_one_file_counts_where_there_is_an_index_too(tmp_path):
+    """As transformers has it, whose `save_pretrained` leaves the index of an earlier call there."""
+    config = Released(
+        vocab_size=9, decoder_embed_dim=8, hidden_dim=8, decoder_attention_heads=2, decoder_layers=2,
+        glu_dim=8, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    made = [TransNormerForCausalLM(config) for _ in range(2)]
+    made[0].save_pretrained(tmp_path, max_shard_size="1kB")
+    shards = [*tmp_path.glob("model-*.safetensors")]
+    kept = [(path, path.read_bytes()) for path in (*shards, tmp_path / checkpoint.SHARDS)]
+    made[1].save_pretrained(tmp_path)
+    for left in (kept[-1:], kept):
+        for path, data in left:
+            path.write_bytes(data)
+        assert checkpoint.weight_files(tmp_path) == [tmp_path / checkpoint.MODEL]
+        loaded, ours = TransNormerForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)
+        for model in (loaded, ours):
+            assert torch.equal(model.lm_head.weight, made[1].lm_head.weight)
 
 
 def test_sizes_and_flags_of_a_configuration(bare):

@@ -16,7 +16,7 @@ from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.huggingface import model
 from linattn.models.huggingface.inputs import check_inputs
 from linattn.models.huggingface.padding import Padding, padding_of
-from linattn.models.transnormer_lm import check_ids
+from linattn.models.ids import check_ids
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -12,9 +12,9 @@ from linattn.models.fields import (
     check_choice,
     check_flags,
     check_heads,
-    check_ids,
     check_positive,
     check_sizes,
+    check_special_ids,
 )
 from linattn.models.huggingface.strict import StrictFields
 from linattn.nn.cosformer import FEATURE_MAPS
@@ -95,4 +95,4 @@ class CosformerConfig(StrictFields, PreTrainedConfig):
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueRangeError(f"dropout must lie in [0, 1), got {self.dropout!r}")
         check_positive(self, "layer_norm_eps", "initializer_range")
-        check_ids(self, "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+        check_special_ids(self, "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")

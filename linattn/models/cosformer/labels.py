@@ -9,8 +9,8 @@ import torch
 from linattn.arrays import readable
 from linattn.errors import DtypeError, ShapeError, ValueRangeError
 from linattn.models.cosformer.configuration import CosformerConfig
-from linattn.models.huggingface.inputs import check_tensor
 from linattn.models.huggingface.labels import IGNORED, within
+from linattn.models.ids import check_tensor
 
 __all__ = ["check_classes"]
 

@@ -87,14 +87,6 @@ class CosformerForMaskedLM(CosformerPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Put another head in its place."""
-        self.lm_head = value
-
     def forward(
         self,
         input_ids: Int[torch.Tensor, "b n"] | None = None,

@@ -57,14 +57,6 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
         """Put another embedding in its place."""
         self.encoder.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Put another head in its place."""
-        self.lm_head = value
-
     def forward(
         self,
         input_ids: Int[torch.Tensor, "b m"] | None = None,
@@ -126,7 +118,7 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
     def prepare_decoder_input_ids_from_labels(
         self, labels: Int[torch.Tensor, "b n"]
     ) -> Int[torch.Tensor, "b n"]:
-        """Return the labels one column later, after decoder_start_token_id; -100 becomes padding.
+        """Return the labels one column later, after decoder_start_token_id; those below 0 become padding.
 
         Raises OptionError where the configuration has no decoder_start_token_id or no pad_token_id.
         """
@@ -136,7 +128,7 @@ class CosformerForConditionalGeneration(CosformerPreTrainedModel, StateExpansion
                 "labels alone need decoder_start_token_id and pad_token_id in the configuration"
             )
         first = labels.new_full((labels.shape[0], 1), start)
-        return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], 1)
+        return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] < 0, pad)], 1)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """What transformers prepares; after the first call no decoder mask, as all that is new is real.

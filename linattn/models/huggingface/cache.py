@@ -10,8 +10,8 @@ import torch
 from transformers import Cache
 
 from linattn.errors import ShapeError, StateError, ValueRangeError
-from linattn.models.huggingface.inputs import check_tensor
 from linattn.models.huggingface.padding import Padding
+from linattn.models.ids import check_tensor
 from linattn.state import State
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from linattn.arrays import dtype_name
 from linattn.errors import CheckpointError
-from linattn.models.tensors import once
+from linattn.models.tensors import once, placed
 
 __all__ = ["dtypes", "kept", "look", "missing"]
 
@@ -49,9 +48,8 @@ def kept(path: Any, options: Mapping[str, Any], config: PreTrainedConfig) -> Pat
     if Path(path).exists():
         return None
     name = Path(options.get("subfolder") or "", CONFIG).as_posix()
-    read = getattr(config, "_commit_hash", None) or options.get(
-        "revision"
-    )  # of a config that was read beside
+    # of a config that was read beside
+    read = getattr(config, "_commit_hash", None) or options.get("revision")
     place = try_to_load_from_cache(str(path), name, options.get("cache_dir"), read)
     return Path(place).parent if isinstance(place, str) else None
 
@@ -100,16 +98,9 @@ def _held(file: Path) -> dict[str, str]:
 
 def _indexed(index: Path) -> list[tuple[str, str]]:
     """What is in the files that an index names; refuse one that names what is not there."""
-    try:
-        fields = json.loads(index.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{index} is damaged: {error}") from error
-    places = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(places, dict) or not places or not isinstance(fields.get("metadata"), dict):
-        raise CheckpointError(f"{index} is damaged: it must have a weight_map and metadata")
+    places = placed(index, index.read_bytes())
     found: list[tuple[str, str]] = []
-    for name in sorted(set(map(str, places.values()))):
-        file = index.parent / name
+    for file in sorted({*places.values()}):
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: {index.name} names it")
         found += _held(file).items()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
+from linattn.models.ids import check_tensor
 from linattn.prepared import PLAIN
 from linattn.surroundings import lowers
 
@@ -44,17 +45,11 @@ def check_dtype(name: str, x: torch.Tensor, layers: nn.Module | None) -> None:
         )
 
 
-def check_tensor(name: str, x: Any) -> None:
-    """Refuse what is no tensor, with ArgumentTypeError."""
-    if not isinstance(x, torch.Tensor):
-        raise ArgumentTypeError(f"{name} must be a tensor, got {type(x).__name__}")
-
-
 def columns_of(keep: Any) -> slice | torch.Tensor:
     """Return the columns that logits_to_keep asks for: the last so many, all for 0 or None, or those in it.
 
     Raises ArgumentTypeError for what is neither an int, a slice nor a tensor, ValueRangeError for negative
-    numbers, DtypeError or ShapeError for tensors that are no row of integers.
+    numbers and steps, DtypeError or ShapeError for tensors that are no row of integers.
     """
     if isinstance(keep, torch.Tensor):
         if keep.is_floating_point() or keep.is_complex():
@@ -62,8 +57,12 @@ def columns_of(keep: Any) -> slice | torch.Tensor:
         if keep.ndim != 1:
             raise ShapeError(f"logits_to_keep must have shape [k], got {tuple(keep.shape)}")
         return keep
-    if keep is None or isinstance(keep, slice):
-        return keep or slice(None)
+    if keep is None:
+        return slice(None)
+    if isinstance(keep, slice):
+        if keep.step is not None and keep.step < 1:
+            raise ValueRangeError(f"logits_to_keep must go forwards, got {keep}")
+        return keep
     if isinstance(keep, np.integer):
         keep = int(keep)
     if isinstance(keep, bool) or not isinstance(keep, int | torch.SymInt):
@@ -71,6 +70,14 @@ def columns_of(keep: Any) -> slice | torch.Tensor:
     if keep < 0:
         raise ValueRangeError(f"logits_to_keep must be at least 0, got {keep}")
     return slice(-keep, None)
+
+
+def keeps_all(keep: Any, columns: int) -> bool:
+    """Whether logits_to_keep asks for every one of so many columns."""
+    if keep is None or (isinstance(keep, int) and (keep == 0 or keep >= columns)):
+        return True
+    asked = columns_of(keep)
+    return isinstance(asked, slice) and asked.indices(columns) == (0, columns, 1)
 
 
 def _dtype_of(layers: nn.Module) -> torch.dtype | None:

@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from linattn.arrays import readable
 from linattn.errors import DtypeError, OptionError, ShapeError, ValueRangeError
-from linattn.models.huggingface.inputs import check_tensor
+from linattn.models.huggingface.inputs import keeps_all
 from linattn.models.huggingface.padding import real_tokens
+from linattn.models.ids import check_tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -33,7 +34,7 @@ def check_labels(
     rows = given.shape[:2] if isinstance(given, torch.Tensor) and given.ndim > 1 else None
     ignored = options.get("ignore_index", IGNORED)
     labels = _ids_of("labels", labels, rows, vocab_size, ignored)
-    if keep is not None and (not isinstance(keep, int) or (keep != 0 and keep < labels.shape[1])):
+    if not keeps_all(keep, labels.shape[1]):
         raise OptionError(
             "labels ask for every column's logits, logits_to_keep leaves some out: pass one of them"
         )
@@ -100,7 +101,7 @@ def foretold(
     borders: Int[torch.Tensor, " s1"] | None,
     ignored: int,
 ) -> Int[torch.Tensor, "b n"]:
-    """Return labels without those of tokens that no token of their text foretells.
+    """Return labels with those masked that no token of their text comes before.
 
     Those are real tokens that have only padding before them, whose columns are zeros, and where texts lie
     back to back, in rows one after the other, the first token of each.

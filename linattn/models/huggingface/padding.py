@@ -9,7 +9,7 @@ import torch
 
 from linattn.arrays import traced
 from linattn.errors import ShapeError, ValueRangeError
-from linattn.models.huggingface.inputs import check_tensor
+from linattn.models.ids import check_tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -21,11 +21,12 @@ from linattn.models.huggingface.labels import IGNORED, asked, check_labels
 from linattn.models.huggingface.model import StateGeneration, StateModel, check_options, named
 from linattn.models.huggingface.newer import CACHE, cache_given, cache_of
 from linattn.models.huggingface.padding import padding_of
+from linattn.models.ids import check_ids
 from linattn.models.persistent import End
 from linattn.models.transnormer.cache import TransNormerCache
 from linattn.models.transnormer.configuration import TransNormerConfig
 from linattn.models.transnormer.packing import check_apart, check_whole, packed_at
-from linattn.models.transnormer_lm import TransNormerLayer, check_ids, steppers
+from linattn.models.transnormer_lm import TransNormerLayer, steppers
 from linattn.nn import GatedLinearAttention, Lrpe, SimpleRMSNorm, linear_cross_entropy
 from linattn.nn.norm import bare, only_matrix
 from linattn.state import State
@@ -91,14 +92,6 @@ class TransNormerModel(TransNormerPreTrainedModel):
         self.norm = SimpleRMSNorm()
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Put another embedding in its place."""
-        self.embed_tokens = value
 
     def forward(
         self,
@@ -279,14 +272,6 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, StateGeneration, Genera
     @one_kernel.setter
     def one_kernel(self, on: bool) -> None:
         self.model.one_kernel = on
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Put another embedding in its place."""
-        self.model.embed_tokens = value
 
     def forward(
         self,

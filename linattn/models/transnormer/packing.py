@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from linattn.errors import OptionError, ShapeError
-from linattn.models.huggingface.inputs import check_tensor
 from linattn.models.huggingface.padding import real_tokens
+from linattn.models.ids import check_tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
