@@ -73,7 +73,7 @@ def traced() -> bool:
 
 def readable(x: Array) -> bool:
     """Whether values lie on the host, and are there already."""
-    return device_name(x) == "cpu" and not traced()
+    return device_name(x) == "cpu" and not traced() and getattr(x, "fake_mode", None) is None
 
 
 def accumulate_dtype(dtype: str) -> str:

@@ -313,6 +313,8 @@ def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
 def decode(rows: Call, state: State, check: bool, backend: BackendLike) -> Tensor:
     """`decode_step` for torch tensors; q, k, v as they came, without an axis of one token."""
     tracing = traced()
+    if isinstance(state, State) and not torch.is_grad_enabled():
+        state.cut()  # else gradients would pass what changes here as if nothing had
     if not (tracing or watched() or wants_grad(rows)):
         known = seen(facts_of(rows, registry.requested(backend), False, step=True))
         if known is not None and known.writable and not lowers(known.where) and _may_change(state):

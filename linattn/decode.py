@@ -40,9 +40,10 @@ def decode_step(
         C, S <- λ R(θ) (C, S);  C += φ(k) vᵀ;  o = scale · φ(q)ᵀ C
 
     q, k [B, H, D], v [B, H, E] -> o [B, H, E] in q's dtype. kv, z and length of `state` change in place
-    (NumPy arrays must be writable). log_decay is [H] or [B, H]. With slots [B], row b works on state row
-    slots[b]; -1 is padding: its output is 0 and no row changes; rows that are not named keep their bits. A
-    slot named twice is refused on the host and undefined on a device. The other options are `attention`'s.
+    (NumPy arrays must be writable; kv and z that have gradients are replaced by copies without). log_decay is
+    [H] or [B, H]. With slots [B], row b works on state row slots[b]; -1 is padding: its output is 0 and no
+    row changes; rows that are not named keep their bits. A slot named twice is refused on the host and
+    undefined on a device. The other options are `attention`'s.
 
     Raises what `attention` raises, and GradientError if grad mode is on and an input requires grad.
     Source: TransNormerLLM, arXiv:2307.14995, "robust inference"; extended to reweighting.

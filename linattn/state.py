@@ -106,6 +106,13 @@ class State:
         """A copy that shares no memory with this one."""
         return self._map(lambda x: x.clone() if kind_of(x) == "torch" else x.copy())
 
+    def cut(self) -> None:
+        """Let go of what autograd has recorded of the numbers, which then lie in memory of their own."""
+        for name in ("kv", "z"):
+            x = getattr(self, name)
+            if getattr(x, "requires_grad", False):
+                setattr(self, name, x.detach().clone())
+
     def assign(self, new: State) -> None:
         """Take the values of another state of the same shapes, in place."""
         self.kv[...] = new.kv

@@ -47,7 +47,7 @@ def evaluate(
     a folder of text, the checkpoint's own run is left out.
     """
     with waiting("loading"):
-        from linattn.errors import ValueRangeError
+        from linattn.errors import DataError, ValueRangeError
         from linattn.train import load_model
         from linattn.train.checkpoint import find
         from linattn.train.corpus import read_all
@@ -59,6 +59,8 @@ def evaluate(
         model = load_model(folder, choose_device(device))
         words = own_tokenizer(folder, model.config.vocab_size)
         ids, size = read_all(text, words, exclude=[checkpoint, *_run_around(folder)])
+        if not size:  # rows without text may have tokens, each one's end
+            raise DataError("there is no text to measure")
     with Bar(len(ids)) as bar:
         bar.at("tokens")
         nats = nats_of(model, ids, context, progress=bar.advance)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import weakref
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.modules.module import _global_forward_hooks
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import DynamicLayer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
@@ -127,12 +129,22 @@ class Patch:
         self.undo()
 
 
+def _of_method(function: Any) -> inspect.Signature:
+    """The signature that a function has as a method: without self."""
+    whole = inspect.signature(function)
+    return whole.replace(parameters=[*whole.parameters.values()][1:])
+
+
 class _Forward:
     """`_forward` in place of a layer's or a class's own; once undone, what it replaced.
 
     Something else may lie over it, and call it after it is undone. It is copied and pickled with its layer,
     as no bound method would be.
     """
+
+    __signature__ = _of_method(MiniMaxLightningAttention.forward)
+
+    __code__ = MiniMaxLightningAttention.forward.__code__  # torch.export names its place
 
     def __init__(self, place: Any, backend: BackendLike) -> None:
         self.__self__, self.backend = place, backend
@@ -226,21 +238,35 @@ class _NoKeys(DynamicLayer):
 
     def __init__(self, cache: Any, layer: int) -> None:
         super().__init__()
-        self.cache, self.layer, self.seen = cache, layer, 0
+        self.layer, self.seen = layer, 0
+        self.belongs_to(cache)
+
+    def belongs_to(self, cache: Any) -> None:
+        """Know a cache, without keeping it: what nobody else has goes at once, and keys with it."""
+        self.known: list[Any] = cache.linear_cache
+        self.cache: weakref.ref[Any] | None = weakref.ref(cache)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cache": self.cache and self.cache()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cache = state["cache"]
+        self.__dict__ = {**state, "cache": None if cache is None else weakref.ref(cache)}
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding too."""
-        others = (one for one in self.cache.layers if not isinstance(one, _NoKeys))
+        layers = getattr(self.cache and self.cache(), "layers", ())
+        others = (one for one in layers if not isinstance(one, _NoKeys))
         return max((one.get_seq_length() for one in others), default=self.seen)
 
     def reset(self) -> None:
         """Forget what was seen: zeros, in which the original, too, finds nothing."""
-        self.seen, known = 0, self.cache.linear_cache
+        self.seen, known = 0, self.known
         known[self.layer] = torch.zeros_like(known[self.layer])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b goes on from what row beam_idx[b] has seen."""
-        known = self.cache.linear_cache
+        known = self.known
         known[self.layer] = known[self.layer].index_select(0, beam_idx.to(known[self.layer].device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -263,6 +289,8 @@ def _place(cache: Any, layer: int, count: int) -> _NoKeys:
     place = layers[layer]
     if not isinstance(place, _NoKeys):
         layers[layer] = place = _NoKeys(cache, layer)
+    elif place.cache is None or place.cache() is not cache:  # which is a copy
+        place.belongs_to(cache)
     return place
 
 
@@ -292,19 +320,20 @@ def _log_decay(layer: Any, wide: torch.dtype, device: torch.device) -> Tensor:
         type(slopes) not in PLAIN
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.is_functorch_wrapped_tensor(slopes)
+        or slopes.is_inference()  # of which nobody counts versions
     ):
-        return _own_decay(layer, wide, device)  # somebody watches: keep nothing
-    now = 0 if slopes.is_inference() else slopes._version, slopes.data_ptr(), wide, device
-    known = _decays.get(slopes)
-    if known is None or known[0] != now:
+        return _own_decay(layer, wide, device)  # somebody watches, or may write unseen: keep nothing
+    now = slopes._version, slopes.data_ptr(), wide, device
+    known = _decays.get(layer)
+    if known is None or known[0] is not slopes or known[1] != now:
         with torch.inference_mode(False):
             decay = _own_decay(layer, wide, torch.device("cpu")).to(device)
-        _decays[slopes] = known = now, decay
-    found: Tensor = known[1]
+        _decays[layer] = known = slopes, now, decay
+    found: Tensor = known[2]
     return found
 
 
-_decays: Any = WeakTensorKeyDictionary()
+_decays: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -335,10 +364,11 @@ def _own_decay(layer: Any, wide: torch.dtype, device: torch.device) -> Tensor:
 def _rates(heads: int, layer: int, layers: int) -> list[list[float]]:
     """The formula's log decays, and those of a layer that transformers builds in each of the halves."""
     found: list[list[float]] = [minimax(heads, layer, layers).tolist()]
-    for dtype in HALVES:
-        base = torch.tensor(2 ** (-8 / heads), dtype=dtype)
-        slopes = base ** torch.arange(1, heads + 1) * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
-        found.append((-slopes).tolist())
+    with torch._C._DisableTorchDispatch():  # under a FakeTensorMode, numbers are numbers here
+        for dtype in HALVES:
+            base = torch.tensor(2 ** (-8 / heads), dtype=dtype)
+            slopes = base ** torch.arange(1, heads + 1) * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
+            found.append((-slopes).tolist())
     return found
 
 

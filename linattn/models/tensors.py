@@ -39,7 +39,9 @@ def once(source: object, found: Iterable[tuple[str, Tensor]], prefix: str) -> di
     """
     names: dict[str, Tensor] = {}
     for name, tensor in found:
-        here = name.removeprefix(prefix)
+        here = name
+        while prefix and here.startswith(prefix):  # as transformers takes it away again
+            here = here.removeprefix(prefix)
         if here in names:
             raise CheckpointError(f"{source} is damaged: {here} is there twice, with {prefix!r} and without")
         names[here] = tensor

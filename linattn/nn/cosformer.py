@@ -13,6 +13,7 @@ from linattn import features
 from linattn.arrays import dtype_name, readable, traced
 from linattn.checks import check_eps, check_flag, check_ints, check_state
 from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
+from linattn.surroundings import as_they_are
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -99,8 +100,8 @@ class CosformerAttention(nn.Module):
         Shapes are for batch_first=False; `l` and `s` are the lengths. attn_mask: only the causal mask of a
         causal module is taken ([L, L], bool with True above the diagonal, or float with -inf there and 0
         elsewhere), which says nothing new; the released module ignores whatever it is given. key_mask: True
-        where a key counts. lengths: tokens of each row from there on do not exist; for keys of another length
-        than the query, only beside return_state.
+        where a key counts. lengths: keys of each row from there on do not exist, nor, where the key is the
+        query itself or the module causal, do queries: their attention is 0.
 
         return_state gives (output, state), with max_len. Of a causal module it is what `state` continues. Of
         another one it is all of key and value, in a size that does not depend on theirs: `state` instead of
@@ -136,8 +137,10 @@ class CosformerAttention(nn.Module):
         self._check_lengths(query, key, value)
         if return_state and not self.causal:
             state = self._remembered(key, value, key_mask, lengths, backend)
-            own = lengths is not None and key is query  # then what is behind a text's end may lie anywhere
-            return self._recalled(query, state, positions, eps, padded=own), state
+            return self._recalled(query, state, positions, eps, lengths if key is query else None), state
+        if lengths is not None and not self.causal and key is not query:
+            real = _real(lengths, key.shape[axis], key.shape[1 - axis])
+            key_mask, lengths = real if key_mask is None else real & key_mask, None
         q, k, v = (
             self._heads(project(x))
             for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -208,10 +211,9 @@ class CosformerAttention(nn.Module):
         memory: linattn.State,
         positions: torch.Tensor | None,
         eps: float,
-        *,
-        padded: bool = False,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend from rows at any positions to remembered keys.
+        """Attend from rows at any positions to remembered keys; 0 from `lengths` on, where no tokens are.
 
         The state's frame is the last key at e: cos θ(p - j) = cos θ(p - e) cos θ(e - j) minus
         sin θ(p - e) sin θ(e - j), so a query turned by θ(p - e) reads C and S directly.
@@ -225,7 +227,7 @@ class CosformerAttention(nn.Module):
         b, n = rows.shape[:2]
         if positions is not None:
             _check_positions(positions, b, n, max_len)
-        elif n > max_len and not (padded or traced()):
+        elif n > max_len and lengths is None and not traced():
             raise ValueRangeError(f"Cosine(max_len={max_len}) is shorter than the query's {n} positions")
         else:
             positions = torch.arange(n, device=rows.device)[None].clamp(max=max_len - 1)
@@ -241,9 +243,12 @@ class CosformerAttention(nn.Module):
         ahead = (positions - memory.length[:, None] + 1)[..., None, None].to(torch.float64)
         angle = ahead * (math.pi / (2 * max_len))
         turned = torch.cat([q * angle.cos().to(q.dtype), q * -angle.sin().to(q.dtype)], -1)  # [b n h 2d]
-        total = torch.einsum("bnhf,bhfe->bnhe", turned, memory.kv)
-        weight = torch.einsum("bnhf,bhf->bnh", turned, memory.z)
+        with as_they_are(turned.device.type):  # what is left of two large numbers would be lost in halves
+            total = torch.einsum("bnhf,bhfe->bnhe", turned, memory.kv)
+            weight = torch.einsum("bnhf,bhf->bnh", turned, memory.z)
         o = total / weight.clamp(min=eps)[..., None]
+        if lengths is not None:
+            o = torch.where(_real(lengths, n, b)[..., None, None], o, 0)
         return self._joined(o.to(query.dtype))
 
     def _heads(self, x: torch.Tensor) -> Float[torch.Tensor, "b n h d"]:
@@ -304,10 +309,22 @@ class CosformerAttention(nn.Module):
             )
 
 
+def _real(lengths: Any, n: int, b: int) -> Bool[torch.Tensor, "b n"]:
+    """Which of n tokens of b rows are real. Raises what `linattn.attention` raises for other lengths."""
+    if not isinstance(lengths, torch.Tensor):
+        raise ArgumentTypeError(f"lengths must be an array, got {type(lengths).__name__}")
+    if lengths.dtype not in (torch.int64, torch.int32):
+        raise DtypeError(f"lengths must be int64 or int32, got {dtype_name(lengths)}")
+    if tuple(lengths.shape) != (b,):
+        raise ShapeError(f"lengths must have shape [B] = {(b,)}, got {tuple(lengths.shape)}")
+    if readable(lengths) and bool(((lengths < 0) | (lengths > n)).any()):
+        raise ValueRangeError(f"lengths must lie in 0 … N = {n}, got {lengths.tolist()}")
+    return torch.arange(n, device=lengths.device) < lengths[:, None]
+
+
 def _split(x: Float[torch.Tensor, "*b e"], heads: int) -> Float[torch.Tensor, "*b h d"]:
-    return x.reshape(
-        *x.shape[:-1], heads, x.shape[-1] // heads
-    )  # a view, whatever the order of the axes before
+    # a view, whatever the order of the axes before
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
 def _check_positions(positions: Any, b: int, n: int, max_len: int) -> None:

@@ -24,7 +24,7 @@ from linattn.train.checkpoint import (
     weight_files,
 )
 
-TIED = "tie_word_embeddings"  # of transformers' folders: then there need be no lm_head
+TIED = "tie_word_embeddings"  # of transformers' folders: then one of two tensors will do
 DEEPER = "model."  # what stands in front of names there
 
 
@@ -44,8 +44,11 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TransNormerLM:
     config = TransNormerConfig.from_dict(fields)
     _check_config(folder)
     tensors = _weights(folder)
-    if tied and "embed_tokens.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
+    if tied:
+        pair = "embed_tokens.weight", "lm_head.weight"
+        for one, other in (pair, pair[::-1]):
+            if one in tensors:
+                tensors.setdefault(other, tensors[one])
     model = TransNormerLM(config)
     load_weights(model, tensors, folder / MODEL)
     return model.to(device)

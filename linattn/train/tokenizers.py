@@ -17,7 +17,7 @@ LONGEST = 200  # characters of what transformers says
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a folder; code that lies in the folder is not run.
 
-    Raises DataError where there is none, or one without a vocabulary.
+    Raises DataError where there is none, or one without a vocabulary of more than special tokens.
     """
     from transformers import AutoTokenizer
 
@@ -33,6 +33,11 @@ def load_tokenizer(folder: Path) -> Any:
         raise DataError(f"{folder} holds no tokenizer: {why[:LONGEST]}") from error
     if not found.get_vocab():
         raise DataError(f"{folder} holds a tokenizer without a vocabulary")
+    # some classes of transformers ask for no file
+    if not found.get_vocab().keys() - found.get_added_vocab().keys() - {*found.all_special_tokens}:
+        raise DataError(
+            f"{folder} holds a tokenizer of special tokens alone: the file of its vocabulary is missing"
+        )
     return found
 
 

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import struct
+import textwrap
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerState
+from transformers import GenerationConfig, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from linattn.errors import CheckpointError
@@ -27,6 +28,7 @@ from linattn.train import checkpoint
 from linattn.train.loop import diverging, finite, refuse_weights
 
 UNFIT = (EOFError, RuntimeError, ValueError)  # what zipfile and torch say to garbage, too
+SAID = 200  # characters of what transformers says
 MORE = 1 << 20  # bytes that a disk is asked to take once more
 
 
@@ -42,6 +44,20 @@ def check_model(folder: Path) -> None:
             raise _unreadable(path, error) from error
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
+    _check_generation(folder / "generation_config.json")
+
+
+def _check_generation(path: Path) -> None:
+    """Raise CheckpointError for what would be refused when the model is saved, after a run's first part."""
+    if not path.is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(path.parent).validate(strict=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        said = textwrap.shorten(str(error), SAID, placeholder=" …")
+        raise CheckpointError(
+            f"{path} is none that transformers would save with a model ({said}): mend it, or remove it"
+        ) from error
 
 
 def check(folder: Path, windows: int) -> None:

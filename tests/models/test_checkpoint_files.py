@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linattn.errors import CheckpointError
-from linattn.models.cosformer import CosformerForCausalLM
+from linattn.models.cosformer import (
+    CosformerDecoder,
+    CosformerForCausalLM,
+    CosformerForMaskedLM,
+    CosformerForSequenceClassification,
+    CosformerModel,
+)
 from linattn.models.transnormer import TransNormerConfig, TransNormerForCausalLM, TransNormerModel
 from tests.models.test_cosformer import build
 from tests.models.test_transnormer import VOCAB, make
@@ -59,6 +65,25 @@ def test_a_tensor_is_there_once(tmp_path, way, reader, name):
         CheckpointError, match=rf"{name.removeprefix('model.')} is there twice, with 'model\.'"
     ):
         reader.from_pretrained(**way(tmp_path))
+
+
+@readers
+def test_a_name_with_the_prefix_more_than_once(tmp_path, reader):
+    """transformers takes it away as often as it is there."""
+    make().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    name = f"model.{EXTRA}"
+    for more, says in (
+        ({f"model.{name}": tensors[name] * 0}, f"{EXTRA} is there twice"),
+        ({f"model.{name}": tensors[name].int()}, f"{EXTRA} is there twice"),
+    ):
+        save_file(tensors | more, tmp_path / FILE, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=says):
+            reader.from_pretrained(tmp_path)
+    other = {k: x for k, x in tensors.items() if k != name} | {f"model.{name}": tensors[name].int()}
+    save_file(other, tmp_path / FILE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"no floating point numbers of 16 to 64 bits: {EXTRA} is I32"):
+        reader.from_pretrained(tmp_path)
 
 
 def test_the_revision_that_is_read_is_looked_at(tmp_path):
@@ -157,3 +182,14 @@ def test_the_file_that_is_missing_is_named(tmp_path, files, options, says, subfo
     with pytest.raises(CheckpointError) as caught:
         TransNormerForCausalLM.from_pretrained(tmp_path, subfolder=subfolder, **options)
     assert str(caught.value) == f"{folder} {says}"
+
+
+@pytest.mark.parametrize("kind", [CosformerDecoder, CosformerModel])
+def test_a_bare_stack_is_read_as_what_it_is(kind, tmp_path):
+    """The tensors of both have the same names and shapes."""
+    build(kind).save_pretrained(tmp_path)
+    assert type(kind.from_pretrained(tmp_path)) is kind
+    both_ways = CosformerModel, CosformerForMaskedLM, CosformerForSequenceClassification
+    for other in (CosformerForCausalLM, CosformerDecoder) if kind is CosformerModel else both_ways:
+        with pytest.raises(CheckpointError, match=f"a {kind.__name__}, which a {other.__name__} is not"):
+            other.from_pretrained(tmp_path)

@@ -233,6 +233,39 @@ def test_modules_of_ones_own_are_not_asked(tmp_path):
     other.save_pretrained(tmp_path / "two")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_heads_that_are_embeddings_or_not(tied, tmp_path):
+    model = make(TransNormerForCausalLM, tie_word_embeddings=tied)
+    saved_and_loaded(model, tmp_path / "one")
+    model.config.tie_word_embeddings = not tied
+    says = f"the head {'is' if tied else 'is not'} the embedding, and the configuration says otherwise"
+    with pytest.raises(OptionError, match=says):
+        model.save_pretrained(tmp_path / "two")
+    with pytest.raises(OptionError, match=r"lm_head\.bias is a tensor, and the configuration makes None"):
+        other = make(TransNormerForCausalLM)
+        other.lm_head = nn.Linear(8, 23)
+        other.save_pretrained(tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+
+
+def test_an_eps_of_ones_own_would_be_lost(tmp_path):
+    model = make(TransNormerForCausalLM)
+    model.model.layers[1].norm.eps = 0.25
+    with pytest.raises(OptionError, match=r"layers\.1\.norm\.eps is 0\.25, .* makes 1e-06"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", ["5GB", "4kB"])
+def test_compiled_layers_are_saved_under_their_own_names(tied, size, tmp_path):
+    model = make(TransNormerForCausalLM, tie_word_embeddings=tied).double()
+    want = output(model)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    loaded = TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    same(output(loaded), want)
+
+
 def test_saving_draws_no_numbers(tmp_path):
     """Else a run that saves would go on otherwise than one that does not."""
     model = make(TransNormerForCausalLM)

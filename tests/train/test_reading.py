@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -229,6 +230,39 @@ def test_damaged_tokenizers_are_sentences(tmp_path):
     folder = words(tmp_path / "none", {}, eos_token=None)
     with pytest.raises(DataError, match="without a vocabulary"):
         tokenizers.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer"])
+def test_a_tokenizer_that_has_lost_its_vocabulary(folder, tmp_path, kind):
+    """transformers makes one of special tokens alone, by which any text is one token, or none."""
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    (tmp_path / "text").write_text("one two")
+    for command in (("generate",), ("eval", "--text", tmp_path / "text")):
+        assert "the file of its vocabulary is missing" in said(*command, "--checkpoint", folder)
+    assert tokenizers.load_tokenizer(
+        words(tmp_path / "one", {"<eos>": 0, "?": 1, "one": 2}, eos_token="<eos>")
+    )
+
+
+def test_rows_without_text_are_no_text(tmp_path):
+    datasets.Dataset.from_dict({"text": [""] * 5}).save_to_disk(tmp_path / "rows")
+    folder = of_words(tmp_path / "run")  # for which each row has a token, its end
+    assert "there is no text to measure" in said("eval", "--checkpoint", folder, "--text", tmp_path / "rows")
+
+
+def test_one_of_two_tied_tensors_will_do(bare):
+    tensors = load_file(bare / checkpoint.MODEL)
+    changed(bare / "config.json", tie_word_embeddings=True)
+    want = tensors["embed_tokens.weight"]
+    for left in ("embed_tokens.weight", "lm_head.weight"):
+        names = {"embed_tokens.weight", "lm_head.weight"} - {left}
+        save_file(
+            {k: x for k, x in tensors.items() if k not in names} | {left: want}, bare / checkpoint.MODEL
+        )
+        model = load_model(bare)
+        assert torch.equal(model.embed_tokens.weight, want) and torch.equal(model.lm_head.weight, want)
+    save_file({k: x for k, x in tensors.items() if "norm" in k or "layers" in k}, bare / checkpoint.MODEL)
+    refused(bare, "it lacks embed_tokens.weight, lm_head.weight")
 
 
 @pytest.mark.parametrize("dtype", ["float99", 16, "nn", [], ""])

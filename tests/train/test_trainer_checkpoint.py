@@ -138,6 +138,19 @@ def test_weights_in_several_files_have_checksums(home, tmp_path):
             read(folder)
 
 
+@pytest.mark.parametrize(
+    "fields", ['{"do_sample": false, "temperature": 0.7}', '{"max_new_tokens": -5}', "[]", "{"]
+)
+@pytest.mark.filterwarnings("ignore:.*generation")
+def test_what_would_not_be_saved_with_a_model_is_refused_before_it_learns(home, tmp_path, fields):
+    folder = tmp_path / "model"
+    published.model_of(str(home / "sizes"), 256).save_pretrained(folder)
+    trainer_checkpoint.check_model(folder)
+    (folder / "generation_config.json").write_text(fields)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is none that .*: mend it, or remove"):
+        published.model_of(str(folder), 256)
+
+
 def test_files_are_read_by_whom_the_system_lets(home):
     """Not by their owner alone, as temporary files are."""
     whole = home / "whole"

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["CosformerPreTrainedModel", "CosformerStack", "Rows", "Source"]
 
 
+# whose tensors may be the same: a stack computes otherwise where tokens see those behind them, too
+LOOK_BACK = "CosformerDecoder", "CosformerForCausalLM"
+LOOK_BOTH_WAYS = "CosformerModel", "CosformerForMaskedLM", "CosformerForSequenceClassification"
+
+
 class CosformerPreTrainedModel(model.StateModel):
     """What the models share."""
 

@@ -14,7 +14,7 @@ from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.nn import CosformerAttention
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
 
 EPS = 1e-6  # the least denominator, as in the released module
 
@@ -71,8 +71,7 @@ class CosformerBlock(GradientCheckpointingLayer):
                 query, source, source, eps=EPS, lengths=source_lengths, return_state=True, positions=positions
             )
         else:
-            mask = _real(source, source_lengths)
-            seen = self.cross_attention(query, source, source, eps=EPS, key_mask=mask)
+            seen = self.cross_attention(query, source, source, eps=EPS, lengths=source_lengths)
         return self._mixed(x + self.dropout(seen)), after, memory
 
     def step(
@@ -107,15 +106,6 @@ class CosformerBlock(GradientCheckpointingLayer):
     def _mixed(self, x: torch.Tensor) -> torch.Tensor:
         mixed: torch.Tensor = x + self.dropout(self.fc2(self.act(self.fc1(self.mlp_norm(x)))))
         return mixed
-
-
-def _real(
-    source: Float[torch.Tensor, "b m e"], lengths: Int[torch.Tensor, " b"] | None
-) -> Bool[torch.Tensor, "b m"] | None:
-    """Which of a source's rows are real; None where all are."""
-    if lengths is None:
-        return None
-    return torch.arange(source.shape[1], device=source.device) < lengths[:, None]
 
 
 def _attention(config: CosformerConfig, causal: bool) -> CosformerAttention:

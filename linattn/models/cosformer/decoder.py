@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from linattn.arrays import traced
 from linattn.errors import OptionError
 from linattn.models.cosformer.base import (
+    LOOK_BOTH_WAYS,
     CosformerPreTrainedModel,
     CosformerStack,
     Rows,
@@ -47,6 +48,7 @@ class CosformerDecoder(CosformerStack):
     """
 
     base_model_prefix = "decoder"
+    _unlike = LOOK_BOTH_WAYS
     _left_out = (r"^lm_head\.weight$",)
 
     def __init__(self, config: CosformerConfig) -> None:
@@ -167,6 +169,7 @@ class CosformerForCausalLM(CosformerPreTrainedModel, StateGeneration, Generation
     """
 
     base_model_prefix = "decoder"
+    _unlike = LOOK_BOTH_WAYS
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
 
     def __init__(self, config: CosformerConfig) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 
 from linattn.errors import ShapeError, ValueRangeError
-from linattn.models.cosformer.base import CosformerPreTrainedModel, CosformerStack, check_options
+from linattn.models.cosformer.base import LOOK_BACK, CosformerPreTrainedModel, CosformerStack, check_options
 from linattn.models.cosformer.configuration import CosformerConfig
 from linattn.models.cosformer.labels import check_classes
 from linattn.models.huggingface.labels import check_labels
@@ -29,6 +29,7 @@ class CosformerModel(CosformerStack):
     """
 
     base_model_prefix = "encoder"
+    _unlike = LOOK_BACK
     _left_out = (r"^lm_head\.weight$", r"^classifier\.(weight|bias)$")
 
     def __init__(self, config: CosformerConfig) -> None:
@@ -77,6 +78,7 @@ class CosformerForMaskedLM(CosformerPreTrainedModel):
     """
 
     base_model_prefix = "encoder"
+    _unlike = LOOK_BACK
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "encoder.embed_tokens.weight"}
     _left_out = (r"^classifier\.(weight|bias)$",)
     _new_heads = ("lm_head.",)
@@ -120,6 +122,7 @@ class CosformerForSequenceClassification(CosformerPreTrainedModel):
     """
 
     base_model_prefix = "encoder"
+    _unlike = LOOK_BACK
     _left_out = (r"^lm_head\.weight$",)
     _new_heads = ("classifier.",)
 

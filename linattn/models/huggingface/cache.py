@@ -75,6 +75,13 @@ class StateCache(Cache):
         return len(self.states[0].length) if self.states else 0
 
     @property
+    def batch_size(self) -> int:
+        """The same: a name of transformers'."""
+        return self.rows
+
+    max_batch_size = batch_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all states; the same after one token and after a million."""
         arrays = (x for s in self.states for x in (s.kv, s.z) if x is not None)

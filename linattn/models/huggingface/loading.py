@@ -30,6 +30,7 @@ def load_whole(
     *arguments: Any,
     new: tuple[str, tuple[str, ...]] = ("", ()),
     prefix: str = "",
+    unlike: tuple[str, ...] = (),
     **options: Any,
 ) -> Any:
     """Return what `load`, a `PreTrainedModel.from_pretrained`, makes of a checkpoint, if nothing is amiss.
@@ -37,7 +38,8 @@ def load_whole(
     Pickled weights are read only with use_safetensors=False. With output_loading_info=True the report is
     returned, and nothing that it says is an error. new: a class, and beginnings of names of its tensors that
     a checkpoint of another class may lack, as its own task's are new. prefix: the base model's name and a
-    dot, with which keys begin or not.
+    dot, with which keys begin or not. unlike: classes whose checkpoints are none of this one, though their
+    tensors are.
 
     Raises CheckpointError when tensors are missing, unknown, there twice, of another shape (unless
     ignore_mismatched_sizes=True) or of no floating point where the model's are, or a file is damaged or
@@ -87,9 +89,11 @@ def load_whole(
             f"{path} is of another model: {name} has shape {tuple(theirs)}, this model's is {tuple(mine)}"
         )
     saved = model.config.architectures or [new[0]]
+    if other := {*saved}.intersection(unlike):
+        raise CheckpointError(f"{path} is of another model: a {min(other)}, which a {new[0]} is not")
     may_lack = () if new[0] in saved else new[1]
     wrong = {
-        "lacks": [key for key in report["missing_keys"] if not key.startswith(may_lack or ("\0",))],
+        "lacks": [key for key in report["missing_keys"] if not key.startswith(may_lack)],
         "has unknown": report["unexpected_keys"],
     }
     for words, keys in wrong.items():

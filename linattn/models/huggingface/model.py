@@ -26,6 +26,8 @@ INSTEAD = {
     "initial_state": "past_key_values",
     "return_state": "use_cache",
     "return_states": "use_cache",
+    "cu_seqlens_q": "cu_seqlens",
+    "cu_seqlens_k": "cu_seqlens",
 }
 
 
@@ -36,6 +38,7 @@ TAKEN = (
     "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs",
     "encoder_hidden_states", "encoder_attention_mask", "shift_labels", "num_items_in_batch", "ignore_index",
 )  # fmt: skip
+COMPILED = "_orig_mod."  # in the names of a module that torch.compile has wrapped
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 OLD = {
     "past_key_value": "past_key_values",
@@ -52,6 +55,7 @@ class StateModel(PreTrainedModel):
     cache_class: ClassVar[type[StateCache]] = StateCache
     _is_stateful = True  # no assisted generation: a state cannot be rolled back
     _new_heads: ClassVar[tuple[str, ...]] = ()  # what a checkpoint of another task need not have
+    _unlike: ClassVar[tuple[str, ...]] = ()  # classes with the same tensors that compute otherwise
     _left_out: ClassVar[tuple[str, ...]] = ()  # patterns of what it may have more: another task's head
 
     @classmethod
@@ -75,8 +79,8 @@ class StateModel(PreTrainedModel):
         `linattn.models.huggingface.loading.load_whole`.
         """
         load, new = super().from_pretrained, (cls.__name__, cls._new_heads)
-        prefix = f"{cls.base_model_prefix}."
-        return load_whole(load, pretrained_model_name_or_path, *arguments, new=new, prefix=prefix, **options)
+        prefix, path = f"{cls.base_model_prefix}.", pretrained_model_name_or_path
+        return load_whole(load, path, *arguments, new=new, prefix=prefix, unlike=cls._unlike, **options)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
         """Write weights and configuration, as transformers does.
@@ -85,6 +89,8 @@ class StateModel(PreTrainedModel):
         this model's any more; nothing is written then.
         """
         self.check_saved()
+        if options.get("state_dict") is None and any(COMPILED in name for name, _ in self.named_modules()):
+            options["state_dict"] = {name.replace(COMPILED, ""): x for name, x in self.state_dict().items()}
         return super().save_pretrained(*arguments, **options)
 
     def check_saved(self) -> None:
@@ -131,9 +137,19 @@ class StateModel(PreTrainedModel):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.training and getattr(self, CHECKPOINTS) and torch.is_grad_enabled():
+        how = getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {})
+        if given is not None and self._computes_again() and how.get("use_reentrant"):
+            raise OptionError(
+                "past_key_values with use_reentrant=True: no gradient would reach what a cache was made of, "
+                "pass use_reentrant=False in gradient_checkpointing_kwargs, or no cache"
+            )
+        if self._computes_again():
             use_cache = False  # the second forward pass would see the state of the first
         return self.cache_class() if given is None and use_cache else given
+
+    def _computes_again(self) -> bool:
+        """Whether activations of this call are computed once more for its gradients."""
+        return self.training and getattr(self, CHECKPOINTS) and torch.is_grad_enabled()
 
 
 class StateExpansion(GenerationMixin):

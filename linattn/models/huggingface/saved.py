@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from linattn.errors import OptionError
-from linattn.nn import CosformerAttention, GatedLinearAttention
+from linattn.nn import CosformerAttention, GatedLinearAttention, SimpleRMSNorm
 
 __all__ = ["check_modules"]
 
@@ -20,6 +20,7 @@ DECIDED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
     nn.LayerNorm: ("normalized_shape", "eps"),
+    SimpleRMSNorm: ("eps",),
     GatedLinearAttention: ("num_heads", "feature_map", "table"),
     CosformerAttention: ("num_heads", "feature_map", "causal", "reweight"),
 }
@@ -38,8 +39,15 @@ def check_modules(model: Any) -> None:
         return
     with torch.device("meta"):
         made = kind(type(config).from_dict(config.to_dict()))
-    for said in _differences(model, made):
+    for said in (*_differences(model, made), *_tied(model, made)):
         raise OptionError(f"{said}: what would be loaded is another model")
+
+
+def _tied(has: Any, made: Any) -> Iterator[str]:
+    parts = ((one.get_output_embeddings(), one.get_input_embeddings()) for one in (has, made))
+    own, others = (getattr(head, "weight", None) is getattr(rows, "weight", 0) for head, rows in parts)
+    if own != others and type(has) is type(made):
+        yield f"the head {'is' if own else 'is not'} the embedding, and the configuration says otherwise"
 
 
 def _differences(has: nn.Module, made: nn.Module, at: str = "") -> Iterator[str]:

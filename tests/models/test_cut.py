@@ -1,0 +1,118 @@
+"""Gradients through what is remembered: right, cut, or refused; never wrong without a word."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import linattn
+from linattn.errors import GradientError, OptionError
+from linattn.models.cosformer import CosformerForCausalLM
+from linattn.models.transnormer import TransNormerCache, TransNormerForCausalLM
+from tests.models.test_cosformer import build
+from tests.models.test_transnormer import make, text
+
+MODELS = {"transnormer": make, "cosformer": lambda: build(CosformerForCausalLM).eval()}
+KINDS = pytest.mark.parametrize("kind", MODELS)
+
+
+def gradient(model: Any, first: Any, steps: list[tuple[Any, bool]]) -> torch.Tensor | None:
+    """Of the last call's logits by the embeddings of the first text; each call with gradients or without."""
+    embeds = model.get_input_embeddings()(first).detach().requires_grad_()
+    cache = model(inputs_embeds=embeds, use_cache=True).past_key_values
+    for ids, on in steps:
+        with torch.set_grad_enabled(on):
+            logits = model(ids, past_key_values=cache).logits
+    total = logits.square().sum()
+    found: torch.Tensor | None = None
+    if total.requires_grad:
+        (found,) = torch.autograd.grad(total, embeds, allow_unused=True)
+    return found
+
+
+@KINDS
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_step_without_gradients_cuts_them(kind: str, n: int) -> None:
+    """One token, in place, as several: what is behind it has none of what is before."""
+    model, ids = MODELS[kind](), text(2, 8)  # type: ignore[operator]
+    ids = ids % model.config.vocab_size
+    first, middle, end = ids[:, :3], ids[:, 3 : 3 + n], ids[:, 3 + n :]
+    assert gradient(model, first, [(middle, True), (end, True)]) is not None
+    assert gradient(model, first, [(middle, False), (end, True)]) is None
+
+
+@KINDS
+def test_what_has_gradients_stays_as_it_was(kind: str) -> None:
+    """A step has numbers of its own then: what autograd kept for the call before is not overwritten."""
+    model, ids = MODELS[kind](), text(2, 6)  # type: ignore[operator]
+    ids = ids % model.config.vocab_size
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    found = model(inputs_embeds=embeds, use_cache=True)
+    states = [state.kv for state in found.past_key_values.states]
+    before = [kv.detach().clone() for kv in states]
+    (want,) = torch.autograd.grad(sum(kv.square().sum() for kv in states), embeds, retain_graph=True)
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=found.past_key_values)
+    assert all(torch.equal(kv, old) for kv, old in zip(states, before, strict=True))
+    assert not any(
+        torch.equal(s.kv, old) for s, old in zip(found.past_key_values.states, before, strict=True)
+    )
+    (again,) = torch.autograd.grad(sum(kv.square().sum() for kv in states), embeds)
+    assert torch.equal(again, want)
+
+
+def test_a_bare_step() -> None:
+    q, k, v = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(3))
+    kv = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    state = linattn.State(kv, None, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(GradientError, match="changes the state in place"):
+        linattn.decode_step(q, k, v, state)
+    plain = linattn.State(kv.detach().clone(), None, torch.zeros(2, dtype=torch.int64))
+    with torch.no_grad():
+        found, want = linattn.decode_step(q, k, v, state), linattn.decode_step(q, k, v, plain)
+    assert torch.equal(found, want) and torch.equal(state.kv, plain.kv) and not state.kv.requires_grad
+    assert kv.requires_grad and state.kv.data_ptr() != kv.data_ptr()
+    held = state.kv.data_ptr()
+    with torch.no_grad():
+        linattn.decode_step(q, k, v, state)
+    assert state.kv.data_ptr() == held  # from then on in place
+
+
+@KINDS
+def test_reentrant_checkpoints_and_a_cache(kind: str) -> None:
+    """torch's reentrant way passes no gradient through what is no tensor."""
+    ids, found = text(1, 8), {}
+    for how in (None, False, True):
+        model = MODELS[kind]().train()  # type: ignore[operator]
+        given = ids % model.config.vocab_size
+        if how is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": how})
+            model.enable_input_require_grads()
+        cache = model.cache_class()
+        if how:
+            with pytest.raises(OptionError, match="past_key_values with use_reentrant=True"):
+                model(given[:, :4], past_key_values=cache)
+            model(given, labels=given).loss.backward()  # without one it is right
+            continue
+        model(given[:, :4], past_key_values=cache)
+        model(given[:, 4:], past_key_values=cache, labels=given[:, 4:]).loss.backward()
+        found[how] = model.get_input_embeddings().weight.grad[given[0, :4]]
+    assert found[None].abs().sum() > 0
+    torch.testing.assert_close(found[False], found[None])
+
+
+def test_a_cache_says_how_many_texts_it_has_as_transformers_does() -> None:
+    cache = TransNormerCache()
+    assert cache.batch_size == cache.max_batch_size == 0
+    with torch.no_grad():
+        make()(text(2, 3), past_key_values=cache)
+    assert cache.batch_size == cache.max_batch_size == copy.deepcopy(cache).rows == 2
+
+
+def test_another_name_of_borders_is_refused() -> None:
+    model: TransNormerForCausalLM = make()
+    with pytest.raises(OptionError, match=r"cu_seqlens_q.* cu_seqlens"):
+        model(text(1, 6), cu_seqlens_q=torch.tensor([0, 3, 6]))
