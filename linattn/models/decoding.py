@@ -187,7 +187,7 @@ def _cut(states: Sequence[State]) -> None:
     """What is to change in place has no gradients, unless somebody wants those, which layers refuse."""
     if not torch.is_grad_enabled():
         for state in states:
-            if isinstance(state, State):
+            if isinstance(state, State) and getattr(state.kv, "requires_grad", False):
                 state.cut()
 
 
