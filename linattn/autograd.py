@@ -60,6 +60,8 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
         return _through_op(call, registry.key_of(known.backend))
     if needs_grad and call.slots is None:
         return eager.differentiable(known, call)
+    if call.slots is not None and call.initial_state is not None and not needs_grad:
+        call.initial_state.cut()  # a pool changes in place
     if known.direct is not None:
         out: tuple[Tensor, State | None] = known.direct(
             known.problem, call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask, call.lengths,
@@ -313,8 +315,6 @@ def _decode_call(args: tuple[Any, ...]) -> tuple[Call, State, str]:
 def decode(rows: Call, state: State, check: bool, backend: BackendLike) -> Tensor:
     """`decode_step` for torch tensors; q, k, v as they came, without an axis of one token."""
     tracing = traced()
-    if isinstance(state, State) and not torch.is_grad_enabled():
-        state.cut()  # else gradients would pass what changes here as if nothing had
     if not (tracing or watched() or wants_grad(rows)):
         known = seen(facts_of(rows, registry.requested(backend), False, step=True))
         if known is not None and known.writable and not lowers(known.where) and _may_change(state):
@@ -357,6 +357,7 @@ def _step(known: Known, rows: Call, state: State, check: bool) -> Tensor:
     """A step like one before it: only values are looked at, where they lie on the host."""
     o: Tensor
     if known.direct is not None and check is False and not known.on_host:
+        state.cut()
         o = known.direct(known.problem, rows.q, rows.k, rows.v, rows.log_decay, rows.theta, state, rows.slots)
         return o
     call = of_one_token(rows)
@@ -366,6 +367,7 @@ def _step(known: Known, rows: Call, state: State, check: bool) -> Tensor:
 
 
 def _stepped(known: Known, call: Call, rows: Call, state: State) -> Tensor:
+    state.cut()  # else gradients would pass what changes here as if nothing had
     o: Tensor = route.decode(known.problem, known.backend, call, state, (rows.q, rows.k, rows.v))
     return o
 
@@ -376,6 +378,7 @@ def _decode_through_op(call: Call, state: State, key: str) -> Tensor:
         raise OptionError(
             "Cosine() takes max_len from the length of the call, so it cannot be used with a state"
         )
+    state.cut()
     return torch.ops.linattn.decode_step(  # type: ignore[no-any-return]
         call.q[:, 0], call.k[:, 0], call.v[:, 0], state.kv, state.z, state.length, decay, theta, call.slots,
         call.max_len, call.feature_map or "", call.normalize, call.eps, call.scale, call.precision, key,

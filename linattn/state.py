@@ -111,7 +111,9 @@ class State:
         for name in ("kv", "z"):
             x = getattr(self, name)
             if getattr(x, "requires_grad", False):
-                setattr(self, name, x.detach().clone())
+                # out of inference mode: as it was, it may change anywhere
+                with namespace("torch").inference_mode(False):
+                    setattr(self, name, x.detach().clone())
 
     def assign(self, new: State) -> None:
         """Take the values of another state of the same shapes, in place."""

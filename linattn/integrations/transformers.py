@@ -243,7 +243,7 @@ class _NoKeys(DynamicLayer):
 
     def belongs_to(self, cache: Any) -> None:
         """Know a cache, without keeping it: what nobody else has goes at once, and keys with it."""
-        self.known: list[Any] = cache.linear_cache
+        self.known: list[Any] = cache.linear_cache  # for when the cache is gone, and a copy has this place
         self.cache: weakref.ref[Any] | None = weakref.ref(cache)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,6 +253,9 @@ class _NoKeys(DynamicLayer):
         cache = state["cache"]
         self.__dict__ = {**state, "cache": None if cache is None else weakref.ref(cache)}
 
+    def _states(self) -> list[Any]:
+        return getattr(self.cache and self.cache(), "linear_cache", self.known)
+
     def get_seq_length(self) -> int:
         """Tokens seen, padding too."""
         layers = getattr(self.cache and self.cache(), "layers", ())
@@ -261,12 +264,12 @@ class _NoKeys(DynamicLayer):
 
     def reset(self) -> None:
         """Forget what was seen: zeros, in which the original, too, finds nothing."""
-        self.seen, known = 0, self.known
+        self.seen, known = 0, self._states()
         known[self.layer] = torch.zeros_like(known[self.layer])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b goes on from what row beam_idx[b] has seen."""
-        known = self.known
+        known = self._states()
         known[self.layer] = known[self.layer].index_select(0, beam_idx.to(known[self.layer].device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -58,7 +58,7 @@ def last(
     one_kernel: whether one may take all layers, where it does (`linattn.models.persistent`): then nothing but
     the result is rounded to x's dtype.
     """
-    _cut(states)
+    _cut(layers, states, x)
     one_kernel = one_kernel and bool(layers) and _now(x) and persistent.possible(x)
     y = _replayed(layers, states, x, one_kernel, None) if graphs else None
     return _last(layers, states, x, one_kernel) if y is None else y
@@ -92,7 +92,7 @@ def whole(
     """What `ended` returns, by the one kernel alone; None, and no state has moved, where it does not run."""
     if not (layers and _now(x) and persistent.ends(end, layers, x)):
         return None
-    _cut(states)
+    _cut(layers, states, x)
     y = _replayed(layers, states, x, True, end) if graphs else None
     y = persistent.step(layers, states, x, end=end) if y is None else y
     return None if y is None else (y[:, : x.shape[1]], y[:, x.shape[1] :])
@@ -161,7 +161,7 @@ def steps(
     the gate and the product of the channel mixer, too.
     """
     check_states(layers, states, x)
-    _cut(states)
+    _cut(layers, states, x)
     first, done, now = True, None, _now(x)
     seen: set[int] = set()  # where states are that kernels of this step write
     every = now and taken(layers, x) is not None
@@ -183,12 +183,12 @@ def steps(
         yield x
 
 
-def _cut(states: Sequence[State]) -> None:
+def _cut(layers: Sequence[TransNormerLayer], states: Sequence[State], x: Tensor) -> None:
     """What is to change in place has no gradients, unless somebody wants those, which layers refuse."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and any(getattr(state, "kv", x).requires_grad for state in states):
+        check_states(layers, states, x)
         for state in states:
-            if isinstance(state, State) and getattr(state.kv, "requires_grad", False):
-                state.cut()
+            state.cut()
 
 
 def check_states(layers: Sequence[TransNormerLayer], states: Sequence[State], x: Tensor) -> None:

@@ -27,7 +27,8 @@ def placed(index: Path, data: bytes) -> dict[str, Path]:
     places = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(places, dict) or not places or not isinstance(fields.get("metadata"), dict):
         raise CheckpointError(f"{index} is damaged: it must have a weight_map and metadata")
-    if not all(isinstance(name, str) and Path(name).name == name != ".." for name in places.values()):
+    names = places.values()
+    if not all(isinstance(name, str) and name and Path(name).name == name != ".." for name in names):
         raise CheckpointError(f"{index} is damaged: it names no files of its folder")
     return {name: index.parent / place for name, place in places.items()}
 

@@ -139,8 +139,8 @@ class CosformerAttention(nn.Module):
             state = self._remembered(key, value, key_mask, lengths, backend)
             return self._recalled(query, state, positions, eps, lengths if key is query else None), state
         if lengths is not None and not self.causal and key is not query:
-            real = _real(lengths, key.shape[axis], key.shape[1 - axis])
-            key_mask, lengths = real if key_mask is None else real & key_mask, None
+            key, value, key_mask = self._ended(key, value, key_mask, lengths)
+            lengths = None
         q, k, v = (
             self._heads(project(x))
             for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -204,6 +204,27 @@ class CosformerAttention(nn.Module):
         )  # fmt: skip
         assert isinstance(state, linattn.State)
         return state
+
+    def _ended(
+        self, key: torch.Tensor, value: torch.Tensor, key_mask: Any, lengths: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and a mask of those before the lengths. What is beyond max_len can be none of them."""
+        axis, longest = 1 if self.batch_first else 0, self.reweight.max_len
+        b, n = key.shape[1 - axis], key.shape[axis]
+        real = _real(lengths, n, b)
+        if key_mask is not None:
+            if not isinstance(key_mask, torch.Tensor):
+                raise ArgumentTypeError(f"key_mask must be a tensor, got {type(key_mask).__name__}")
+            if key_mask.dtype != torch.bool:
+                raise DtypeError(f"key_mask must be bool, got {dtype_name(key_mask)}")
+            if tuple(key_mask.shape) != (b, n):
+                raise ShapeError(f"key_mask must have shape [B, M] = {(b, n)}, got {tuple(key_mask.shape)}")
+            real = real & key_mask
+        if longest is None or n <= longest:
+            return key, value, real
+        if readable(lengths) and bool((lengths > longest).any()):
+            raise ValueRangeError(f"Cosine(max_len={longest}) is shorter than {int(lengths.max())} positions")
+        return key.narrow(axis, 0, longest), value.narrow(axis, 0, longest), real[:, :longest]
 
     def _recalled(
         self,
@@ -312,7 +333,7 @@ class CosformerAttention(nn.Module):
 def _real(lengths: Any, n: int, b: int) -> Bool[torch.Tensor, "b n"]:
     """Which of n tokens of b rows are real. Raises what `linattn.attention` raises for other lengths."""
     if not isinstance(lengths, torch.Tensor):
-        raise ArgumentTypeError(f"lengths must be an array, got {type(lengths).__name__}")
+        raise ArgumentTypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
     if lengths.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"lengths must be int64 or int32, got {dtype_name(lengths)}")
     if tuple(lengths.shape) != (b,):

@@ -12,7 +12,7 @@ from torch import nn
 import linattn
 from linattn.arrays import traced
 from linattn.checks import check_feature_map, check_flag, check_ints, check_state
-from linattn.errors import OptionError, ShapeError, ValueRangeError
+from linattn.errors import ArgumentTypeError, OptionError, ShapeError, ValueRangeError
 from linattn.nn.fused import gated, normed
 from linattn.nn.lrpe import Lrpe, device_of_new
 from linattn.nn.norm import SimpleRMSNorm
@@ -63,11 +63,13 @@ class GatedLinearAttention(nn.Module):
             raise OptionError(
                 f"num_heads must divide hidden_dim, got {num_heads} heads and width {hidden_dim}"
             )
-        if log_decay is not None and np.shape(log_decay) != (num_heads,):
-            raise ShapeError(
-                f"log_decay must have shape ({num_heads},), one per head, got {np.shape(log_decay)}"
-            )
-        if log_decay is not None and not np.all(np.asarray(log_decay) <= 0):
+        try:
+            table = None if log_decay is None else np.array(log_decay, np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:  # of tensors: those with gradients, of devices
+            raise ArgumentTypeError(f"log_decay must be an array of numbers: {error}") from error
+        if table is not None and table.shape != (num_heads,):
+            raise ShapeError(f"log_decay must have shape ({num_heads},), one per head, got {table.shape}")
+        if table is not None and not (table <= 0).all():
             raise ValueRangeError("log_decay must be <= 0 (natural log of a factor in (0, 1]), in each head")
         self.num_heads = num_heads
         self.head_dim = hidden_dim // num_heads
@@ -79,7 +81,7 @@ class GatedLinearAttention(nn.Module):
         # The bits of the float64 table in an integer buffer: it follows the module to a device, and no cast
         # of the module to another float type rounds it. Not saved: the schedule and the layer's index say
         # what it is.
-        self.table = None if log_decay is None else np.array(log_decay, np.float64)
+        self.table = table
         bits, device = self.decay_bits(), device_of_new()
         if bits is not None and device.type != "meta":  # from there nothing brings them back with `assign`
             bits = bits.to(device)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -68,7 +69,7 @@ def linear_cross_entropy(
     Source: `torch.nn.functional.cross_entropy` with reduction="sum", and its gradients.
     """
     dtype = _checked(x, weight, labels, chunk)
-    labels = labels.long()
+    labels, chunk = labels.long(), int(chunk) if isinstance(chunk, np.integer) else chunk
     loss: Tensor
     if torch.compiler.is_compiling():
         loss, _, _ = torch.ops.linattn.linear_cross_entropy(
@@ -88,7 +89,7 @@ def _checked(x: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -> to
     for name, one in (("x", x), ("weight", weight), ("labels", labels)):
         if not isinstance(one, Tensor):
             raise ArgumentTypeError(f"{name} must be a tensor, got {type(one).__name__}")
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int)):
+    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer | torch.SymInt | None):
         raise ArgumentTypeError(f"chunk must be an int or None, got {chunk!r}")
     if x.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
         raise ShapeError(

@@ -33,8 +33,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise DataError(f"{folder} holds no tokenizer: {why[:LONGEST]}") from error
     if not found.get_vocab():
         raise DataError(f"{folder} holds a tokenizer without a vocabulary")
-    # some classes of transformers ask for no file
-    if not found.get_vocab().keys() - found.get_added_vocab().keys() - {*found.all_special_tokens}:
+    special = {str(token) for token in found.added_tokens_decoder.values() if token.special}
+    files = {"tokenizer.json", *found.vocab_files_names.values()}  # for which some classes do not ask
+    if not found.get_vocab().keys() - special and not any((folder / name).is_file() for name in files):
         raise DataError(
             f"{folder} holds a tokenizer of special tokens alone: the file of its vocabulary is missing"
         )

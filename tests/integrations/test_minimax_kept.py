@@ -54,10 +54,23 @@ def test_copies_of_a_cache_are_of_their_own(order: str) -> None:
             assert one.get_seq_length() == 7
             assert torch.equal(model(more, past_key_values=one).logits, want)
             assert one.get_seq_length() == 10
-            one.reorder_cache(torch.tensor([1, 0]))
         shared = copy.copy(copies[0])
         del copies, one
-        assert model(more, past_key_values=shared).logits.shape == want.shape
+        model(more, past_key_values=shared)
+        assert shared.get_seq_length() == 13
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["lf", "ll"])
+def test_states_that_somebody_moves_are_reordered_where_they_are(order: str) -> None:
+    model, ids, more = of_layers(order), tokens(2, 7), tokens(2, 3)
+    with patch_minimax(model):
+        cache, moved = (model(ids, use_cache=True).past_key_values for _ in range(2))
+        moved.linear_cache = [x.clone() if isinstance(x, torch.Tensor) else x for x in moved.linear_cache]
+        for one in (cache, moved):
+            one.reorder_cache(torch.tensor([1, 0]))
+        want = model(more, past_key_values=cache).logits
+        assert torch.equal(model(more, past_key_values=moved).logits, want)
 
 
 def test_decays_that_nobody_counts_versions_of_are_read_again() -> None:

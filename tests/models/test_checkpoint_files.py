@@ -193,3 +193,4 @@ def test_a_bare_stack_is_read_as_what_it_is(kind, tmp_path):
     for other in (CosformerForCausalLM, CosformerDecoder) if kind is CosformerModel else both_ways:
         with pytest.raises(CheckpointError, match=f"a {kind.__name__}, which a {other.__name__} is not"):
             other.from_pretrained(tmp_path)
+        kind.from_pretrained(tmp_path, config=build(other).config)  # which says nothing of the folder

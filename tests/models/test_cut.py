@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import linattn
-from linattn.errors import GradientError, OptionError
+from linattn.errors import GradientError, LinattnError, OptionError
+from linattn.models import TransNormerLM, decoding
 from linattn.models.cosformer import CosformerForCausalLM
 from linattn.models.transnormer import TransNormerCache, TransNormerForCausalLM
+from tests.models.stepping import Kernels
 from tests.models.test_cosformer import build
 from tests.models.test_transnormer import make, text
 
@@ -92,16 +94,87 @@ def test_reentrant_checkpoints_and_a_cache(kind: str) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": how})
             model.enable_input_require_grads()
         cache = model.cache_class()
-        if how:
-            with pytest.raises(OptionError, match="past_key_values with use_reentrant=True"):
-                model(given[:, :4], past_key_values=cache)
-            model(given, labels=given).loss.backward()  # without one it is right
-            continue
         model(given[:, :4], past_key_values=cache)
+        if how:
+            for again in (cache, copy.deepcopy(cache)):
+                with pytest.raises(OptionError, match="a call with use_reentrant=True has filled"):
+                    model(given[:, 4:], past_key_values=again)
+            with torch.no_grad():
+                model.eval()(given[:, 4:], past_key_values=cache)
+            cache.reset()
+            model.train()(given[:, :4], past_key_values=cache)
+            continue
         model(given[:, 4:], past_key_values=cache, labels=given[:, 4:]).loss.backward()
         found[how] = model.get_input_embeddings().weight.grad[given[0, :4]]
     assert found[None].abs().sum() > 0
     torch.testing.assert_close(found[False], found[None])
+
+
+@KINDS
+def test_reentrant_checkpoints_and_what_was_read_without_gradients(kind: str) -> None:
+    """A prefix that learns nothing: gradients of what follows are right."""
+    ids, found = text(1, 8), []
+    for how in (None, True):
+        model = MODELS[kind]().train()  # type: ignore[operator]
+        given = ids % model.config.vocab_size
+        with torch.no_grad():
+            cache = model.eval()(given[:, :4], use_cache=True).past_key_values
+        if how:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        model.train()(given[:, 4:], past_key_values=cache, labels=given[:, 4:]).loss.backward()
+        found.append([x.grad for x in model.parameters()])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_refused_step_leaves_gradients_there() -> None:
+    kv = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    state = linattn.State(kv, None, torch.zeros(2, dtype=torch.int64))
+    q = torch.randn(2, 3, 5, dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(LinattnError):
+        linattn.decode_step(q, q, q, state)
+    assert state.kv is kv
+
+
+def test_a_step_in_inference_mode_leaves_a_state_as_any_other() -> None:
+    q, k, v = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(3))
+    kv = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    state = linattn.State(kv, None, torch.zeros(2, dtype=torch.int64))
+    with torch.inference_mode():
+        linattn.decode_step(q, k, v, state)
+    with torch.no_grad():
+        linattn.decode_step(q, k, v, state)
+    o, _ = linattn.attention(
+        q[:, None].requires_grad_(), k[:, None], v[:, None], initial_state=state, return_state=True
+    )
+    o.sum().backward()
+
+
+def test_a_pool_with_gradients_is_copied_too() -> None:
+    q, k, v = (torch.randn(2, 5, 3, 4, dtype=torch.float64) for _ in range(3))
+    leaf = k.clone().requires_grad_()
+    _, state = linattn.attention(q, leaf, v, return_state=True)
+    kv = state.kv
+    (want,) = torch.autograd.grad(kv.square().sum(), leaf, retain_graph=True)
+    with torch.no_grad():
+        linattn.attention(q, k, v, initial_state=state, slots=torch.tensor([1, 0]))
+    (found,) = torch.autograd.grad(kv.square().sum(), leaf)
+    assert torch.equal(found, want) and not torch.equal(state.kv, kv)
+
+
+def test_kernels_of_a_step_write_no_gradients(model: TransNormerLM, kernels: Kernels) -> None:
+    states = model.initial_states(2)
+    before = [state.kv.requires_grad_() for state in states]
+    wrong = [linattn.State(state.kv[..., :1], None, state.length) for state in states]
+    x = torch.randn(2, 32, dtype=torch.float64)
+    with torch.no_grad():
+        with pytest.raises(LinattnError):
+            decoding.last(model._layers(), wrong, x)
+        assert all(state.kv.requires_grad for state in wrong)
+        decoding.last(model._layers(), states, x)
+    assert kernels.said and not any(state.kv.requires_grad for state in states)
+    assert not any(kv.any() for kv in before) and all(state.kv.any() for state in states)
 
 
 def test_a_cache_says_how_many_texts_it_has_as_transformers_does() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from linattn.errors import LinattnError, OptionError
 from linattn.models.cosformer import (
@@ -194,7 +197,7 @@ def test_a_model_pickled_by_a_former_version_is_saved(tmp_path):
 class Half(TransNormerForCausalLM):
     """Has the layers and decays that it likes."""
 
-    def __init__(self, config, mark=None):
+    def __init__(self, config):
         super().__init__(config)
         self.model.layers = self.model.layers[:2]
 
@@ -204,6 +207,15 @@ class Marked(Half):
 
     def __init__(self, config, mark):
         super().__init__(config)
+
+
+class Tagger(TransNormerForCausalLM):
+    """May be told more than a configuration."""
+
+    def __init__(self, config, tags=3):
+        super().__init__(config)
+        self.tagger = nn.Linear(8, tags)
+        self.post_init()
 
 
 def test_a_class_of_ones_own_may_do_as_it_likes(tmp_path):
@@ -217,6 +229,9 @@ def test_a_class_of_ones_own_may_do_as_it_likes(tmp_path):
     marked.double().eval().save_pretrained(tmp_path / "marked")
     loaded = Marked.from_pretrained(tmp_path / "marked", "x", dtype=torch.float64)
     same(output(loaded), output(marked))
+    tagger = Tagger(TransNormerConfig(**SIZES[TransNormerConfig]), tags=5)
+    tagger.save_pretrained(tmp_path / "tagger")
+    assert Tagger.from_pretrained(tmp_path / "tagger", tags=5).tagger.out_features == 5
 
 
 def test_modules_of_ones_own_are_not_asked(tmp_path):
@@ -231,6 +246,38 @@ def test_modules_of_ones_own_are_not_asked(tmp_path):
     other.encoder.layers[1].extra = nn.Dropout(0.5)
     other.config.dropout, other.config.pad_token_id = 0.25, 3
     other.save_pretrained(tmp_path / "two")
+    model = make(TransNormerForCausalLM)
+    model.value_head = nn.Linear(8, 1)
+    model.save_pretrained(tmp_path / "three")
+    assert "value_head.weight" in load_file(tmp_path / "three" / "model.safetensors")
+
+
+def assigned(model):
+    model.load_state_dict(model.state_dict(), assign=True)
+
+
+def pruned(model):
+    prune.l1_unstructured(model.lm_head, "weight", 0.3)
+
+
+def wrapped(model):
+    model.lm_head = nn.Sequential(model.lm_head)
+
+
+def adapted(model):
+    model.add_adapter(peft.LoraConfig(target_modules=["qkvu_proj"], modules_to_save=["lm_head"], r=2))
+
+
+@pytest.mark.parametrize("change", [assigned, pruned, wrapped, adapted])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft's, of merging
+def test_heads_that_are_not_asked(change, tmp_path):
+    """Of the same numbers, or of somebody's own."""
+    model = make(TransNormerForCausalLM, tie_word_embeddings=True)
+    change(model)
+    if change is wrapped:
+        model.check_saved()
+    else:
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -260,10 +307,13 @@ def test_an_eps_of_ones_own_would_be_lost(tmp_path):
 def test_compiled_layers_are_saved_under_their_own_names(tied, size, tmp_path):
     model = make(TransNormerForCausalLM, tie_word_embeddings=tied).double()
     want = output(model)
-    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
-    model.save_pretrained(tmp_path, max_shard_size=size)
-    loaded = TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    same(output(loaded), want)
+    for whole, part in ((model.model, "layers.1"), (model, "lm_head"), (model.model, "embed_tokens")):
+        whole.set_submodule(part, torch.compile(whole.get_submodule(part), backend="eager"))
+        for i, given in enumerate(([], [True], [True, model.state_dict()])):
+            model.save_pretrained(tmp_path / str(i), *given, max_shard_size=size)
+            loaded = TransNormerForCausalLM.from_pretrained(tmp_path / str(i), dtype=torch.float64).eval()
+            same(output(loaded), want)
+            shutil.rmtree(tmp_path / str(i))
 
 
 def test_saving_draws_no_numbers(tmp_path):

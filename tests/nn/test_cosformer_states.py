@@ -64,7 +64,7 @@ def test_lengths_of_a_text_are_of_its_rows(batch_first):
 @pytest.mark.parametrize(
     ("lengths", "error", "says"),
     [
-        ([2, 5], ArgumentTypeError, "lengths must be an array, got list"),
+        ([2, 5], ArgumentTypeError, "lengths must be a tensor, got list"),
         (torch.tensor([2.0, 5.0]), DtypeError, "lengths must be int64 or int32, got float32"),
         (torch.tensor([2]), ShapeError, r"lengths must have shape \[B\] = \(2,\), got \(1,\)"),
         (torch.tensor([2, 8]), ValueRangeError, r"lengths must lie in 0 … N = 7, got \[2, 8\]"),
@@ -76,6 +76,39 @@ def test_what_are_no_lengths(lengths, error, says):
     for options in ({}, {"return_state": True}):
         with pytest.raises(error, match=says if not options else "lengths must"):
             made()(query, key, key, lengths=lengths, **options)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [
+        (torch.ones(2, 7), DtypeError), (torch.ones(2, 6, dtype=torch.bool), ShapeError),
+        (torch.ones(7, dtype=torch.bool), ShapeError), ([[True] * 7] * 2, ArgumentTypeError),
+    ],
+)  # fmt: skip
+def test_masks_beside_lengths(mask, error):
+    query, key, lengths = torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.tensor([2, 7])
+    for given in ({}, {"lengths": lengths}):
+        with pytest.raises(error, match="key_mask must"):
+            made()(query, key, key, key_mask=mask, **given)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_source_may_be_padded_beyond_max_len(batch_first):
+    module = made()
+    query, key, lengths = torch.randn(2, 5, 8), torch.randn(2, 40, 8), torch.tensor([2, 32])
+    want = module(query, key[:, :32], key[:, :32], lengths=lengths)
+    module.batch_first = batch_first
+
+    def turned(x):
+        return x if batch_first else x.transpose(0, 1)
+
+    for options in ({}, {"key_mask": torch.ones(2, 40, dtype=torch.bool)}):
+        found = module(turned(query), turned(key), turned(key), lengths=lengths, **options)
+        torch.testing.assert_close(turned(found), want)
+    read = module(turned(query), turned(key), turned(key), lengths=lengths, return_state=True)[0]
+    torch.testing.assert_close(turned(read), want)
+    with pytest.raises(ValueRangeError, match=r"max_len=32\) is shorter than 33 positions"):
+        module(turned(query), turned(key), turned(key), lengths=lengths + 1)
 
 
 def test_shapes_alone():

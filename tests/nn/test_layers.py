@@ -167,6 +167,11 @@ REFUSED = [
     (lambda: gla(feature_map="nope"), OptionError, "feature_map must be None or one of 'relu'"),
     (lambda: gla(log_decay=np.array([-1.0, 0.1, 0.0])), ValueRangeError, "log_decay must be <= 0"),
     (lambda: gla(log_decay=np.array([-1.0, np.nan, 0.0])), ValueRangeError, "log_decay must be <= 0"),
+    (
+        lambda: gla(log_decay=["a", "b", "c"]),
+        ArgumentTypeError,
+        "log_decay must be an array of numbers",
+    ),
     (lambda: SGLU(8, 8.0), ArgumentTypeError, "glu_dim must be an int, got 8.0"),
     (lambda: SGLU(8, 8, bias=1), ArgumentTypeError, "bias must be True or False, got 1"),
     (lambda: SimpleRMSNorm(-1.0), ValueRangeError, "eps must be > 0, got -1.0"),
@@ -188,3 +193,16 @@ def test_what_modules_and_losses_are_made_of(make, error, says):
 def test_modules_take_what_numpy_has_for_sizes_and_decays():
     module = GatedLinearAttention(np.int64(8), np.int32(8), np.int64(2), log_decay=np.array([-np.inf, 0]))
     assert module(torch.ones(1, 3, 8)).isfinite().all()
+    assert torch.equal(paid(chunk=np.int64(1)), paid(chunk=1))
+
+
+def test_chunks_of_a_size_still_to_come():
+    class Loss(torch.nn.Module):
+        def forward(self, x, weight, labels):
+            return linear_cross_entropy(x, weight, labels, chunk=x.shape[0] // 2)
+
+    given = torch.randn(6, 4), torch.randn(7, 4), torch.randint(0, 7, (6,))
+    rows = torch.export.Dim("rows", min=2, max=64)
+    exported = torch.export.export(Loss(), given, dynamic_shapes=({0: rows}, None, {0: rows}), strict=False)
+    other = torch.randn(10, 4), given[1], torch.randint(0, 7, (10,))
+    torch.testing.assert_close(exported.module()(*other), linear_cross_entropy(*other))

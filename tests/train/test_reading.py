@@ -244,6 +244,17 @@ def test_a_tokenizer_that_has_lost_its_vocabulary(folder, tmp_path, kind):
     )
 
 
+def test_tokens_that_were_added_are_a_vocabulary(tmp_path):
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    bare.add_tokens([*"ACGT"])
+    bare.save_pretrained(tmp_path / "letters")
+    assert tokenizers.load_tokenizer(tmp_path / "letters").encode("ACGT") == [0, 1, 2, 3]
+    special = words(
+        tmp_path / "special", additional_special_tokens=[*WORDS], eos_token="<eos>", unk_token="?"
+    )
+    assert len(tokenizers.load_tokenizer(special)) == len(WORDS)
+
+
 def test_rows_without_text_are_no_text(tmp_path):
     datasets.Dataset.from_dict({"text": [""] * 5}).save_to_disk(tmp_path / "rows")
     folder = of_words(tmp_path / "run")  # for which each row has a token, its end

@@ -39,6 +39,8 @@ class StateCache(Cache):
     is_sliding: ClassVar[list[bool]] = []  # there are no layers of keys
     is_linear: ClassVar[list[bool]] = [False]  # what it has seen is left out of prompts, as with keys
 
+    severed = False  # whether gradients end at what has filled it: torch's reentrant checkpoints pass none
+
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.states: list[State] = []
@@ -211,7 +213,7 @@ class StateCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.states, self.outputs, self.columns = [], [], 0
+        self.states, self.outputs, self.columns, self.severed = [], [], 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raise StateError unless nothing is to be removed."""

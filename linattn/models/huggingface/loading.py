@@ -89,7 +89,7 @@ def load_whole(
             f"{path} is of another model: {name} has shape {tuple(theirs)}, this model's is {tuple(mine)}"
         )
     saved = model.config.architectures or [new[0]]
-    if other := {*saved}.intersection(unlike):
+    if options.get("config") is None and (other := {*saved}.intersection(unlike)):
         raise CheckpointError(f"{path} is of another model: a {min(other)}, which a {new[0]} is not")
     may_lack = () if new[0] in saved else new[1]
     wrong = {

@@ -38,7 +38,6 @@ TAKEN = (
     "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs",
     "encoder_hidden_states", "encoder_attention_mask", "shift_labels", "num_items_in_batch", "ignore_index",
 )  # fmt: skip
-COMPILED = "_orig_mod."  # in the names of a module that torch.compile has wrapped
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 OLD = {
     "past_key_value": "past_key_values",
@@ -82,16 +81,24 @@ class StateModel(PreTrainedModel):
         prefix, path = f"{cls.base_model_prefix}.", pretrained_model_name_or_path
         return load_whole(load, path, *arguments, new=new, prefix=prefix, unlike=cls._unlike, **options)
 
-    def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
-        """Write weights and configuration, as transformers does.
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        """Write weights and configuration, as transformers does; of compiled modules by the names before.
 
         Raises OptionError or ValueRangeError for a configuration that loading would refuse, or that is not
         this model's any more; nothing is written then.
         """
         self.check_saved()
-        if options.get("state_dict") is None and any(COMPILED in name for name, _ in self.named_modules()):
-            options["state_dict"] = {name.replace(COMPILED, ""): x for name, x in self.state_dict().items()}
-        return super().save_pretrained(*arguments, **options)
+        if any("_orig_mod" in module._modules for module in self.modules()):
+            own = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name.replace("_orig_mod.", ""): x for name, x in own.items()}
+        return super().save_pretrained(save_directory, is_main_process, state_dict, *rest, **options)
 
     def check_saved(self) -> None:
         """Raise OptionError or ValueRangeError where what would be loaded is another model, or none."""
@@ -137,12 +144,14 @@ class StateModel(PreTrainedModel):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        how = getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {})
-        if given is not None and self._computes_again() and how.get("use_reentrant"):
-            raise OptionError(
-                "past_key_values with use_reentrant=True: no gradient would reach what a cache was made of, "
-                "pass use_reentrant=False in gradient_checkpointing_kwargs, or no cache"
-            )
+        if given is not None and torch.is_grad_enabled() and self.training:
+            if given.severed:
+                raise OptionError(
+                    "past_key_values that a call with use_reentrant=True has filled: no gradient would reach "
+                    "that call, pass use_reentrant=False in gradient_checkpointing_kwargs"
+                )
+            how = getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {})
+            given.severed = bool(self._computes_again() and how.get("use_reentrant"))
         if self._computes_again():
             use_cache = False  # the second forward pass would see the state of the first
         return self.cache_class() if given is None and use_cache else given

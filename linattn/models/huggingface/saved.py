@@ -24,18 +24,20 @@ DECIDED: dict[type[nn.Module], tuple[str, ...]] = {
     GatedLinearAttention: ("num_heads", "feature_map", "table"),
     CosformerAttention: ("num_heads", "feature_map", "causal", "reweight"),
 }
+REST = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 ACTIVATIONS = "torch.nn.modules.activation", "transformers.activations"
 
 
 def check_modules(model: Any) -> None:
     """Raise OptionError where a model's configuration makes another one than it is.
 
-    Modules of somebody's own, or wrapped, are not asked, nor is a class that wants more than a configuration.
+    Modules of somebody's own, or wrapped, are not asked, nor is a class that takes more than a configuration,
+    or a model with adapters, which alone are saved.
     """
     kind, config = type(model), model.config
-    try:
-        inspect.signature(kind).bind(config)
-    except TypeError:
+    takes = [one for one in inspect.signature(kind).parameters.values() if one.kind not in REST]
+    adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
+    if len(takes) != 1 or adapters_alone:
         return
     with torch.device("meta"):
         made = kind(type(config).from_dict(config.to_dict()))
@@ -44,10 +46,19 @@ def check_modules(model: Any) -> None:
 
 
 def _tied(has: Any, made: Any) -> Iterator[str]:
-    parts = ((one.get_output_embeddings(), one.get_input_embeddings()) for one in (has, made))
-    own, others = (getattr(head, "weight", None) is getattr(rows, "weight", 0) for head, rows in parts)
-    if own != others and type(has) is type(made):
-        yield f"the head {'is' if own else 'is not'} the embedding, and the configuration says otherwise"
+    """What the configuration says of the head's weights and the embedding's, where both are plain."""
+    parts = [(one.get_output_embeddings(), one.get_input_embeddings()) for one in (has, made)]
+    if any(type(head) is not nn.Linear or type(rows) is not nn.Embedding for head, rows in parts):
+        return
+    (own, rows), (head, others) = ([part._parameters.get("weight") for part in pair] for pair in parts)
+    if type(own) is not nn.Parameter or type(rows) is not nn.Parameter or own.is_meta:
+        return
+    if (own.shape, own.dtype, own.device) != (rows.shape, rows.dtype, rows.device):
+        return
+    if head is not others and own.data_ptr() == rows.data_ptr():
+        yield "the head is the embedding, and the configuration says otherwise"
+    elif head is others and not torch.equal(own, rows):
+        yield "the head is not the embedding, and the configuration says otherwise"
 
 
 def _differences(has: nn.Module, made: nn.Module, at: str = "") -> Iterator[str]:
@@ -65,8 +76,8 @@ def _differences(has: nn.Module, made: nn.Module, at: str = "") -> Iterator[str]
     for name in others:
         if name not in own:
             yield f"there is no {at}{name}, and the configuration makes one"
-    for name, child in own.items():
-        if name not in others and [*child.parameters()]:
+    for name in own:
+        if name not in others and (isinstance(made, nn.ModuleList) or hasattr(made, name)):
             yield f"there is {at}{name}, and the configuration makes none"
     for name, child in own.items():
         if name in others:
