@@ -265,7 +265,9 @@ def wrapped(model):
 
 
 def adapted(model):
-    model.add_adapter(peft.LoraConfig(target_modules=["qkvu_proj"], modules_to_save=["lm_head"], r=2))
+    """As `add_adapter` of transformers does, which wants a newer peft in newer versions."""
+    config = peft.LoraConfig(target_modules=["qkvu_proj"], modules_to_save=["lm_head", "norm"], r=2)
+    peft.inject_adapter_in_model(config, model)
 
 
 @pytest.mark.parametrize("change", [assigned, pruned, wrapped, adapted])
@@ -274,7 +276,7 @@ def test_heads_that_are_not_asked(change, tmp_path):
     """Of the same numbers, or of somebody's own."""
     model = make(TransNormerForCausalLM, tie_word_embeddings=True)
     change(model)
-    if change is wrapped:
+    if change in (wrapped, adapted):
         model.check_saved()
     else:
         model.save_pretrained(tmp_path)

@@ -31,13 +31,11 @@ ACTIVATIONS = "torch.nn.modules.activation", "transformers.activations"
 def check_modules(model: Any) -> None:
     """Raise OptionError where a model's configuration makes another one than it is.
 
-    Modules of somebody's own, or wrapped, are not asked, nor is a class that takes more than a configuration,
-    or a model with adapters, which alone are saved.
+    Modules of somebody's own, or wrapped, are not asked, nor is a class that takes more than a configuration.
     """
     kind, config = type(model), model.config
     takes = [one for one in inspect.signature(kind).parameters.values() if one.kind not in REST]
-    adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
-    if len(takes) != 1 or adapters_alone:
+    if len(takes) != 1:
         return
     with torch.device("meta"):
         made = kind(type(config).from_dict(config.to_dict()))
