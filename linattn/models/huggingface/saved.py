@@ -49,8 +49,8 @@ def _tied(has: Any, made: Any) -> Iterator[str]:
     if any(type(head) is not nn.Linear or type(rows) is not nn.Embedding for head, rows in parts):
         return
     (own, rows), (head, others) = ([part._parameters.get("weight") for part in pair] for pair in parts)
-    if type(own) is not nn.Parameter or type(rows) is not nn.Parameter or own.is_meta:
-        return
+    if type(own) is not nn.Parameter or type(rows) is not nn.Parameter or own.is_meta or not own.numel():
+        return  # what DeepSpeed keeps elsewhere is empty here
     if (own.shape, own.dtype, own.device) != (rows.shape, rows.dtype, rows.device):
         return
     if head is not others and own.data_ptr() == rows.data_ptr():
