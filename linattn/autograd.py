@@ -90,6 +90,8 @@ def _with_slots(call: Call, key: str) -> tuple[Tensor, State | None]:
     from linattn.slots import Slots
 
     assert call.initial_state is not None and call.slots is not None
+    if not torch.is_grad_enabled():
+        call.initial_state.cut()
     rows = Slots(call.slots, call.initial_state)
     inner = replace(call, initial_state=rows.read(call.initial_state), slots=None, return_state=True)
     o, final = _through_op(inner, key)

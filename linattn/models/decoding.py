@@ -183,9 +183,13 @@ def steps(
         yield x
 
 
+def _recorded(state: Any) -> bool:
+    return getattr(getattr(state, "kv", None), "requires_grad", False)
+
+
 def _cut(layers: Sequence[TransNormerLayer], states: Sequence[State], x: Tensor) -> None:
     """What is to change in place has no gradients, unless somebody wants those, which layers refuse."""
-    if not torch.is_grad_enabled() and any(getattr(state, "kv", x).requires_grad for state in states):
+    if not torch.is_grad_enabled() and any(map(_recorded, states)):
         check_states(layers, states, x)
         for state in states:
             state.cut()

@@ -33,9 +33,10 @@ def load_tokenizer(folder: Path) -> Any:
         raise DataError(f"{folder} holds no tokenizer: {why[:LONGEST]}") from error
     if not found.get_vocab():
         raise DataError(f"{folder} holds a tokenizer without a vocabulary")
-    special = {str(token) for token in found.added_tokens_decoder.values() if token.special}
-    files = {"tokenizer.json", *found.vocab_files_names.values()}  # for which some classes do not ask
-    if not found.get_vocab().keys() - special and not any((folder / name).is_file() for name in files):
+    # some classes of transformers do not ask for their files
+    files = {"tokenizer.json", *found.vocab_files_names.values()} - {TOKENIZER}
+    words = found.get_vocab().keys() - found.get_added_vocab().keys() - {*found.all_special_tokens}
+    if not words and not any((folder / name).is_file() for name in files):
         raise DataError(
             f"{folder} holds a tokenizer of special tokens alone: the file of its vocabulary is missing"
         )

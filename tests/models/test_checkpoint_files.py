@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
 
 from linattn.errors import CheckpointError
 from linattn.models.cosformer import (
+    CosformerConfig,
     CosformerDecoder,
     CosformerForCausalLM,
     CosformerForMaskedLM,
@@ -193,4 +195,8 @@ def test_a_bare_stack_is_read_as_what_it_is(kind, tmp_path):
     for other in (CosformerForCausalLM, CosformerDecoder) if kind is CosformerModel else both_ways:
         with pytest.raises(CheckpointError, match=f"a {kind.__name__}, which a {other.__name__} is not"):
             other.from_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match="is of another model: a "):
+            other.from_pretrained(tmp_path, config=CosformerConfig.from_pretrained(tmp_path))
         kind.from_pretrained(tmp_path, config=build(other).config)  # which says nothing of the folder
+    with pytest.raises(CheckpointError, match="is of another model: a "):
+        (AutoModel if kind is CosformerDecoder else AutoModelForCausalLM).from_pretrained(tmp_path)

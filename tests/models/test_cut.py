@@ -96,13 +96,19 @@ def test_reentrant_checkpoints_and_a_cache(kind: str) -> None:
         cache = model.cache_class()
         model(given[:, :4], past_key_values=cache)
         if how:
-            for again in (cache, copy.deepcopy(cache)):
-                with pytest.raises(OptionError, match="a call with use_reentrant=True has filled"):
-                    model(given[:, 4:], past_key_values=again)
+            for mode in (True, False):
+                with pytest.raises(OptionError, match="use_reentrant=True: no gradient would reach the call"):
+                    model.train(mode)(given[:, 4:], past_key_values=cache)
             with torch.no_grad():
-                model.eval()(given[:, 4:], past_key_values=cache)
+                model(given[:, 4:], past_key_values=cache)
+            model.train()(given[:, 4:], past_key_values=copy.deepcopy(cache))  # who copies cuts
             cache.reset()
-            model.train()(given[:, :4], past_key_values=cache)
+            model(given[:, :4], past_key_values=cache)
+            model.gradient_checkpointing_disable()
+            cache = model.eval()(given[:, :4], use_cache=True).past_key_values
+            model.train().gradient_checkpointing_enable({"use_reentrant": True})
+            with pytest.raises(OptionError, match="use_reentrant=True: no gradient"):
+                model(given[:, 4:], past_key_values=cache)
             continue
         model(given[:, 4:], past_key_values=cache, labels=given[:, 4:]).loss.backward()
         found[how] = model.get_input_embeddings().weight.grad[given[0, :4]]
@@ -122,6 +128,9 @@ def test_reentrant_checkpoints_and_what_was_read_without_gradients(kind: str) ->
         if how:
             model.gradient_checkpointing_enable({"use_reentrant": True})
             model.enable_input_require_grads()
+        if how:
+            with pytest.raises(LinattnError, match=r"texts|rows"):
+                model.train()(given.repeat(2, 1), past_key_values=cache)  # a refused call fills nothing
         model.train()(given[:, 4:], past_key_values=cache, labels=given[:, 4:]).loss.backward()
         found.append([x.grad for x in model.parameters()])
     for x, y in zip(*found, strict=True):
@@ -161,6 +170,29 @@ def test_a_pool_with_gradients_is_copied_too() -> None:
         linattn.attention(q, k, v, initial_state=state, slots=torch.tensor([1, 0]))
     (found,) = torch.autograd.grad(kv.square().sum(), leaf)
     assert torch.equal(found, want) and not torch.equal(state.kv, kv)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's
+def test_a_pool_with_gradients_is_copied_by_compiled_calls() -> None:
+    q, k, v = (torch.randn(2, 5, 3, 4, dtype=torch.float64) for _ in range(3))
+    leaf = k.clone().requires_grad_()
+    _, state = linattn.attention(q, leaf, v, return_state=True)
+    kv = state.kv
+    (want,) = torch.autograd.grad(kv.square().sum(), leaf, retain_graph=True)
+
+    def step(q: Any, k: Any, v: Any, state: Any) -> Any:
+        return linattn.attention(q, k, v, initial_state=state, slots=torch.tensor([1, 0]))
+
+    with torch.no_grad():
+        torch.compile(step, backend="eager")(q, k, v, state)
+    (found,) = torch.autograd.grad(kv.square().sum(), leaf)
+    assert torch.equal(found, want) and not torch.equal(state.kv, kv)
+
+
+def test_states_of_other_arrays_are_refused(model: TransNormerLM) -> None:
+    states = [linattn.State(s.kv.numpy(), None, s.length.numpy()) for s in model.initial_states(2)]
+    with pytest.raises(LinattnError, match="torch arrays"):
+        model.step(torch.tensor([1, 2]), states)
 
 
 def test_kernels_of_a_step_write_no_gradients(model: TransNormerLM, kernels: Kernels) -> None:

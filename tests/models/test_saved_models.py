@@ -252,6 +252,43 @@ def test_modules_of_ones_own_are_not_asked(tmp_path):
     assert "value_head.weight" in load_file(tmp_path / "three" / "model.safetensors")
 
 
+class Named(TransNormerForCausalLM):
+    """Takes its configuration by name."""
+
+    def __init__(self, *, config):
+        super().__init__(config)
+
+
+def test_weights_that_are_elsewhere_or_no_numbers_are_not_compared():
+    Named(config=TransNormerConfig(**SIZES[TransNormerConfig])).check_saved()
+    for tied in (True, False):
+        model = make(TransNormerForCausalLM, tie_word_embeddings=tied)
+        model.model.embed_tokens.weight.data[0, 0] = torch.nan
+        model.check_saved()
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)  # as DeepSpeed does
+        model.check_saved()
+
+
+def test_compiled_modules_take_either_name(tmp_path):
+    model, other = (make(TransNormerForCausalLM).double() for _ in range(2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    plain = model.state_dict()
+    want = output(model)
+    for one in (model, other):
+        one.model.layers[1] = torch.compile(one.model.layers[1], backend="eager")
+    for given in (plain, model.state_dict()):
+        fresh = make(TransNormerForCausalLM).double()
+        fresh.model.layers[1] = torch.compile(fresh.model.layers[1], backend="eager")
+        assert not fresh.load_state_dict(given, strict=False).missing_keys
+        same(output(fresh), want)
+    whole = {f"_orig_mod.{name}": x for name, x in plain.items()}
+    other.save_pretrained(tmp_path, state_dict=whole)
+    same(output(TransNormerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()), want)
+
+
 def assigned(model):
     model.load_state_dict(model.state_dict(), assign=True)
 

@@ -236,7 +236,14 @@ def test_damaged_tokenizers_are_sentences(tmp_path):
 def test_a_tokenizer_that_has_lost_its_vocabulary(folder, tmp_path, kind):
     """transformers makes one of special tokens alone, by which any text is one token, or none."""
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    fields = {"content": "  ", "special": False, "lstrip": False, "rstrip": False, "normalized": True}
+    added = {"added_tokens_decoder": {"9": fields | {"single_word": False}}}
     (tmp_path / "text").write_text("one two")
+    with pytest.raises(DataError, match="the file of its vocabulary is missing"):
+        (tmp_path / "added").mkdir()
+        place = tmp_path / "added" / "tokenizer_config.json"
+        place.write_text(json.dumps({"tokenizer_class": kind, **added}))
+        tokenizers.load_tokenizer(tmp_path / "added")
     for command in (("generate",), ("eval", "--text", tmp_path / "text")):
         assert "the file of its vocabulary is missing" in said(*command, "--checkpoint", folder)
     assert tokenizers.load_tokenizer(

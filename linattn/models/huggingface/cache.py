@@ -39,7 +39,8 @@ class StateCache(Cache):
     is_sliding: ClassVar[list[bool]] = []  # there are no layers of keys
     is_linear: ClassVar[list[bool]] = [False]  # what it has seen is left out of prompts, as with keys
 
-    severed = False  # whether gradients end at what has filled it: torch's reentrant checkpoints pass none
+    # whether gradients end at what has filled it, as torch's reentrant checkpoints pass none; in this call
+    severed = severs = False
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -69,6 +70,7 @@ class StateCache(Cache):
                 memo[id(parts)] = [memo[id(one)] for one in parts]
         for name, value in vars(self).items():
             setattr(made, name, copy.deepcopy(value, memo))
+        made.severed = False  # who copies has asked for it
         return made
 
     @property
@@ -104,6 +106,10 @@ class StateCache(Cache):
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether anything was seen."""
         return bool(self.states)
+
+    def has_graph(self) -> bool:
+        """Whether gradients reach what has filled it."""
+        return any(state.kv.grad_fn is not None for state in self.states)
 
     def states_for(self, count: int, rows: int) -> list[State]:
         """The states of so many texts, for a model that has `count` of them; none before the first call.
@@ -145,6 +151,7 @@ class StateCache(Cache):
 
         borders: where texts begin that lie back to back in one row, and end.
         """
+        self.severed = self.severed or self.severs
         if not rows[-1].shape[1]:
             return
         if borders is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from linattn.arrays import dtype_name
 from linattn.errors import CheckpointError
 from linattn.models.tensors import once, placed
 
-__all__ = ["dtypes", "kept", "look", "missing"]
+__all__ = ["classes_of", "dtypes", "kept", "look", "missing"]
 
 CONFIG, WEIGHTS, PICKLES = "config.json", "model.safetensors", "pytorch_model.bin"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors
@@ -35,6 +36,16 @@ def look(folder: Path, prefix: str, options: Mapping[str, Any]) -> dict[str, str
     elif index.is_file():
         found = _indexed(index)
     return once(folder, found, prefix)
+
+
+def classes_of(folder: Path) -> list[str]:
+    """Return the classes that a folder's own configuration says it was saved from; none where it does not."""
+    try:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    found = fields.get("architectures") if isinstance(fields, dict) else None
+    return [str(name) for name in found] if isinstance(found, list) else []
 
 
 def dtypes(tensors: Any) -> dict[str, str]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from linattn.arrays import FLOATS
 from linattn.errors import CheckpointError
-from linattn.models.huggingface.files import dtypes, kept, look, missing
+from linattn.models.huggingface.files import classes_of, dtypes, kept, look, missing
 from linattn.models.tensors import check_dtype, once
 
 __all__ = ["ShapeMismatchError", "load_whole"]
@@ -50,16 +50,18 @@ def load_whole(
     wants_report = options.pop("output_loading_info", False)
     shapes_may_differ = options.pop("ignore_mismatched_sizes", wants_report)
     try:
+        classes: list[str] = []
         given, source = options.get("state_dict"), "the state_dict" if path is None else path
         if given is not None or path is None:
             found = once(source, dtypes(given).items(), prefix)
         else:
-            found = look(Path(path, options.get("subfolder") or ""), prefix, options)
+            place = Path(path, options.get("subfolder") or "")
+            found, classes = look(place, prefix, options), classes_of(place)
         model, report = load(
             path, *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         if given is None and (folder := kept(path, options, model.config)) is not None:
-            found = look(folder, prefix, options)
+            found, classes = look(folder, prefix, options), classes_of(folder)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     except PICKLED as error:
@@ -89,7 +91,7 @@ def load_whole(
             f"{path} is of another model: {name} has shape {tuple(theirs)}, this model's is {tuple(mine)}"
         )
     saved = model.config.architectures or [new[0]]
-    if options.get("config") is None and (other := {*saved}.intersection(unlike)):
+    if other := {*classes}.intersection(unlike):
         raise CheckpointError(f"{path} is of another model: a {min(other)}, which a {new[0]} is not")
     may_lack = () if new[0] in saved else new[1]
     wrong = {

@@ -46,6 +46,13 @@ OLD = {
 }
 
 
+COMPILED = "_orig_mod."  # in the names of what torch.compile has wrapped
+
+
+def _compiled(model: nn.Module) -> bool:
+    return any("_orig_mod" in module._modules for module in model.modules())
+
+
 class StateModel(PreTrainedModel):
     """A model whose memory is states. cache_class: what it takes and gives as past_key_values."""
 
@@ -95,10 +102,18 @@ class StateModel(PreTrainedModel):
         this model's any more; nothing is written then.
         """
         self.check_saved()
-        if any("_orig_mod" in module._modules for module in self.modules()):
-            own = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name.replace("_orig_mod.", ""): x for name, x in own.items()}
+        if not getattr(self, "_hf_peft_config_loaded", False):  # peft asks by the names that modules have now
+            own = self.state_dict() if state_dict is None and _compiled(self) else state_dict or {}
+            if any(COMPILED in name for name in own):
+                state_dict = {name.replace(COMPILED, ""): x for name, x in own.items()}
         return super().save_pretrained(save_directory, is_main_process, state_dict, *rest, **options)
+
+    def load_state_dict(self, state_dict: Any, *arguments: Any, **options: Any) -> Any:
+        """Take tensors, as `nn.Module.load_state_dict`, of compiled modules by either name."""
+        if _compiled(self):
+            own = {name.replace(COMPILED, ""): name for name in self.state_dict()}
+            state_dict = {own.get(name.replace(COMPILED, ""), name): x for name, x in state_dict.items()}
+        return super().load_state_dict(state_dict, *arguments, **options)
 
     def check_saved(self) -> None:
         """Raise OptionError or ValueRangeError where what would be loaded is another model, or none."""
@@ -144,14 +159,16 @@ class StateModel(PreTrainedModel):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if given is not None and torch.is_grad_enabled() and self.training:
-            if given.severed:
-                raise OptionError(
-                    "past_key_values that a call with use_reentrant=True has filled: no gradient would reach "
-                    "that call, pass use_reentrant=False in gradient_checkpointing_kwargs"
-                )
+        if given is not None:
             how = getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {})
-            given.severed = bool(self._computes_again() and how.get("use_reentrant"))
+            reentrant = bool(self._computes_again() and how.get("use_reentrant"))
+            if torch.is_grad_enabled() and (given.severed or (reentrant and given.has_graph())):
+                raise OptionError(
+                    "past_key_values and use_reentrant=True: no gradient would reach the call that has "
+                    "filled them, pass use_reentrant=False in gradient_checkpointing_kwargs, or, to cut "
+                    "gradients there, a copy.deepcopy of them"
+                )
+            given.severs = reentrant
         if self._computes_again():
             use_cache = False  # the second forward pass would see the state of the first
         return self.cache_class() if given is None and use_cache else given

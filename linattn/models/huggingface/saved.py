@@ -35,7 +35,7 @@ def check_modules(model: Any) -> None:
     """
     kind, config = type(model), model.config
     takes = [one for one in inspect.signature(kind).parameters.values() if one.kind not in REST]
-    if len(takes) != 1:
+    if len(takes) != 1 or takes[0].kind is inspect.Parameter.KEYWORD_ONLY:
         return
     with torch.device("meta"):
         made = kind(type(config).from_dict(config.to_dict()))
@@ -53,9 +53,9 @@ def _tied(has: Any, made: Any) -> Iterator[str]:
         return  # what DeepSpeed keeps elsewhere is empty here
     if (own.shape, own.dtype, own.device) != (rows.shape, rows.dtype, rows.device):
         return
-    if head is not others and own.data_ptr() == rows.data_ptr():
+    if head is not others and own.data_ptr() == rows.data_ptr() != 0:
         yield "the head is the embedding, and the configuration says otherwise"
-    elif head is others and not torch.equal(own, rows):
+    elif head is others and own is not rows and not torch.equal(own, rows):
         yield "the head is not the embedding, and the configuration says otherwise"
 
 
