@@ -60,8 +60,6 @@ def run(call: Call, check: bool, backend: BackendLike) -> tuple[Tensor, State | 
         return _through_op(call, registry.key_of(known.backend))
     if needs_grad and call.slots is None:
         return eager.differentiable(known, call)
-    if call.slots is not None and call.initial_state is not None and not needs_grad:
-        call.initial_state.cut()  # a pool changes in place
     if known.direct is not None:
         out: tuple[Tensor, State | None] = known.direct(
             known.problem, call.q, call.k, call.v, call.log_decay, call.theta, call.key_mask, call.lengths,

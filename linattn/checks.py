@@ -192,16 +192,16 @@ def _shapes(*arrays: Array) -> str:
     return " and ".join(str(tuple(x.shape)) for x in arrays)
 
 
-def _beside(call: Call, name: str, x: Any, dtypes: tuple[str, ...], *, tables: bool = False) -> None:
+def _beside(q: Array, name: str, x: Any, dtypes: tuple[str, ...], *, tables: bool = False) -> None:
     """An auxiliary array: the kind and device of q (or a NumPy table), and one of these dtypes."""
     if kind_of(x) is None:
         raise ArgumentTypeError(f"{name} must be an array, got {type(x).__name__}")
     check_dense(name, x)
     if not (tables and isinstance(x, np.ndarray)):
-        if kind_of(x) != kind_of(call.q):
-            raise ArgumentTypeError(f"{name} must be a {kind_of(call.q)} array as q is, got {kind_of(x)}")
-        if device_name(x) != device_name(call.q):
-            raise DeviceError(f"{name} must be on {device_name(call.q)} as q is, got {device_name(x)}")
+        if kind_of(x) != kind_of(q):
+            raise ArgumentTypeError(f"{name} must be a {kind_of(q)} array as q is, got {kind_of(x)}")
+        if device_name(x) != device_name(q):
+            raise DeviceError(f"{name} must be on {device_name(q)} as q is, got {device_name(x)}")
     if dtype_name(x) not in dtypes:
         raise DtypeError(f"{name} must be {' or '.join(dtypes)}, got {dtype_name(x)}")
 
@@ -211,11 +211,23 @@ SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022}  # the smallest normal 
 INTEGERS = ("int64", "int32")
 
 
+def check_ends(q: Array, key_mask: Any, lengths: Any, shape: tuple[int, int]) -> None:
+    """What says which keys [B, M] count, beside q, but for its values. Raises what `attention` raises."""
+    if key_mask is not None:
+        _beside(q, "key_mask", key_mask, ("bool",))
+        if tuple(key_mask.shape) != shape:
+            raise ShapeError(f"key_mask must have shape [B, M] = {shape}, got {tuple(key_mask.shape)}")
+    if lengths is not None:
+        _beside(q, "lengths", lengths, INTEGERS)
+        if tuple(lengths.shape) != shape[:1]:
+            raise ShapeError(f"lengths must have shape [B] = {shape[:1]}, got {tuple(lengths.shape)}")
+
+
 def _check_auxiliary(call: Call) -> None:
     b, n, h, d = call.q.shape
     m = call.k.shape[1]
     if call.log_decay is not None:
-        _beside(call, "log_decay", call.log_decay, WIDE, tables=True)
+        _beside(call.q, "log_decay", call.log_decay, WIDE, tables=True)
         shape = tuple(call.log_decay.shape)
         if shape not in ((h,), (b, n, h)):
             raise ShapeError(
@@ -224,23 +236,14 @@ def _check_auxiliary(call: Call) -> None:
         if len(shape) == 3 and not call.causal:
             raise OptionError("log_decay per token needs causal=True; without it, decay is per head [H]")
     if call.theta is not None:
-        _beside(call, "theta", call.theta, WIDE, tables=True)
+        _beside(call.q, "theta", call.theta, WIDE, tables=True)
         if tuple(call.theta.shape) != (h, d):
             raise ShapeError(f"theta must have shape [H, D] = {(h, d)}, got {tuple(call.theta.shape)}")
-    if call.key_mask is not None:
-        _beside(call, "key_mask", call.key_mask, ("bool",))
-        if tuple(call.key_mask.shape) != (b, m):
-            raise ShapeError(f"key_mask must have shape [B, M] = {(b, m)}, got {tuple(call.key_mask.shape)}")
-    if call.lengths is not None:
-        _beside(call, "lengths", call.lengths, INTEGERS)
-        if tuple(call.lengths.shape) != (b,):
-            raise ShapeError(f"lengths must have shape [B] = {(b,)}, got {tuple(call.lengths.shape)}")
-        if n != m:
-            raise OptionError(
-                "lengths needs q and k of one length; in a cross call mask the keys with key_mask"
-            )
+    check_ends(call.q, call.key_mask, call.lengths, (b, m))
+    if call.lengths is not None and n != m:
+        raise OptionError("lengths needs q and k of one length; in a cross call mask the keys with key_mask")
     if call.cu_seqlens is not None:
-        _beside(call, "cu_seqlens", call.cu_seqlens, INTEGERS)
+        _beside(call.q, "cu_seqlens", call.cu_seqlens, INTEGERS)
         if call.cu_seqlens.ndim != 1 or call.cu_seqlens.shape[0] < 1:
             raise ShapeError(f"cu_seqlens must have shape [S + 1], got {tuple(call.cu_seqlens.shape)}")
         if b != 1:
@@ -305,7 +308,7 @@ def check_state(
 
 
 def _check_slots(call: Call) -> None:
-    _beside(call, "slots", call.slots, INTEGERS)
+    _beside(call.q, "slots", call.slots, INTEGERS)
     assert call.slots is not None
     if tuple(call.slots.shape) != (sequences_of(call),):
         raise ShapeError(

@@ -93,6 +93,7 @@ def forward(problem: Problem, backend: Backend, call: Call) -> tuple[Array, Stat
         )
     pool = call.initial_state
     check_writable(pool, "initial_state")
+    pool.cut()
     if (
         pools(backend)
         and not problem.return_state

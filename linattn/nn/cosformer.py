@@ -11,7 +11,7 @@ from torch import nn
 import linattn
 from linattn import features
 from linattn.arrays import dtype_name, readable, traced
-from linattn.checks import check_eps, check_flag, check_ints, check_state
+from linattn.checks import check_ends, check_eps, check_flag, check_ints, check_state
 from linattn.errors import ArgumentTypeError, DtypeError, OptionError, ShapeError, ValueRangeError
 from linattn.surroundings import as_they_are
 
@@ -211,15 +211,9 @@ class CosformerAttention(nn.Module):
         """Keys, values and a mask of those before the lengths. What is beyond max_len can be none of them."""
         axis, longest = 1 if self.batch_first else 0, self.reweight.max_len
         b, n = key.shape[1 - axis], key.shape[axis]
-        real = _real(lengths, n, b)
-        if key_mask is not None:
-            if not isinstance(key_mask, torch.Tensor):
-                raise ArgumentTypeError(f"key_mask must be a tensor, got {type(key_mask).__name__}")
-            if key_mask.dtype != torch.bool:
-                raise DtypeError(f"key_mask must be bool, got {dtype_name(key_mask)}")
-            if tuple(key_mask.shape) != (b, n):
-                raise ShapeError(f"key_mask must have shape [B, M] = {(b, n)}, got {tuple(key_mask.shape)}")
-            real = real & key_mask
+        if not traced():
+            check_ends(key, key_mask, lengths, (b, n))
+        real = _real(lengths, n) if key_mask is None else _real(lengths, n) & key_mask
         if longest is None or n <= longest:
             return key, value, real
         if readable(lengths) and bool((lengths > longest).any()):
@@ -269,7 +263,7 @@ class CosformerAttention(nn.Module):
             weight = torch.einsum("bnhf,bhf->bnh", turned, memory.z)
         o = total / weight.clamp(min=eps)[..., None]
         if lengths is not None:
-            o = torch.where(_real(lengths, n, b)[..., None, None], o, 0)
+            o = torch.where(_real(lengths, n)[..., None, None], o, 0)
         return self._joined(o.to(query.dtype))
 
     def _heads(self, x: torch.Tensor) -> Float[torch.Tensor, "b n h d"]:
@@ -330,14 +324,8 @@ class CosformerAttention(nn.Module):
             )
 
 
-def _real(lengths: Any, n: int, b: int) -> Bool[torch.Tensor, "b n"]:
-    """Which of n tokens of b rows are real. Raises what `linattn.attention` raises for other lengths."""
-    if not isinstance(lengths, torch.Tensor):
-        raise ArgumentTypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
-    if lengths.dtype not in (torch.int64, torch.int32):
-        raise DtypeError(f"lengths must be int64 or int32, got {dtype_name(lengths)}")
-    if tuple(lengths.shape) != (b,):
-        raise ShapeError(f"lengths must have shape [B] = {(b,)}, got {tuple(lengths.shape)}")
+def _real(lengths: torch.Tensor, n: int) -> Bool[torch.Tensor, "b n"]:
+    """Which of n tokens of each row are before the lengths. ValueRangeError, on the host, for others."""
     if readable(lengths) and bool(((lengths < 0) | (lengths > n)).any()):
         raise ValueRangeError(f"lengths must lie in 0 … N = {n}, got {lengths.tolist()}")
     return torch.arange(n, device=lengths.device) < lengths[:, None]

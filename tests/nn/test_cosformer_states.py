@@ -64,7 +64,7 @@ def test_lengths_of_a_text_are_of_its_rows(batch_first):
 @pytest.mark.parametrize(
     ("lengths", "error", "says"),
     [
-        ([2, 5], ArgumentTypeError, "lengths must be a tensor, got list"),
+        ([2, 5], ArgumentTypeError, "lengths must be an array, got list"),
         (torch.tensor([2.0, 5.0]), DtypeError, "lengths must be int64 or int32, got float32"),
         (torch.tensor([2]), ShapeError, r"lengths must have shape \[B\] = \(2,\), got \(1,\)"),
         (torch.tensor([2, 8]), ValueRangeError, r"lengths must lie in 0 … N = 7, got \[2, 8\]"),
